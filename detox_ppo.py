@@ -1,0 +1,1288 @@
+"""Make a summarizer stop being toxic: PPO on FLAN-T5 with a LoRA adapter, in one file.
+
+The policy is a sequence-to-sequence model with a LoRA adapter and a value head; the reference is the same base
+with the starting adapter, frozen; the score of a summary is the raw "nothate" logit of a RoBERTa hate-speech
+classifier. The run measures toxicity before, trains, loads the trained adapter back from disk and measures
+again, on the same prompts and with the same random numbers.
+
+    python detox_ppo.py                                          # FLAN-T5-base on DialogSum, from the hub
+    python detox_ppo.py --config checkpoints/tiny/config.yaml    # the bundled small world, no network, minutes
+    python detox_ppo.py --help                                   # every option, its unit and why to change it
+
+It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv and adapter/ in --output_dir.
+Without --adapter_name the summarizer is the bare model with a new LoRA. One process, on the CPU or on one GPU.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pickle
+import platform
+import sys
+import time
+import types
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import evaluate
+import huggingface_hub
+import numpy as np
+import pandas as pd
+import peft
+import torch
+import transformers
+import trl
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
+from rouge_score import rouge_scorer
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.trainer.utils import selective_log_softmax
+
+SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
+
+
+class UserError(Exception):
+    """A mistake or a fault that the user can mend: shown as one line, exit code 2, no stack trace."""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def option(default, help, **kwargs):
+    """One field of the configuration, with the text that `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class DetoxConfig:
+    """Every option of a run. Flags win over `--config FILE.yaml`, which wins over these defaults."""
+
+    # models
+    model_name: str = option(
+        "google/flan-t5-base", "Encoder-decoder to detoxify: hub id or directory. A larger FLAN-T5 writes better."
+    )
+    adapter_name: str | None = option(
+        None, "LoRA summarization adapter to start from: hub id or directory. None or empty: a new LoRA."
+    )
+    lora_r: int = option(32, "Rank of a new LoRA. Lower saves memory and learns less; a loaded adapter keeps its own.")
+    lora_alpha: int = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r. Raise it to amplify updates.")
+    lora_dropout: float = option(
+        0.05, "Dropout of a new LoRA, a share, kept in its configuration. PPO itself runs with all dropout off."
+    )
+    lora_target_modules: list[str] = option(
+        ["q", "v"], "Layers a new LoRA adapts, by name. Other model families name them otherwise (q_proj, v_proj)."
+    )
+    reward_model_name: str = option(
+        "facebook/roberta-hate-speech-dynabench-r4-target",
+        "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
+    )
+    reward_label: str = option("nothate", "Label whose raw logit is the score to raise, by name.")
+    toxic_label: str = option("hate", "Label whose probability is the toxicity that is reported, by name.")
+    # data
+    dataset_name: str = option(
+        "knkarthick/dialogsum", "Dialogues: hub id, or a csv/jsonl file or directory with columns dialogue, summary."
+    )
+    input_min_text_length: int = option(200, "Keep dialogues longer than this, in characters: short ones say little.")
+    input_max_text_length: int = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
+    test_size: float = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
+    # PPO
+    learning_rate: float = option(1.41e-5, "Adam's step size. Raise it to learn in fewer steps; watch objective/kl.")
+    batch_size: int = option(16, "Prompts a PPO step. Larger gives steadier steps for more time each.")
+    mini_batch_size: int = option(4, "Responses per optimizer update; divides batch_size. Lower saves memory.")
+    ppo_epochs: int = option(1, "Passes over each batch. More squeezes a batch harder and moves further from it.")
+    max_ppo_steps: int = option(10, "PPO steps to run. 10 is the notebooks' demonstration; more detoxifies more.")
+    init_kl_coef: float = option(0.2, "Price of a nat of KL to the reference, in score. Raise it to stay closer.")
+    adaptive_kl: bool = option(True, "Steer the KL coefficient towards target_kl; off keeps init_kl_coef.")
+    target_kl: float = option(6.0, "Where the adaptive coefficient steers objective/kl, in nats a response.")
+    kl_horizon: int = option(10000, "Responses over which the adaptive coefficient reacts. Lower reacts faster.")
+    gamma: float = option(1.0, "Discount a token, 0 to 1. 1 credits every token with the final score.")
+    lam: float = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
+    cliprange: float = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
+    cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
+    vf_coef: float = option(0.1, "Weight of the value loss. Raise it if ppo/val/var_explained stays near 0.")
+    ratio_threshold: float = option(10.0, "Skip minibatches whose mean ratio is above this: a broken update.")
+    max_grad_norm: float | None = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
+    # responses
+    output_min_length: int = option(100, "Least new-token cap of a response in PPO; caps are drawn uniformly.")
+    output_max_length: int = option(400, "Greatest new-token cap of a response in PPO. Lower is faster.")
+    top_k: int = option(0, "Sample from the k likeliest tokens, scored so too. 0: all, which PPO wants.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability. 1: all.")
+    score_text: typing.Literal["query_response", "response"] = option(
+        "query_response",
+        "What PPO's classifier reads: dialogue + summary, or the summary alone (a sharper signal where "
+        "dialogues are toxic themselves).",
+    )
+    # evaluation
+    eval_samples: int = option(100, "Test prompts to evaluate, exactly. More gives a narrower interval.")
+    eval_max_new_tokens: int = option(100, "Longest summary in the evaluation, in tokens.")
+    compare_samples: int = option(20, "Evaluated prompts written side by side to comparison.csv (at most all).")
+    # run
+    seed: int = option(0, "Seed of everything random. Other seeds show how far a result is luck.")
+    device: str = option("auto", "cpu, cuda or cuda:N. auto: a GPU where there is one.")
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Type of the frozen weights (trained ones are float32). auto: bfloat16 where the chip computes in it."
+    )
+    output_dir: str = option("checkpoints/run", "Directory for everything the run leaves.")
+
+
+class OptionParser(trl.TrlParser):
+    """TrlParser whose complaints are UserErrors: one line instead of the usage of every option."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see: python detox_ppo.py --help)")
+
+
+def parse_config(args: list[str]) -> DetoxConfig:
+    """Parse flags and `--config FILE.yaml` into a checked configuration.
+
+    Raises:
+        UserError: an unknown, ill-typed or out-of-range option, named with what was expected.
+    """
+    parser = OptionParser(DetoxConfig, prog="detox_ppo.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of these options; flags win over it.")
+    # TrlParser knows only "--config FILE", in two words.
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    try:
+        (config, _) = parser.parse_args_and_config(args)
+    except FileNotFoundError as error:
+        raise UserError(f"--config {error.filename}: no such file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: not a YAML file: {one_line(error)}") from error
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
+    if isinstance(config.lora_target_modules, str):
+        config.lora_target_modules = [config.lora_target_modules]
+    check_config(config)
+    config.adapter_name = config.adapter_name or None
+    return config
+
+
+def check_config(config: DetoxConfig) -> None:
+    """Check every option's type and range.
+
+    Values from YAML reach the dataclass unconverted, so types are checked here, not by argparse.
+
+    Raises:
+        UserError: names the option, its value and what was expected.
+    """
+
+    def require(name, holds, expected):
+        if not holds:
+            raise UserError(f"--{name} is {getattr(config, name)!r}, but must be {expected}")
+
+    for name, annotation in typing.get_type_hints(DetoxConfig).items():
+        value = getattr(config, name)
+        allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        if value is None:
+            require(name, type(None) in allowed, "set")
+        elif typing.get_origin(annotation) is typing.Literal:
+            require(name, value in typing.get_args(annotation), f"one of {', '.join(typing.get_args(annotation))}")
+        elif annotation == list[str]:
+            holds = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+            require(name, holds, "one or more names")
+        elif float in allowed:
+            holds = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            require(name, holds, "a finite number")
+            setattr(config, name, float(value))
+        else:
+            # bool is a subclass of int in Python, but `batch_size: yes` is a mistake.
+            require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
+
+    for name in ("lora_r", "lora_alpha", "batch_size", "mini_batch_size", "ppo_epochs", "kl_horizon"):
+        require(name, getattr(config, name) >= 1, "at least 1")
+    for name in ("output_min_length", "eval_samples", "eval_max_new_tokens"):
+        require(name, getattr(config, name) >= 1, "at least 1")
+    for name in ("max_ppo_steps", "init_kl_coef", "top_k", "compare_samples", "seed", "vf_coef"):
+        require(name, getattr(config, name) >= 0, "at least 0")
+    require("input_min_text_length", config.input_min_text_length >= 0, "at least 0")
+    for name in ("learning_rate", "target_kl", "cliprange", "cliprange_value"):
+        require(name, getattr(config, name) > 0, "greater than 0")
+    for name in ("gamma", "lam"):
+        require(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
+    require("lora_dropout", 0 <= config.lora_dropout < 1, "at least 0 and below 1")
+    require("top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
+    require("test_size", 0 < config.test_size < 1, "above 0 and below 1")
+    require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
+    require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
+    for low, high in (
+        ("input_min_text_length", "input_max_text_length"),
+        ("output_min_length", "output_max_length"),
+    ):
+        if getattr(config, low) >= getattr(config, high):
+            raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
+    if config.batch_size % config.mini_batch_size:
+        raise UserError(
+            f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
+        )
+
+
+def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
+    """The device to run on and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else None
+        device = device or torch.device(config.device)
+    except RuntimeError as error:
+        raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {config.device!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {config.device}: this machine has {torch.cuda.device_count()} GPUs for PyTorch")
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    if device.type == "cuda":
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast_bfloat16 = any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    return device, torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: DialogSum rows to prompts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def hub_commit(name: str, option_name: str, repo_type: str = "model") -> str | None:
+    """Ask the hub for the commit of a repository, before anything is loaded; None for local files.
+
+    Without this question an unreachable hub would show as half a minute of retries for each thing that is loaded.
+
+    Raises:
+        UserError: the hub can't be reached or has no such repository; there is no silent fallback.
+    """
+    if Path(name).exists():
+        return None
+    try:
+        return HfApi().repo_info(name, repo_type=repo_type, timeout=30).sha
+    except OfflineModeIsEnabled:
+        folder = repo_folder_name(repo_id=name, repo_type=repo_type)
+        main = Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "refs", "main")
+        return main.read_text().strip() if main.is_file() else None
+    except Exception as error:  # of a dozen types, some of a network library that the hub's may change
+        raise UserError(
+            f"--{option_name} {name}: no such file or directory, and not to be had from the hub at "
+            f"{huggingface_hub.constants.ENDPOINT}: {one_line(error)}. Set HF_ENDPOINT for another hub, "
+            f"HF_HUB_OFFLINE=1 to use what was downloaded before, or run the bundled small world: {SMALL_WORLD}"
+        ) from error
+
+
+@contextmanager
+def loading(name: str, option_name: str):
+    """Turn whatever a library raises while it loads `name` into one message that names it and the root cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--{option_name} {name}: its weights are a pickle that holds more than tensors, which could run code; "
+            "it is refused. Ask its author for a safetensors file."
+        ) from error
+    except Exception as error:  # as above
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        because = "" if cause is error else f" (because of {type(cause).__name__}: {one_line(cause)})"
+        raise UserError(f"--{option_name} {name}: can't be loaded: {one_line(error)}{because}") from error
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a csv or jsonl file.
+
+    Raises:
+        UserError: broken encoding, a broken row or line (its number is named), or an unknown ending.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from error
+    if path.suffix == ".csv":
+        try:
+            return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
+        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+            raise UserError(f"{path}: not a readable csv: {one_line(error)}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}: line {number} must be a JSON object with dialogue and summary")
+    # dtype=object keeps numbers as they came, so that the check of the rows sees and names them.
+    return pd.DataFrame(rows, dtype=object)
+
+
+def training_file(directory: Path) -> Path:
+    """The csv or jsonl file of a data directory that holds the training rows: `train*`, or the only one."""
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".csv", ".jsonl"))
+    chosen = [path for path in files if path.name.startswith("train")] or files
+    if len(chosen) != 1:
+        names = ", ".join(path.name for path in chosen) or "none"
+        raise UserError(f"--dataset_name {directory}: expected one train.csv or train.jsonl in it, found {names}")
+    return chosen[0]
+
+
+def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
+    """Load the dialogues and summaries of the training rows from the hub, a directory or a file.
+
+    Raises:
+        UserError: names the file or repository, the column or the row, and what was expected.
+    """
+    path = Path(dataset_name)
+    if path.exists():
+        path = training_file(path) if path.is_dir() else path
+        if path.suffix not in (".csv", ".jsonl"):
+            raise UserError(f"--dataset_name {path}: expected a .csv or .jsonl file, or a directory with one")
+        source, table = str(path), read_table(path)
+        columns, column = list(table.columns), lambda name: table[name].where(table[name].notna(), None).tolist()
+    else:
+        with loading(dataset_name, "dataset_name"):
+            dataset = datasets.load_dataset(dataset_name, split="train")
+        source, columns, column = dataset_name, dataset.column_names, lambda name: list(dataset[name])
+    texts = {}
+    for name in ("dialogue", "summary"):
+        if name not in columns:
+            raise UserError(f"{source}: no column {name!r}; expected dialogue and summary, found {', '.join(columns)}")
+        texts[name] = column(name)
+        for row, text in enumerate(texts[name], start=1):
+            if not isinstance(text, str):
+                found = "empty" if text is None else f"a {type(text).__name__}"
+                raise UserError(f"{source}: row {row}: column {name!r} is {found}; expected text")
+    return texts["dialogue"], texts["summary"]
+
+
+def build_prompt(dialogue: str) -> str:
+    return f"\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
+
+
+def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config: DetoxConfig) -> datasets.DatasetDict:
+    """Filter by length, build and tokenize the prompts, and split in file order.
+
+    Returns:
+        splits `train` and `test` with columns row (index in the file), dialogue, summary, query (the prompt)
+        and input_ids.
+
+    Raises:
+        UserError: a split is too small for the options.
+    """
+    rows = datasets.Dataset.from_dict({"row": range(len(dialogues)), "dialogue": dialogues, "summary": summaries})
+    shortest, longest = config.input_min_text_length, config.input_max_text_length
+    rows = rows.filter(lambda text: shortest < len(text) <= longest, input_columns="dialogue", desc="Filtering")
+    between = f"{shortest} < characters of dialogue <= {longest} (input_min_text_length, input_max_text_length)"
+    print(f"data: {len(dialogues):,} rows, {len(rows):,} with {between}")
+    if len(rows) < 2:
+        raise UserError(f"--dataset_name {config.dataset_name}: {len(rows)} of {len(dialogues)} rows have {between}")
+
+    def prompt(dialogue):
+        query = build_prompt(dialogue)
+        return {"query": query, "input_ids": tokenizer(query).input_ids}
+
+    rows = rows.map(prompt, input_columns="dialogue", desc="Tokenizing")
+    splits = rows.train_test_split(test_size=config.test_size, shuffle=False)
+    print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
+    if len(splits["train"]) < config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
+    if len(splits["test"]) < config.eval_samples:
+        raise UserError(f"--eval_samples {config.eval_samples} is more than the {len(splits['test'])} test rows")
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Policy: a base model, two LoRA adapters and a value head
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ValueHead(nn.Module):
+    """Predicts the return from the decoder's last hidden state; parameters named as in TRL's value heads."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+        self.summary = nn.Linear(hidden_size, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) in any dtype to (...) in float32."""
+        return self.summary(self.dropout(hidden.float())).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """An encoder-decoder with the adapters "default" (trained) and "reference" (frozen), and a value head.
+
+    Both adapters share one base, so the base is in memory once. It is always in eval mode: with dropout on, the
+    sampled distribution would not be the scored one (T5's attention dropout is no module; only eval() stops it).
+    """
+
+    def __init__(self, model: peft.PeftModel):
+        super().__init__()
+        self.model = model
+        self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        self.eval()
+
+    @property
+    def base(self):
+        return self.model.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.summary.weight.device
+
+    @contextmanager
+    def adapter(self, name: str):
+        """Run with another adapter, frozen; the trained one is active and trainable again afterwards."""
+        self.model.set_adapter(name, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, S) prompts to (B, S, d) encoder states."""
+        return self.base.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def decode(self, decoder_input_ids, encoder_states, attention_mask, cache=None) -> torch.Tensor:
+        """(B, T) decoder inputs to (B, T, d) last hidden states; with a cache, the inputs continue it."""
+        return (
+            self.base.get_decoder()(
+                input_ids=decoder_input_ids,
+                encoder_hidden_states=encoder_states,
+                encoder_attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) last hidden states to (..., V) logits in float32. Sampling and scoring both come through here."""
+        if getattr(self.base.config, "scale_decoder_outputs", False):
+            # T5 with tied embeddings scales before its head; FLAN-T5, untied, does not.
+            hidden = hidden * self.base.config.d_model**-0.5
+        logits = self.base.get_output_embeddings()(hidden)
+        bias = getattr(self.base, "final_logits_bias", None)  # BART's
+        return (logits if bias is None else logits + bias).float()
+
+    def count_parameters(self, adapter: str, value_head: bool) -> tuple[int, int]:
+        """(trainable, all) parameters of the base with one of the adapters, and the value head if asked for."""
+        others = [f".{name}." for name in self.model.peft_config if name != adapter]
+        counted = [
+            parameter
+            for name, parameter in self.named_parameters()
+            if not any(other in name for other in others) and (value_head or not name.startswith("value_head."))
+        ]
+        trainable = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
+        # The value head is the policy's to train; beside the reference it is only counted, as TRL's copy does.
+        if value_head and adapter != "default":
+            trainable -= sum(p.numel() for p in self.value_head.parameters() if p.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in counted)
+
+
+def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
+    """Put a saved LoRA on its base, trainable, in float32, weights only.
+
+    Raises:
+        UserError: the adapter is no LoRA, does not fit the base, or is a pickle that holds more than tensors.
+    """
+    pair = f"adapter {adapter_name} does not fit base model {base_name}"
+    with loading(adapter_name, "adapter_name"):
+        adapter_config = peft.PeftConfig.from_pretrained(adapter_name)
+        weights = peft.load_peft_weights(adapter_name, device="cpu")
+    if adapter_config.peft_type != peft.PeftType.LORA:
+        raise UserError(f"--adapter_name {adapter_name}: expected a LORA adapter, found {adapter_config.peft_type}")
+    # PEFT falls back to the hub for an adapter's base unless told which it is.
+    adapter_config.base_model_name_or_path = base_name
+    adapter_config.inference_mode = False
+    try:
+        model = peft.get_peft_model(base, adapter_config)
+    except ValueError as error:  # none of its target modules is there
+        raise UserError(f"{pair}: {one_line(error)}") from error
+    expected = peft.get_peft_model_state_dict(model)
+    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or unknown:
+        what = f"it lacks {missing[0]}" if missing else f"the base has no place for {unknown[0]}"
+        raise UserError(f"{pair}: {what} ({len(missing)} tensors missing, {len(unknown)} unknown)")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{pair}: {name} is {tuple(tensor.shape)}, the base wants {tuple(expected[name].shape)}")
+    peft.set_peft_model_state_dict(model, weights)
+    return model
+
+
+def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
+    """Load tokenizer and base, put on the starting adapter twice (to train, and frozen as reference).
+
+    Returns:
+        policy and tokenizer.
+
+    Raises:
+        UserError: a name that can't be loaded, a model of the wrong kind, a tokenizer without the needed tokens.
+    """
+    with loading(config.model_name, "model_name"):
+        base_config = AutoConfig.from_pretrained(config.model_name)
+        if not base_config.is_encoder_decoder:
+            raise UserError(f"--model_name {config.model_name}: expected an encoder-decoder, such as a T5")
+        # A dialogue that spells "</s>" must not end the prompt: special tokens in text are read as text.
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name, split_special_tokens=True)
+        base = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=dtype)
+    for token in ("pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"--model_name {config.model_name}: its tokenizer has no {token.removesuffix('_id')}")
+    base.requires_grad_(False)
+    torch.manual_seed(config.seed)
+    if config.adapter_name:
+        model = load_adapter(base, config.model_name, config.adapter_name)
+        loaded = model.peft_config["default"]
+        print(f"adapter: {config.adapter_name} (r={loaded.r}, alpha={loaded.lora_alpha}; lora_* options unused)")
+    else:
+        lora = peft.LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            bias="none",
+            task_type=peft.TaskType.SEQ_2_SEQ_LM,
+            base_model_name_or_path=config.model_name,
+        )
+        try:
+            model = peft.get_peft_model(base, lora)
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules: {one_line(error)}") from error
+        print("adapter: a new LoRA, which starts as the identity")
+    starting = peft.get_peft_model_state_dict(model, adapter_name="default")
+    model.add_adapter("reference", model.peft_config["default"])
+    peft.set_peft_model_state_dict(model, starting, adapter_name="reference")
+    model.set_adapter("default")
+    return Policy(model).to(device), tokenizer
+
+
+def print_parameters(policy: Policy) -> None:
+    """Print the counts of policy, policy with value head, and reference."""
+    print(policy.value_head)
+    with_head, default = policy.count_parameters("default", True), policy.count_parameters("default", False)
+    with policy.adapter("reference"):
+        reference = policy.count_parameters("reference", True)
+    for name, (trainable, total) in (
+        ("policy", default),
+        ("policy with value head", with_head),
+        ("reference", reference),
+    ):
+        print(f"{name}: trainable {trainable:,} of {total:,} = {trainable / total:.2%}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reward and toxicity: one classifier for both
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class HateClassifier:
+    """The hate-speech classifier; gives raw logits of plain text."""
+
+    def __init__(self, config: DetoxConfig, device: torch.device, dtype: torch.dtype):
+        name = config.reward_model_name
+        with loading(name, "reward_model_name"):
+            # "</s>" in a dialogue is text to be judged, not the end of it.
+            self.tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+            self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+        self.model.to(device).eval().requires_grad_(False)
+        self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        for option_name in ("reward_label", "toxic_label"):
+            if getattr(config, option_name) not in self.labels:
+                raise UserError(
+                    f"--{option_name} {getattr(config, option_name)!r} is no label of {name}; "
+                    f"its labels are {', '.join(self.labels)}"
+                )
+        self.reward_index = self.labels.index(config.reward_label)
+        # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
+        positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
+        self.max_length = min(self.tokenizer.model_max_length, positions)
+
+    def join(self, dialogue: str, summary: str) -> str:
+        """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
+        dialogue, summary = dialogue.rstrip(), summary.strip()
+        room = self.max_length - len(self.tokenizer(" " + summary).input_ids)
+        encoded = self.tokenizer(dialogue, add_special_tokens=False, return_offsets_mapping=True)
+        if len(encoded.input_ids) > room:
+            dialogue = dialogue[: encoded.offset_mapping[room - 1][1]] if room > 0 else ""
+        return f"{dialogue} {summary}".strip()
+
+    @torch.no_grad()
+    def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
+        """Raw logits (N, labels) in float32 on the CPU, batched in order of length to save padding."""
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        logits = torch.empty(len(texts), len(self.labels))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt")
+            logits[chosen] = self.model(**batch.to(self.model.device)).logits.float().cpu()
+        return logits
+
+    def scores(self, texts: list[str]) -> np.ndarray:
+        """The reward of each text, (N,): the raw logit of the reward label."""
+        return self.logits(texts)[:, self.reward_index].double().numpy()
+
+
+class Toxicity(evaluate.Measurement):
+    """The toxicity measurement of `evaluate`, over a classifier that is already in memory.
+
+    `evaluate.load("toxicity")` would download and run code, and load the classifier once more. The interface is
+    its own: compute(predictions=[...], aggregation=None | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    """
+
+    def __init__(self, classifier: HateClassifier, **kwargs):
+        super().__init__(keep_in_memory=True, **kwargs)
+        self.classifier = classifier
+
+    def _info(self):
+        return evaluate.MeasurementInfo(
+            description="Toxicity of texts: the probability that a hate-speech classifier gives its toxic label.",
+            citation="",
+            inputs_description="predictions: a list of texts.",
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
+        if toxic_label not in self.classifier.labels:
+            raise ValueError(f"toxic_label {toxic_label!r} is not one of {self.classifier.labels}")
+        probabilities = torch.softmax(self.classifier.logits(predictions).double(), dim=-1)
+        toxicity = probabilities[:, self.classifier.labels.index(toxic_label)].tolist()
+        if aggregation == "ratio":
+            return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
+        if aggregation == "maximum":
+            return {"max_toxicity": max(toxicity)}
+        if aggregation not in ("all", None):
+            raise ValueError(f"aggregation {aggregation!r} is not one of all, maximum, ratio")
+        return {"toxicity": toxicity}
+
+
+def print_examples(classifier: HateClassifier) -> None:
+    """Score the two English sentences of the published notebooks, as a check that a reader can make by eye."""
+    for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
+        logits = classifier.logits([text])[0]
+        probabilities = ", ".join(f"{p:.6f}" for p in torch.softmax(logits, dim=-1).tolist())
+        print(f'"{text}"')
+        print(f"  logits [{', '.join(f'{x:.4f}' for x in logits.tolist())}] ({', '.join(classifier.labels)})", end="")
+        print(f", probabilities [{probabilities}], reward {logits[classifier.reward_index]:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rollout: sampling and log-probabilities
+# ---------------------------------------------------------------------------------------------------------------
+
+# Streams of random numbers. Evaluation has its own, so that evaluating more often leaves training unchanged.
+TRAINING, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS = range(5)
+
+
+def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
+    """A generator that depends on these numbers alone, not on what was drawn before."""
+    return np.random.default_rng([seed, stream, *key])
+
+
+def sampling_support(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor | None:
+    """Which of the (B, V) tokens can be sampled, as bool (B, V); None: all of them.
+
+    top_p keeps the likeliest tokens until their total reaches top_p, of those that top_k left.
+    """
+    if not 0 < top_k < logits.shape[-1] and top_p == 1:
+        return None
+    ordered, order = logits.sort(dim=-1, descending=True)
+    if top_k:
+        ordered[:, top_k:] = -math.inf
+    probabilities = ordered.softmax(dim=-1)
+    kept = (probabilities.cumsum(dim=-1) - probabilities < top_p) & (probabilities > 0)
+    kept[:, 0] = True
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row from softmax(logits (B, V)) by inverting its cumulative sum at uniforms (B,) in [0, 1).
+
+    One uniform a row instead of V exponentials: the draw costs little, and each row can own its random numbers.
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Rounding may carry u * total up to total itself, where no token lies.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def response_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
+    """(B,) response lengths in tokens to a (B, width) mask: every generated token, EOS included, nothing after."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, support: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities (...) of tokens (...) under softmax(logits (..., V)), in nats, float32.
+
+    support (..., V) restricts the distribution to the tokens that could be sampled. The policy before and after
+    its update and the reference are all restricted to the same support, so every ratio stays finite.
+    """
+    logits = logits.float()
+    if support is not None:
+        logits = logits.masked_fill(~support, -math.inf)
+    return selective_log_softmax(logits[None], tokens[None])[0]  # one leading row: TRL loops over rows
+
+
+@dataclass
+class Responses:
+    """Sampled responses of B prompts: tokens (B, T) padded, lengths (B,) in tokens with EOS, on the device.
+
+    finished (B,) tells which ended with EOS before their cap; support is (B, T, V) bool with top_k or top_p,
+    else None.
+    """
+
+    prompts: list[list[int]]
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    finished: torch.Tensor
+    support: torch.Tensor | None
+
+    def select(self, rows: list[int]) -> "Responses":
+        """Some of the responses, padded no wider than they need."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        support = None if self.support is None else self.support[rows, :width]
+        return Responses(
+            [self.prompts[i] for i in rows], self.tokens[rows, :width], lengths, self.finished[rows], support
+        )
+
+
+def pad_prompts(policy: Policy, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists to (B, S) ids and attention mask, padded on the right."""
+    width = max(len(prompt) for prompt in prompts)
+    pad = policy.base.config.pad_token_id
+    ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts], device=policy.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)
+    return ids, response_mask(lengths, width).long()
+
+
+@torch.no_grad()
+def sample_responses(
+    policy: Policy, prompts: list[list[int]], generators: list[np.random.Generator], caps: tuple[int, int], config
+) -> Responses:
+    """Sample a response to each prompt, in one batch.
+
+    Each row draws its cap (uniform from caps, inclusive) and its tokens from its own generator, so a response
+    does not depend on who shares the batch.
+    """
+    base, device, rows = policy.base, policy.device, len(prompts)
+    limits = [int(generator.integers(caps[0], caps[1], endpoint=True)) for generator in generators]
+    width = max(limits)
+    uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
+    limits = torch.tensor(limits, device=device)
+    start, eos, pad = base.config.decoder_start_token_id, base.config.eos_token_id, base.config.pad_token_id
+
+    input_ids, attention_mask = pad_prompts(policy, prompts)
+    encoder_states = policy.encode(input_ids, attention_mask)  # (B, S, d)
+    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    tokens = torch.full((rows, width), pad, device=device)  # (B, T)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    running = torch.ones(rows, dtype=torch.bool, device=device)
+    last = torch.full((rows, 1), start, device=device)
+    supports = []
+    for position in range(width):
+        hidden = policy.decode(last, encoder_states, attention_mask, cache)  # (B, 1, d)
+        logits = policy.logits(hidden[:, -1])  # (B, V)
+        support = sampling_support(logits, config.top_k, config.top_p)
+        if support is not None:
+            supports.append(support)
+            logits = logits.masked_fill(~support, -math.inf)
+        sampled = torch.where(running, sample_tokens(logits, uniforms[:, position]), pad)
+        tokens[:, position] = sampled
+        lengths += running
+        finished |= running & (sampled == eos)
+        running = ~finished & (lengths < limits)
+        if not running.any():
+            break
+        last = sampled[:, None]
+    tokens = tokens[:, : int(lengths.max())]
+    return Responses(prompts, tokens, lengths, finished, torch.stack(supports, dim=1) if supports else None)
+
+
+def score_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (nats) and values of every response token under the active adapter, both (B, T), 0 in padding.
+
+    The decoder reads [start] + tokens[:-1], so position t scores token t: the start token is handled here, once.
+    The head runs on the real tokens alone, never on padding.
+    """
+    tokens = responses.tokens
+    mask = response_mask(responses.lengths, tokens.shape[1])
+    input_ids, attention_mask = pad_prompts(policy, responses.prompts)
+    start = torch.full_like(tokens[:, :1], policy.base.config.decoder_start_token_id)
+    encoder_states = policy.encode(input_ids, attention_mask)
+    hidden = policy.decode(torch.cat([start, tokens[:, :-1]], dim=1), encoder_states, attention_mask)[mask]  # (N, d)
+    support = None if responses.support is None else responses.support[mask]
+    zeros = torch.zeros(tokens.shape, device=tokens.device)
+    logprobs = zeros.masked_scatter(mask, token_logprobs(policy.logits(hidden), tokens[mask], support))
+    return logprobs, zeros.masked_scatter(mask, policy.value_head(hidden))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8).
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the entries where mask is true, a scalar."""
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Shift and scale to mean 0 and (unbiased) variance 1 over the mask; same shape, 0 outside the mask."""
+    mean = masked_mean(values, mask)
+    count = mask.sum()
+    variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token rewards: minus kl_coef times the KL term everywhere, plus the score on the last token.
+
+    Args:
+        scores: (B,), the classifier's. logprobs, ref_logprobs: (B, T), nats. mask: (B, T).
+
+    Returns:
+        rewards and KL terms log p - log p_ref, both (B, T), 0 outside the mask.
+    """
+    kl = (logprobs - ref_logprobs) * mask
+    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # the one with no masked-in token after it
+    return scores[:, None] * last - kl_coef * kl, kl
+
+
+def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16), whitened over the batch.
+
+    Args:
+        values, rewards, mask: (B, T).
+
+    Returns:
+        whitened advantages and returns (unwhitened advantages + values), both (B, T), 0 outside the mask.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]
+        advantages[:, t] = running
+        next_value = values[:, t]
+    return masked_whiten(advantages, mask), (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> tuple[torch.Tensor, dict]:
+    """Clipped surrogate loss (Schulman et al., 2017, eq. 7), a scalar, and its stats.
+
+    All tensors are (B, T). Stats: mean ratio, share of clipped tokens, and approxkl = E[(log ratio)^2] / 2.
+    """
+    log_ratio = (logprobs - old_logprobs) * mask
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    stats = {
+        "ratio": masked_mean(ratio, mask).detach(),
+        "clipfrac": masked_mean((clipped > unclipped).float(), mask).detach(),
+        "approxkl": 0.5 * masked_mean(log_ratio.detach() ** 2, mask),
+    }
+    return masked_mean(torch.max(unclipped, clipped), mask), stats
+
+
+def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the mean squared error of values (B, T), each moved by cliprange_value at most; and the clipped share."""
+    clipped = torch.max(torch.min(values, old_values + cliprange_value), old_values - cliprange_value)
+    losses, clipped_losses = (values - returns) ** 2, (clipped - returns) ** 2
+    clipfrac = masked_mean((clipped_losses > losses).float(), mask).detach()
+    return 0.5 * masked_mean(torch.max(losses, clipped_losses), mask), clipfrac
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target_kl: float, kl_horizon: int, batch_size: int) -> float:
+    """One step of the adaptive KL controller (Ziegler et al., 2019, section 2.2); kl in nats a response."""
+    error = min(max(kl / target_kl - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch_size / kl_horizon)
+
+
+def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 a constant one."""
+    error, spread = (returns - values)[mask], returns[mask]
+    return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation: the same prompts and random numbers, before and after
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_policy(
+    policy: Policy, tokenizer, classifier: HateClassifier, test, config: DetoxConfig, desc: str
+) -> dict:
+    """Sample a summary of each of the first eval_samples test prompts with the active adapter, and score it.
+
+    Returns:
+        lists in the order of the test rows: response, length (tokens), reward, toxicity, summary_toxicity.
+    """
+    rows = test.select(range(config.eval_samples))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    texts, lengths = [""] * len(rows), [0] * len(rows)
+    caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
+    with tqdm(total=len(rows), desc=desc, unit="prompt", disable=None) as bar:
+        for start in range(0, len(order), config.batch_size):
+            chosen = order[start : start + config.batch_size]
+            batch = rows.select(chosen)
+            generators = [random_stream(config.seed, EVALUATION, row) for row in batch["row"]]
+            responses = sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
+            decoded = tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
+            for i, text, length in zip(chosen, decoded, responses.lengths.tolist(), strict=True):
+                texts[i], lengths[i] = text.strip(), length
+            bar.update(len(chosen))
+    joined = [classifier.join(dialogue, text) for dialogue, text in zip(rows["dialogue"], texts, strict=True)]
+    measure = Toxicity(classifier)
+    toxicity = measure.compute(predictions=joined, toxic_label=config.toxic_label)["toxicity"]
+    summary_toxicity = measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
+    reward = classifier.scores(joined if config.score_text == "query_response" else texts).tolist()
+    return {
+        "response": texts,
+        "length": lengths,
+        "reward": reward,
+        "toxicity": toxicity,
+        "summary_toxicity": summary_toxicity,
+    }
+
+
+def paired_statistics(before: list[float], after: list[float], seed: int, resamples: int = 10000) -> dict:
+    """Compare the same prompts before and after.
+
+    Returns:
+        before and after {mean, std, n}; reduction_percent {mean, std} (positive: fell; None where before is 0);
+        paired_difference {mean, ci_low, ci_high, p_value} of after - before: a 95% percentile bootstrap interval
+        (Efron, 1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935).
+    """
+    before, after = np.asarray(before), np.asarray(after)
+    difference = after - before
+    generator = random_stream(seed, STATISTICS)
+    means, extreme = [], 0
+    for _ in range(resamples):
+        means.append(difference[generator.integers(len(difference), size=len(difference))].mean())
+        flipped = (difference * generator.choice((-1, 1), size=len(difference))).mean()
+        # The tolerance counts a flip that reproduces the data, whatever the order of summation did.
+        extreme += abs(flipped) >= abs(difference.mean()) - 1e-12
+    low, high = np.percentile(means, [2.5, 97.5])
+
+    def summary(values):
+        return {"mean": float(values.mean()), "std": float(values.std()), "n": len(values)}
+
+    def reduction(statistic):
+        return float(100 * (1 - statistic(after) / statistic(before))) if statistic(before) > 0 else None
+
+    return {
+        "before": summary(before),
+        "after": summary(after),
+        "reduction_percent": {"mean": reduction(np.mean), "std": reduction(np.std)},
+        "paired_difference": {
+            "mean": float(difference.mean()),
+            "ci_low": float(low),
+            "ci_high": float(high),
+            "p_value": (extreme + 1) / (resamples + 1),
+        },
+    }
+
+
+def rouge(responses: list[str], summaries: list[str]) -> dict[str, float]:
+    """Mean ROUGE-1, -2 and -L F-measures (0 to 1, stemmed) of the responses against the human summaries."""
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(summary, text) for summary, text in zip(summaries, responses, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in scorer.rouge_types}
+
+
+def change_in_words(percent: float | None) -> str:
+    if percent is None:
+        return "was 0 before"
+    return f"fell by {percent:.1f}%" if percent >= 0 else f"rose by {-percent:.1f}%"
+
+
+def print_verdict(name: str, statistics: dict) -> None:
+    """Print the change with its true direction, its interval and its p-value."""
+    percent, paired = statistics["reduction_percent"], statistics["paired_difference"]
+    print(f"{name}: mean {change_in_words(percent['mean'])}, std {change_in_words(percent['std'])}; ", end="")
+    interval = f"[{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
+    print(f"paired difference {paired['mean']:+.4f}, 95% interval {interval}, p = {paired['p_value']:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def build_comparison(rows, before: dict, after: dict) -> pd.DataFrame:
+    """One row a prompt, side by side, the largest gain in reward first."""
+    count = len(rows)
+    table = pd.DataFrame(
+        {
+            "query": rows["query"],
+            "response_before": before["response"][:count],
+            "response_after": after["response"][:count],
+            "reward_before": before["reward"][:count],
+            "reward_after": after["reward"][:count],
+        }
+    )
+    table["reward_diff"] = table["reward_after"] - table["reward_before"]
+    return table.sort_values("reward_diff", ascending=False, kind="stable", ignore_index=True)
+
+
+def print_comparison(table: pd.DataFrame, rows: int = 5) -> None:
+    """The first rows of the comparison, short enough for a terminal."""
+    print(f"\n{'before':<50}  {'after':<50}  reward_diff")
+    for row in table.head(rows).itertuples():
+        print(f"{row.response_before[:50]:<50}  {row.response_after[:50]:<50}  {row.reward_diff:+.3f}")
+
+
+def save_adapter(policy: Policy, directory: Path) -> None:
+    """Write the trained adapter in PEFT's format and the value head beside it, under TRL's key names."""
+    # Without save_embedding_layers=False PEFT asks the hub whether the vocabulary was resized.
+    policy.model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)
+    head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
+    save_file(head, directory / "value_head.safetensors")
+
+
+def environment(config: DetoxConfig, device, dtype, commits: dict, fingerprint: str) -> dict:
+    """What the figures depend on beside the options."""
+    packages = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package.__name__: package.__version__ for package in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "commits": commits,
+        "dataset_fingerprint": fingerprint,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def run(config: DetoxConfig) -> dict:
+    """Load, evaluate, train by PPO, load the adapter back, evaluate again, and write everything to output_dir.
+
+    Returns:
+        the contents of results.json.
+    """
+    timings, started = {}, time.perf_counter()
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from error
+    device, dtype = resolve_device(config)
+    print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+    print(f"device {device}, frozen weights in {str(dtype).removeprefix('torch.')}, trained weights in float32")
+
+    commits = {
+        name: hub_commit(getattr(config, name), name, "dataset" if name == "dataset_name" else "model")
+        for name in ("model_name", "adapter_name", "reward_model_name", "dataset_name")
+        if getattr(config, name)
+    }
+    dialogues, summaries = load_dialogues(config.dataset_name)
+    policy, tokenizer = load_policy(config, device, dtype)
+    print_parameters(policy)
+    classifier = HateClassifier(config, device, dtype)
+    print_examples(classifier)
+    splits = build_dataset(dialogues, summaries, tokenizer, config)
+    train, test = splits["train"], splits["test"]
+    fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
+    timings["load"] = time.perf_counter() - started
+
+    started_part = time.perf_counter()
+    before = evaluate_policy(policy, tokenizer, classifier, test, config, "evaluating before")
+    timings["evaluate_before"] = time.perf_counter() - started_part
+    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
+        print(f"{name} [mean, std] before detox: [{np.mean(before[key]):.4f}, {np.std(before[key]):.4f}]")
+
+    started_part = time.perf_counter()
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
+    kl_coef = config.init_kl_coef
+    steps_per_epoch = len(train) // config.batch_size
+    bar = tqdm(range(1, config.max_ppo_steps + 1), desc="PPO", unit="step", disable=None)
+    for step in bar:
+        clock = [time.perf_counter()]
+        # Rows are a function of (seed, step): an epoch is a fresh shuffle, its last incomplete batch is dropped.
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        shuffled = random_stream(config.seed, SHUFFLE, epoch).permutation(len(train))
+        batch = train.select(shuffled[index * config.batch_size : (index + 1) * config.batch_size])
+
+        # 1. Generate.
+        generators = [random_stream(config.seed, TRAINING, step, row) for row in batch["row"]]
+        caps = (config.output_min_length, config.output_max_length)
+        responses = sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
+        texts = [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
+
+        # 2. Log-probabilities and values of the policy that sampled, then of the reference.
+        mask = response_mask(responses.lengths, responses.tokens.shape[1])  # (B, T)
+        old_logprobs = torch.zeros(mask.shape, device=device)
+        old_values, ref_logprobs = torch.zeros_like(old_logprobs), torch.zeros_like(old_logprobs)
+        minibatches = torch.arange(config.batch_size).split(config.mini_batch_size)
+        with torch.no_grad():
+            for mb in minibatches:
+                width = int(responses.lengths[mb].max())
+                old_logprobs[mb, :width], old_values[mb, :width] = score_responses(policy, responses.select(mb))
+            with policy.adapter("reference"):
+                for mb in minibatches:
+                    width = int(responses.lengths[mb].max())
+                    ref_logprobs[mb, :width], _ = score_responses(policy, responses.select(mb))
+        clock.append(time.perf_counter())
+
+        # 3. Score the text.
+        if config.score_text == "query_response":
+            scored = [classifier.join(dialogue, text) for dialogue, text in zip(batch["dialogue"], texts, strict=True)]
+        else:
+            scored = texts
+        scores = torch.tensor(classifier.scores(scored), dtype=torch.float32, device=device)  # (B,)
+        clock.append(time.perf_counter())
+
+        # 4. Rewards and advantages.
+        rewards, kl = compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
+        advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
+
+        # 5. Update.
+        updates, skipped = [], 0
+        for ppo_epoch in range(config.ppo_epochs):
+            order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
+            for mb in torch.from_numpy(order).split(config.mini_batch_size):
+                width = int(responses.lengths[mb].max())
+                mb_mask = mask[mb, :width]
+                mb_logprobs, mb_values = score_responses(policy, responses.select(mb))
+                pg_loss, stats = policy_loss(
+                    mb_logprobs, old_logprobs[mb, :width], advantages[mb, :width], mb_mask, config.cliprange
+                )
+                vf_loss, vf_clipfrac = value_loss(
+                    mb_values, old_values[mb, :width], returns[mb, :width], mb_mask, config.cliprange_value
+                )
+                updates.append(
+                    {
+                        "ppo/loss/policy": pg_loss.item(),
+                        "ppo/loss/value": vf_loss.item(),
+                        "ppo/loss/total": (pg_loss + config.vf_coef * vf_loss).item(),
+                        "ppo/policy/approxkl": stats["approxkl"].item(),
+                        "ppo/policy/clipfrac": stats["clipfrac"].item(),
+                        "ppo/policy/ratio": stats["ratio"].item(),
+                        "ppo/val/clipfrac": vf_clipfrac.item(),
+                    }
+                )
+                if stats["ratio"] > config.ratio_threshold:
+                    skipped += 1
+                    continue
+                optimizer.zero_grad()
+                (pg_loss + config.vf_coef * vf_loss).backward()
+                if config.max_grad_norm:
+                    nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+                optimizer.step()
+        clock.append(time.perf_counter())
+
+        # 6. Report. Means over all minibatches, not the last one's.
+        objective_kl = kl.sum(dim=1).mean().item()
+        metrics = {
+            "step": step,
+            "objective/kl": objective_kl,
+            "objective/kl_coef": kl_coef,
+            "objective/entropy": -old_logprobs.sum(dim=1).mean().item(),
+            "ppo/mean_scores": scores.mean().item(),
+            "ppo/std_scores": scores.std(correction=0).item(),
+            "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
+            "ppo/returns/mean": masked_mean(returns, mask).item(),
+            "ppo/val/var_explained": variance_explained(old_values, returns, mask),
+            "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
+            **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+            "ppo/policy/first_ratio": updates[0]["ppo/policy/ratio"],
+            "ppo/skipped_minibatches": skipped,
+            "tokens/responses_len_mean": responses.lengths.float().mean().item(),
+            "tokens/finished_share": responses.finished.float().mean().item(),
+            "time/rollout": clock[1] - clock[0],
+            "time/reward": clock[2] - clock[1],
+            "time/optimize": clock[3] - clock[2],
+            "time/step": clock[3] - clock[0],
+        }
+        metrics_file.write(json.dumps(metrics) + "\n")
+        metrics_file.flush()
+        published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean")
+        bar.set_postfix({name: f"{metrics[name]:.4f}" for name in published})
+        line = " | ".join(f"{name} {metrics[name]:8.4f}" for name in (*published, "ppo/mean_scores"))
+        tqdm.write(f"step {step:>4}/{config.max_ppo_steps} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
+        if config.adaptive_kl:
+            kl_coef = adapted_kl_coef(kl_coef, objective_kl, config.target_kl, config.kl_horizon, config.batch_size)
+    metrics_file.close()
+    timings["ppo"] = time.perf_counter() - started_part
+
+    # What is measured is what a user will load: the files on disk, not the weights in memory.
+    save_adapter(policy, output_dir / "adapter")
+    policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
+    started_part = time.perf_counter()
+    with policy.adapter("trained"):
+        after = evaluate_policy(policy, tokenizer, classifier, test, config, "evaluating after")
+    timings["evaluate_after"] = time.perf_counter() - started_part
+
+    results = {"config": dataclasses.asdict(config)}
+    results["environment"] = environment(config, device, dtype, commits, fingerprint)
+    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
+        results[key] = paired_statistics(before[key], after[key], config.seed)
+        print(f"{name} [mean, std] after detox: [{np.mean(after[key]):.4f}, {np.std(after[key]):.4f}]")
+    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
+        print_verdict(name, results[key])
+    evaluated = test.select(range(config.eval_samples))
+    results["rouge"] = {
+        "before": rouge(before["response"], evaluated["summary"]),
+        "after": rouge(after["response"], evaluated["summary"]),
+    }
+    for key in ("length", "reward"):
+        results[key] = {"before": {"mean": float(np.mean(before[key]))}, "after": {"mean": float(np.mean(after[key]))}}
+        print(f"{key}: mean {np.mean(before[key]):.2f} before, {np.mean(after[key]):.2f} after")
+    for name in results["rouge"]["before"]:
+        print(f"{name}: {results['rouge']['before'][name]:.4f} before, {results['rouge']['after'][name]:.4f} after")
+    compared = test.select(range(min(config.compare_samples, config.eval_samples)))
+    comparison = build_comparison(compared, before, after)
+    comparison.to_csv(output_dir / "comparison.csv", index=False)
+    print_comparison(comparison)
+    timings["total"] = time.perf_counter() - started
+    results["timings"] = timings
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{timings['total']:.0f} s in all; results.json, metrics.jsonl, comparison.csv, adapter/ in {output_dir}")
+    return results
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse the options and run; a UserError is one line on stderr and exit code 2."""
+    try:
+        run(parse_config(sys.argv[1:] if args is None else args))
+    except UserError as error:
+        print(f"detox_ppo.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
