@@ -13,6 +13,7 @@ It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv and 
 Without --adapter_name the summarizer is the bare model with a new LoRA. One process, on the CPU or on one GPU.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import io
@@ -160,14 +161,22 @@ def parse_config(args: list[str]) -> DetoxConfig:
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of these options; flags win over it.")
     # TrlParser knows only "--config FILE", in two words.
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if args[-1:] == ["--config"]:
+        raise UserError("--config needs a file: --config FILE.yaml")
     try:
-        (config, _) = parser.parse_args_and_config(args)
+        config, others = parser.parse_args_and_config(args)
     except FileNotFoundError as error:
         raise UserError(f"--config {error.filename}: no such file") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config: not a YAML file: {one_line(error)}") from error
-    except (ValueError, IndexError, OSError) as error:
+    except TypeError as error:
+        keys = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text(encoding="utf-8"))
+        wrong = ", ".join(repr(key) for key in keys if not isinstance(key, str))
+        raise UserError(f"--config: every key in the file must be the name of an option, not {wrong}") from error
+    except (ValueError, OSError) as error:
         raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
+    if any(vars(others).values()):
+        raise UserError(f"--config: unknown option in the file: {', '.join(k for k, v in vars(others).items() if v)}")
     if isinstance(config.lora_target_modules, str):
         config.lora_target_modules = [config.lora_target_modules]
     check_config(config)
@@ -220,6 +229,7 @@ def check_config(config: DetoxConfig) -> None:
     require("lora_dropout", 0 <= config.lora_dropout < 1, "at least 0 and below 1")
     require("top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
     require("test_size", 0 < config.test_size < 1, "above 0 and below 1")
+    require("seed", config.seed < 2**64, "below 2**64")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
     require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
     for low, high in (
@@ -318,9 +328,13 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from error
     if path.suffix == ".csv":
         try:
-            return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
+            table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
         except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
             raise UserError(f"{path}: not a readable csv: {one_line(error)}") from error
+        if not isinstance(table.index, pd.RangeIndex):
+            # pandas would take the first column for row names and shift all others.
+            raise UserError(f"{path}: its rows have more fields than its header; quote texts that hold commas")
+        return table.astype(object)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -365,17 +379,32 @@ def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
     texts = {}
     for name in ("dialogue", "summary"):
         if name not in columns:
-            raise UserError(f"{source}: no column {name!r}; expected dialogue and summary, found {', '.join(columns)}")
+            found = ", ".join(columns) or "none"
+            raise UserError(f"{source}: no column {name!r}; expected dialogue and summary, found {found}")
         texts[name] = column(name)
         for row, text in enumerate(texts[name], start=1):
             if not isinstance(text, str):
-                found = "empty" if text is None else f"a {type(text).__name__}"
+                found = "empty" if text is None else f"of type {type(text).__name__}"
                 raise UserError(f"{source}: row {row}: column {name!r} is {found}; expected text")
     return texts["dialogue"], texts["summary"]
 
 
 def build_prompt(dialogue: str) -> str:
     return f"\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
+
+
+def plain_token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
+    """Token ids of texts, with special tokens only where the tokenizer itself adds them.
+
+    A dialogue that spells "</s>" must not end the prompt. split_special_tokens does not see to it with T5's
+    tokenizers: "</s>" is an ordinary piece of their vocabulary too.
+    """
+    encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return [
+        [i for i, added in zip(ids, mask, strict=True) if added or i not in special]
+        for ids, mask in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True)
+    ]
 
 
 def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config: DetoxConfig) -> datasets.DatasetDict:
@@ -396,11 +425,13 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
     if len(rows) < 2:
         raise UserError(f"--dataset_name {config.dataset_name}: {len(rows)} of {len(dialogues)} rows have {between}")
 
-    def prompt(dialogue):
-        query = build_prompt(dialogue)
-        return {"query": query, "input_ids": tokenizer(query).input_ids}
+    def prompts(dialogues):
+        queries = [build_prompt(dialogue) for dialogue in dialogues]
+        return {"query": queries, "input_ids": plain_token_ids(tokenizer, queries)}
 
-    rows = rows.map(prompt, input_columns="dialogue", desc="Tokenizing")
+    rows = rows.map(prompts, input_columns="dialogue", batched=True, desc="Tokenizing")
+    if math.ceil(config.test_size * len(rows)) >= len(rows):
+        raise UserError(f"--test_size {config.test_size} leaves none of {len(rows)} rows to train on")
     splits = rows.train_test_split(test_size=config.test_size, shuffle=False)
     print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     if len(splits["train"]) < config.batch_size:
@@ -422,6 +453,9 @@ class ValueHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(0.1)
         self.summary = nn.Linear(hidden_size, 1)
+        # A random start would add noise to every advantage (hidden states are long: std 0.7 on the small world).
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) in any dtype to (...) in float32."""
@@ -542,12 +576,16 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         base_config = AutoConfig.from_pretrained(config.model_name)
         if not base_config.is_encoder_decoder:
             raise UserError(f"--model_name {config.model_name}: expected an encoder-decoder, such as a T5")
-        # A dialogue that spells "</s>" must not end the prompt: special tokens in text are read as text.
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name, split_special_tokens=True)
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
         base = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=dtype)
     for token in ("pad_token_id", "eos_token_id"):
         if getattr(tokenizer, token) is None:
             raise UserError(f"--model_name {config.model_name}: its tokenizer has no {token.removesuffix('_id')}")
+        setattr(base.config, token, getattr(tokenizer, token))
+    if getattr(base.config, "decoder_start_token_id", None) is None:
+        base.config.decoder_start_token_id = base.generation_config.decoder_start_token_id
+    if base.config.decoder_start_token_id is None:
+        raise UserError(f"--model_name {config.model_name}: its config has no decoder_start_token_id")
     base.requires_grad_(False)
     torch.manual_seed(config.seed)
     if config.adapter_name:
@@ -601,8 +639,7 @@ class HateClassifier:
     def __init__(self, config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         name = config.reward_model_name
         with loading(name, "reward_model_name"):
-            # "</s>" in a dialogue is text to be judged, not the end of it.
-            self.tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
         self.model.to(device).eval().requires_grad_(False)
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
@@ -619,17 +656,22 @@ class HateClassifier:
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
-        dialogue, summary = dialogue.rstrip(), summary.strip()
-        room = self.max_length - len(self.tokenizer(" " + summary).input_ids)
-        encoded = self.tokenizer(dialogue, add_special_tokens=False, return_offsets_mapping=True)
-        if len(encoded.input_ids) > room:
-            dialogue = dialogue[: encoded.offset_mapping[room - 1][1]] if room > 0 else ""
-        return f"{dialogue} {summary}".strip()
+
+        def joined(characters):
+            return f"{dialogue[:characters].rstrip()} {summary.strip()}".strip()
+
+        def tokens(characters):
+            return len(plain_token_ids(self.tokenizer, [joined(characters)])[0])
+
+        if tokens(len(dialogue)) <= self.max_length:
+            return joined(len(dialogue))
+        # Cut by characters: one character can be several tokens, so the tokens' own offsets would cut too late.
+        return joined(max(0, bisect.bisect_right(range(len(dialogue)), self.max_length, key=tokens) - 1))
 
     @torch.no_grad()
     def logits(self, texts: list[str], batch_size: int = 32) -> torch.Tensor:
         """Raw logits (N, labels) in float32 on the CPU, batched in order of length to save padding."""
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        encoded = plain_token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length)
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         logits = torch.empty(len(texts), len(self.labels))
         for start in range(0, len(order), batch_size):
@@ -1096,7 +1138,7 @@ def run(config: DetoxConfig) -> dict:
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
+        (output_dir / "metrics.jsonl").touch()
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from error
     device, dtype = resolve_device(config)
@@ -1129,6 +1171,7 @@ def run(config: DetoxConfig) -> dict:
     optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
     kl_coef = config.init_kl_coef
     steps_per_epoch = len(train) // config.batch_size
+    metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
     bar = tqdm(range(1, config.max_ppo_steps + 1), desc="PPO", unit="step", disable=None)
     for step in bar:
         clock = [time.perf_counter()]

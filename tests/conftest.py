@@ -1,0 +1,97 @@
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+# A test that reaches for the hub is to fail at once; tests of the hub start processes with settings of their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models this small gain nothing from a second thread, and lose much to it where other processes are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+# the modules under test are single files in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The bundled small world: base/, adapter/, classifier/, dialogues/train.csv and config.yaml."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def small_arguments(tiny):
+    """Command-line arguments of a small, exact run in the bundled world; keywords override single options."""
+
+    def arguments(**overrides):
+        options = {
+            "model_name": tiny / "base",
+            "adapter_name": tiny / "adapter",
+            "reward_model_name": tiny / "classifier",
+            "dataset_name": tiny / "dialogues",
+            "device": "cpu",
+            "dtype": "float32",
+            "max_ppo_steps": 2,
+            "batch_size": 4,
+            "mini_batch_size": 2,
+            "output_min_length": 4,
+            "output_max_length": 8,
+            "eval_samples": 4,
+            "eval_max_new_tokens": 8,
+            "compare_samples": 3,
+        }
+        options |= overrides
+        return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def small_config(small_arguments):
+    import detox_ppo
+
+    return lambda **overrides: detox_ppo.parse_config(small_arguments(**overrides))
+
+
+@pytest.fixture(scope="session")
+def load_small(small_config):
+    """Load a policy and its tokenizer in float32 on the CPU; for tests that change what they load."""
+    import torch
+
+    import detox_ppo
+
+    def load(dtype=torch.float32, **overrides):
+        config = small_config(**overrides)
+        policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), dtype)
+        # A new value head says 0 everywhere, which would hide a value in the wrong place.
+        torch.nn.init.normal_(policy.value_head.summary.weight, std=0.05)
+        return SimpleNamespace(config=config, policy=policy, tokenizer=tokenizer)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def small(load_small):
+    """One policy and its tokenizer for all tests that leave them as they are."""
+    return load_small()
+
+
+@pytest.fixture(scope="session")
+def classifier(small_config):
+    import torch
+
+    import detox_ppo
+
+    return detox_ppo.HateClassifier(small_config(), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def splits(small):
+    """The first rows of the bundled dialogues as prompts: 32 to train on, 8 held out."""
+    import detox_ppo
+
+    dialogues, summaries = detox_ppo.load_dialogues(small.config.dataset_name)
+    return detox_ppo.build_dataset(dialogues[:40], summaries[:40], small.tokenizer, small.config)

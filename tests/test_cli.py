@@ -1,0 +1,579 @@
+"""The command line: options, mistakes, and small runs of the real thing."""
+
+import ast
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import detox_ppo
+from detox_ppo import DetoxConfig, UserError, main, parse_config, resolve_device
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "detox_ppo.py"
+
+DEFAULTS = {
+    "model_name": "google/flan-t5-base",
+    "adapter_name": None,
+    "lora_r": 32,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q", "v"],
+    "reward_model_name": "facebook/roberta-hate-speech-dynabench-r4-target",
+    "reward_label": "nothate",
+    "toxic_label": "hate",
+    "dataset_name": "knkarthick/dialogsum",
+    "input_min_text_length": 200,
+    "input_max_text_length": 1000,
+    "test_size": 0.2,
+    "learning_rate": 1.41e-5,
+    "batch_size": 16,
+    "mini_batch_size": 4,
+    "ppo_epochs": 1,
+    "max_ppo_steps": 10,
+    "init_kl_coef": 0.2,
+    "adaptive_kl": True,
+    "target_kl": 6,
+    "kl_horizon": 10000,
+    "gamma": 1,
+    "lam": 0.95,
+    "cliprange": 0.2,
+    "cliprange_value": 0.2,
+    "vf_coef": 0.1,
+    "ratio_threshold": 10,
+    "max_grad_norm": None,
+    "output_min_length": 100,
+    "output_max_length": 400,
+    "top_k": 0,
+    "top_p": 1,
+    "score_text": "query_response",
+    "eval_samples": 100,
+    "eval_max_new_tokens": 100,
+    "compare_samples": 20,
+    "seed": 0,
+    "device": "auto",
+    "dtype": "auto",
+    "output_dir": "checkpoints/run",
+}
+
+# Values just outside and just inside the range of every number; whole numbers step by one.
+RANGES = {
+    "lora_r": ([0, -1], [1]),
+    "lora_alpha": ([0], [1]),
+    "lora_dropout": ([-0.01, 1], [0, 0.99]),
+    "input_min_text_length": ([-1], [0]),
+    "input_max_text_length": ([200, 0], [201]),
+    "test_size": ([0, 1, -0.2, 1.5], [0.01, 0.99]),
+    "learning_rate": ([0, -1e-5], [1e-9]),
+    "batch_size": ([0, -4], [4]),
+    "mini_batch_size": ([0, -1], [1, 16]),
+    "ppo_epochs": ([0], [1]),
+    "max_ppo_steps": ([-1], [0]),
+    "init_kl_coef": ([-0.1], [0]),
+    "target_kl": ([0, -6], [0.1]),
+    "kl_horizon": ([0], [1]),
+    "gamma": ([-0.01, 1.01], [0, 1]),
+    "lam": ([-0.01, 1.01], [0, 1]),
+    "cliprange": ([0, -0.2], [0.01]),
+    "cliprange_value": ([0, -0.2], [0.01]),
+    "vf_coef": ([-0.1], [0]),
+    "ratio_threshold": ([1, 0, -10], [1.1]),
+    "max_grad_norm": ([0, -1], [0.1]),
+    "output_min_length": ([0, -1], [1]),
+    "output_max_length": ([100, 0], [101]),
+    "top_k": ([-1], [0, 1]),
+    "top_p": ([0, -0.1, 1.01], [0.01, 1]),
+    "eval_samples": ([0, -1], [1]),
+    "eval_max_new_tokens": ([0], [1]),
+    "compare_samples": ([-1], [0]),
+    "seed": ([-1, 2**64], [0, 2**32]),
+}
+
+TYPES = typing.get_type_hints(DetoxConfig)
+WHOLE = [name for name, kind in TYPES.items() if kind is int]
+REAL = [name for name, kind in TYPES.items() if kind in (float, float | None)]
+CHOICES = [name for name, kind in TYPES.items() if typing.get_origin(kind) is typing.Literal]
+
+
+def complaint(args):
+    """The one line that a user's mistake gives, without starting a process for it."""
+    with pytest.raises(UserError) as error:
+        parse_config([str(arg) for arg in args])
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return path
+
+
+# Options
+
+
+def test_defaults():
+    assert dataclasses.asdict(parse_config([])) == DEFAULTS
+
+
+def test_every_option_is_used():
+    """Read as config.NAME somewhere else than where options are parsed and checked."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    parts = [node for node in tree.body if getattr(node, "name", None) not in ("parse_config", "check_config")]
+    read = {
+        node.attr
+        for part in parts
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if isinstance(node.value, ast.Name) and node.value.id == "config"
+    }
+    assert {field.name for field in dataclasses.fields(DetoxConfig)} <= read
+
+
+def test_help_explains_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(DetoxConfig):
+        text = field.metadata["help"]
+        assert len(text.split()) >= 5 and text.endswith("."), field.name
+        assert f"--{field.name}" in printed
+        assert " ".join(text.split()) in printed, field.name
+    assert "--config" in printed
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = yaml_file(tmp_path, {"batch_size": 8, "seed": 5, "adapter_name": "some/where", "top_p": 0.5})
+    for args in (
+        ["--config", str(path), "--seed", "7"],
+        [f"--config={path}", "--seed=7"],
+        ["--seed", "7", f"--config={path}"],
+        ["--seed=7", "--config", str(path)],
+    ):
+        config = parse_config(args)
+        changed = {"batch_size": 8, "seed": 7, "adapter_name": "some/where", "top_p": 0.5}
+        assert dataclasses.asdict(config) == DEFAULTS | changed
+    # a flag that says the default still wins
+    assert parse_config(["--config", str(path), "--seed", "0", "--batch_size", "16"]).seed == 0
+
+
+def test_values_are_of_their_options_types(tmp_path):
+    text = "gamma: 1\nlearning_rate: 1e-4\nlora_target_modules: q\nadaptive_kl: off\nmax_grad_norm: null\n"
+    config = parse_config(["--config", str(yaml_file(tmp_path, text))])
+    assert (config.gamma, config.learning_rate, config.lora_target_modules) == (1.0, 1e-4, ["q"])
+    assert type(config.gamma) is float and config.adaptive_kl is False and config.max_grad_norm is None
+    config = parse_config(["--lora_target_modules", "k", "o", "--adaptive_kl", "false", "--adapter_name", ""])
+    assert (config.lora_target_modules, config.adaptive_kl, config.adapter_name) == (["k", "o"], False, None)
+    for name in REAL:
+        assert type(getattr(config, name)) in (float, type(None)), name
+
+
+def test_bundled_configuration_names_the_bundled_world(tiny):
+    config = parse_config(["--config", str(tiny / "config.yaml")])
+    for name in ("model_name", "adapter_name", "reward_model_name", "dataset_name"):
+        assert (ROOT / getattr(config, name)).is_dir(), name
+        assert (ROOT / getattr(config, name)).parent == tiny
+
+
+# Mistakes
+
+
+def test_ranges_cover_every_number():
+    assert set(RANGES) == set(WHOLE) | set(REAL)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_values_out_of_range(name, tmp_path):
+    outside, inside = RANGES[name]
+    for value in outside:
+        for args in ([f"--{name}={value}"], ["--config", yaml_file(tmp_path, {name: value})]):
+            message = complaint(args)
+            assert f"--{name}" in message and str(value) in message
+    for value in inside:
+        assert getattr(parse_config([f"--{name}={value}"]), name) == value
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_numbers_that_are_none(name):
+    for value in ("nan", "inf", "-inf"):
+        assert f"--{name}" in complaint([f"--{name}={value}"])
+    assert f"--{name}" in complaint([f"--{name}=abc"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_numbers_that_are_not_whole(name):
+    for value in ("abc", "1.5", "", "1e3"):
+        assert f"--{name}" in complaint([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_ill_typed_values_in_the_file(name, tmp_path):
+    wrong = [{"a": 1}, [[1]]]
+    if name in WHOLE + REAL:
+        wrong += ["abc", True, [1]]
+    elif name != "adaptive_kl":
+        wrong += [5, True, 1.5]
+    else:
+        wrong += [5, "maybe", [True]]
+    if name in WHOLE:
+        wrong += [1.5]
+    if DEFAULTS[name] is not None:
+        wrong += [None]
+    for value in wrong:
+        assert name in complaint(["--config", yaml_file(tmp_path, {name: value})]), value
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    message = complaint([f"--{name}", "other"])
+    assert f"--{name}" in message
+    for choice in typing.get_args(TYPES[name]):
+        assert choice in message
+
+
+def test_sizes_that_do_not_divide():
+    message = complaint(["--batch_size", 10, "--mini_batch_size", 4])
+    for word in ("--batch_size", "10", "--mini_batch_size", "4", "multiple"):
+        assert word in message
+
+
+@pytest.mark.parametrize("low, high", [(300, 300), (301, 300)])
+@pytest.mark.parametrize("pair", ["input_{}_text_length", "output_{}_length"])
+def test_ranges_that_are_empty(pair, low, high):
+    message = complaint([f"--{pair.format('min')}={low}", f"--{pair.format('max')}={high}"])
+    for word in (pair.format("min"), pair.format("max"), str(low), str(high)):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "args", [["--bach_size", "8"], ["--bach_size=8"], ["--batch", "8"], ["--dev", "cpu"], ["stray"], ["-x"]]
+)
+def test_unknown_options(args):
+    assert args[0].split("=")[0] in complaint(args)
+
+
+def test_option_without_its_value():
+    assert "batch_size" in complaint(["--batch_size"])
+    assert "--config" in complaint(["--config"])
+
+
+FILES = {
+    "unknown option": ("bach_size: 8\n", "bach_size"),
+    # a name that the parser knows, but no option of a file
+    "the name of the file option": ("config: other.yaml\n", "config"),
+    "no mapping": ("- batch_size\n", "mapping"),
+    "nothing": ("", "mapping"),
+    "a number as an option": ("1: 2\n", "1"),
+    "broken YAML": ("batch_size: [8\n", "YAML"),
+    "broken YAML, tab": ("batch_size:\n\t8\n", "YAML"),
+}
+
+
+@pytest.mark.parametrize("text, word", FILES.values(), ids=FILES)
+def test_broken_configuration_file(tmp_path, text, word):
+    path = yaml_file(tmp_path, text)
+    assert word in complaint(["--config", path])
+    assert word in complaint([f"--config={path}"])
+
+
+def test_configuration_file_that_is_no_text_file(tmp_path):
+    assert str(tmp_path / "nothing.yaml") in complaint(["--config", tmp_path / "nothing.yaml"])
+    assert str(tmp_path) in complaint(["--config", tmp_path])
+    path = tmp_path / "options.yaml"
+    path.write_bytes(b"seed: \xff\n")
+    complaint(["--config", path])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, small_arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    mistakes = {
+        "bach_size": ["--bach_size", "8"],
+        "4.5": ["--batch_size", "4.5"],
+        str(tmp_path / "file" / "run"): small_arguments(output_dir=tmp_path / "file" / "run"),
+        str(tmp_path / "empty"): small_arguments(output_dir=tmp_path / "run", dataset_name=tmp_path / "empty"),
+        "eval_samples": small_arguments(output_dir=tmp_path / "run", eval_samples=100_000),
+        "cuda:99": small_arguments(output_dir=tmp_path / "run", device="cuda:99"),
+        "quantum": small_arguments(output_dir=tmp_path / "run", device="quantum"),
+    }
+    for word, args in mistakes.items():
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+        written = capsys.readouterr().err.splitlines()
+        complaints = [line for line in written if line.startswith("detox_ppo.py: error: ")]
+        assert len(complaints) == 1 and complaints[0] == written[-1]
+        assert word in complaints[0]
+
+
+def test_mistakes_in_device():
+    for device in ("quantum", "cuda:99", "meta", "cpu:x"):
+        with pytest.raises(UserError) as error:
+            resolve_device(parse_config(["--device", device]))
+        assert "--device" in str(error.value) and device in str(error.value)
+
+
+def test_device_and_dtype():
+    cpu = torch.device("cpu")
+    assert resolve_device(parse_config(["--device", "cpu", "--dtype", "float32"])) == (cpu, torch.float32)
+    assert resolve_device(parse_config(["--device", "cpu", "--dtype", "bfloat16"])) == (cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "units, dtype",
+    [
+        ({}, torch.float32),
+        ({"avx512": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_automatic_dtype_follows_the_chip(monkeypatch, units, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert resolve_device(parse_config(["--device", "cpu"])) == (torch.device("cpu"), dtype)
+
+
+# Runs
+
+
+def read_metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(args, directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *args],
+        cwd=directory,
+        env=os.environ | {"HF_HOME": str(directory / "hub")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(small_arguments, tmp_path_factory):
+    """The same command twice, at once, in two directories."""
+    base = tmp_path_factory.mktemp("runs")
+    args = small_arguments(output_dir="out/run", eval_samples=4, max_ppo_steps=2, learning_rate=1e-3)
+    started = [(base / name, start(args, base / name)) for name in ("first", "again")]
+    finished = []
+    for directory, process in started:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        finished.append((directory / "out" / "run", out, err))
+    return finished
+
+
+@pytest.fixture(scope="module")
+def results(runs):
+    return json.loads((runs[0][0] / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def metrics(runs):
+    return read_metrics(runs[0][0])
+
+
+def test_a_run_prints_what_it_measures(runs, results):
+    out = runs[0][1]
+    numbers = r"\[(\d\.\d{4}), (\d\.\d{4})\]"
+    for when in ("before", "after"):
+        (found,) = re.findall(rf"^toxicity \[mean, std\] {when} detox: {numbers}$", out, re.MULTILINE)
+        told = results["toxicity"][when]
+        assert [float(number) for number in found] == pytest.approx([told["mean"], told["std"]], abs=6e-5)
+    assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
+    assert "You are a great person and i like you." in out
+    assert re.findall(r"^toxicity: mean (?:fell|rose) by .*p = \d", out, re.MULTILINE)
+    for step in (1, 2):
+        (line,) = [line for line in out.splitlines() if line.startswith(f"step    {step}/2")]
+        for name in ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean"):
+            assert name in line
+    for name, value in DEFAULTS.items():
+        assert re.search(rf"^{name}:", out, re.MULTILINE), (name, value)
+    assert "Traceback" not in runs[0][2]
+
+
+def test_a_run_leaves_its_files(runs):
+    directory = runs[0][0]
+    for name in ("results.json", "metrics.jsonl", "comparison.csv", "adapter/adapter_config.json"):
+        assert (directory / name).is_file(), name
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert load_file(directory / "adapter" / name)
+
+
+def test_results(results):
+    assert results["config"] == json.loads(json.dumps(results["config"])) and set(results["config"]) == set(DEFAULTS)
+    assert results["config"]["max_ppo_steps"] == 2 and results["config"]["learning_rate"] == 1e-3
+    told = results["environment"]
+    for package in ("python", "torch", "transformers", "datasets", "peft", "trl", "evaluate", "numpy", "pandas"):
+        assert re.match(r"\d+\.\d+", told[package]), package
+    assert told["torch"] == torch.__version__
+    assert (told["device"], told["dtype"], told["seed"]) == ("cpu", "float32", 0)
+    assert not any(told["commits"].values())  # local directories have none
+    assert re.fullmatch("[0-9a-f]{16,}", told["dataset_fingerprint"])
+    for name in ("toxicity", "summary_toxicity"):
+        block = results[name]
+        for when in ("before", "after"):
+            assert set(block[when]) == {"mean", "std", "n"} and block[when]["n"] == 4
+            assert 0 <= block[when]["mean"] <= 1
+        assert set(block["reduction_percent"]) == {"mean", "std"}
+        assert set(block["paired_difference"]) == {"mean", "ci_low", "ci_high", "p_value"}
+        difference = block["after"]["mean"] - block["before"]["mean"]
+        assert block["paired_difference"]["mean"] == pytest.approx(difference, abs=1e-9)
+    for when in ("before", "after"):
+        assert set(results["rouge"][when]) == {"rouge1", "rouge2", "rougeL"}
+        assert 0 < results["length"][when]["mean"] <= 8
+        assert math.isfinite(results["reward"][when]["mean"])
+    assert results["timings"]["total"] > 0
+
+
+def test_metrics(metrics):
+    names = """objective/kl objective/kl_coef objective/entropy ppo/mean_scores ppo/std_scores ppo/returns/mean
+        ppo/val/var_explained ppo/policy/advantages_mean ppo/policy/approxkl ppo/policy/clipfrac ppo/loss/policy
+        ppo/loss/value tokens/responses_len_mean time/rollout time/reward time/optimize time/step""".split()
+    assert [line["step"] for line in metrics] == [1, 2]
+    for line in metrics:
+        assert set(names) <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+        assert 1 <= line["tokens/responses_len_mean"] <= 8
+        assert line["objective/entropy"] > 0
+        parts = line["time/rollout"] + line["time/reward"] + line["time/optimize"]
+        assert 0 < parts <= line["time/step"] * 1.001
+    first, second = metrics
+    assert first["objective/kl"] == 0
+    assert first["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert second["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert second["objective/kl"] != 0  # the policy has moved
+    assert first["objective/kl_coef"] == pytest.approx(0.2)
+    # at a KL of 0 the controller lowers its price by a fifth of batch size / horizon
+    assert second["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10000), abs=1e-12)
+
+
+def test_comparison(runs, results):
+    with open(runs[0][0] / "comparison.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
+    assert list(rows[0]) == columns and len(rows) == 3
+    gains = [float(row["reward_diff"]) for row in rows]
+    assert gains == sorted(gains, reverse=True)
+    for row, gain in zip(rows, gains, strict=True):
+        assert gain == pytest.approx(float(row["reward_after"]) - float(row["reward_before"]))
+        assert row["query"].startswith("\nSummarize the following conversation.\n\n")
+
+
+def test_the_same_command_gives_the_same_run(runs):
+    def content(directory):
+        results = json.loads((directory / "results.json").read_text())
+        del results["timings"]
+        lines = read_metrics(directory)
+        metrics = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+        return results, metrics
+
+    (first, *_), (again, *_) = runs
+    assert content(first) == content(again)
+    for name in ("adapter/adapter_model.safetensors", "adapter/value_head.safetensors", "comparison.csv"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_training_changed_the_saved_adapter(runs, tiny):
+    before = load_file(tiny / "adapter" / "adapter_model.safetensors")
+    after = load_file(runs[0][0] / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_steps_nothing_changes(small_config, tmp_path):
+    results = detox_ppo.run(small_config(output_dir=tmp_path, max_ppo_steps=0))
+    for name in ("toxicity", "summary_toxicity"):
+        assert results[name]["paired_difference"] == {"mean": 0, "ci_low": 0, "ci_high": 0, "p_value": 1}
+    assert results["reward"]["before"] == results["reward"]["after"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_what_is_measured_after_is_what_was_saved(small_config, tmp_path, monkeypatch):
+    """An adapter that is damaged on disk shows in the figures, though the one in memory is whole."""
+    save = detox_ppo.save_adapter
+
+    def damaged(policy, directory):
+        with torch.no_grad():
+            weights = {name: p for name, p in policy.named_parameters() if ".default." in name and "lora_B" in name}
+            kept = {name: parameter.clone() for name, parameter in weights.items()}
+            for parameter in weights.values():
+                parameter.zero_()
+            save(policy, directory)
+            for name, parameter in weights.items():
+                parameter.copy_(kept[name])
+
+    monkeypatch.setattr(detox_ppo, "save_adapter", damaged)
+    results = detox_ppo.run(small_config(output_dir=tmp_path, max_ppo_steps=0, eval_max_new_tokens=24))
+    assert results["reward"]["before"] != results["reward"]["after"]
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The gradient norm of every optimizer step, all weights together."""
+    norms, step = [], torch.optim.Adam.step
+
+    def recorded(optimizer, *args, **kwargs):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    return norms
+
+
+def test_options_of_the_update(small_config, tmp_path, updates):
+    options = {"eval_samples": 1, "ppo_epochs": 2, "adaptive_kl": False, "init_kl_coef": 0.3}
+    detox_ppo.run(small_config(output_dir=tmp_path, **options))
+    assert len(updates) == 2 * 2 * 2  # steps, epochs, minibatches
+    assert [line["objective/kl_coef"] for line in read_metrics(tmp_path)] == [0.3, 0.3]
+    unclipped = updates.copy()
+    updates.clear()
+    limit = min(unclipped) / 2
+    detox_ppo.run(small_config(output_dir=tmp_path, max_grad_norm=limit, **options))
+    assert len(updates) == 8 and max(updates) <= limit * 1.001
+
+
+def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, updates, monkeypatch):
+    loss = detox_ppo.policy_loss
+
+    def broken(*args):
+        value, stats = loss(*args)
+        return value, stats | {"ratio": torch.tensor(2.0)}
+
+    monkeypatch.setattr(detox_ppo, "policy_loss", broken)
+    options = {"eval_samples": 1, "max_ppo_steps": 1, "output_dir": tmp_path}
+    detox_ppo.run(small_config(ratio_threshold=1.9, **options))
+    assert updates == [] and read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 2
+    detox_ppo.run(small_config(ratio_threshold=2.1, **options))
+    assert len(updates) == 2 and read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 0
+
+
+def test_mistakes_of_a_process(small_arguments, tmp_path):
+    mistakes = {
+        "--bach_size": ["--bach_size", "8"],
+        str(tmp_path / "nothing"): small_arguments(model_name=tmp_path / "nothing", output_dir="run"),
+    }
+    processes = {word: start(args, tmp_path / str(i)) for i, (word, args) in enumerate(mistakes.items())}
+    for word, process in processes.items():
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        (line,) = err.splitlines()
+        assert line.startswith("detox_ppo.py: error: ") and word in line

@@ -1,0 +1,243 @@
+"""Rows of DialogSum to prompts: what is read, what is kept, how it is split, and what a broken file is told."""
+
+import json
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from detox_ppo import UserError, build_dataset, build_prompt, load_dialogues, parse_config
+
+ROWS = [
+    {"dialogue": '#Person1#: "Hello", he said.\n#Person2#: Hi, you.', "summary": "They greet."},
+    {"dialogue": "NA", "summary": "null"},  # words that pandas takes for missing values by default
+    {"dialogue": " 0012 ", "summary": "1e3"},
+    {"dialogue": "שלום עולם 😀\u2028</s> <pad>", "summary": "naïve"},
+]
+
+
+class CountingTokenizer:
+    """As cheap as it gets: the only token of a text is its length."""
+
+    all_special_ids, unk_token_id = (), None
+
+    def __call__(self, texts, **kwargs):
+        ids = [[len(text)] for text in texts]
+        return SimpleNamespace(input_ids=ids, special_tokens_mask=[[0]] * len(ids))
+
+
+def config(**overrides):
+    options = {"batch_size": 1, "mini_batch_size": 1, "eval_samples": 1} | overrides
+    return parse_config([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+
+
+def built(lengths, **overrides):
+    dialogues = [chr(97 + i % 26) * length for i, length in enumerate(lengths)]
+    summaries = [f"summary {i}" for i in range(len(lengths))]
+    return build_dataset(dialogues, summaries, CountingTokenizer(), config(**overrides))
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def complaint(path):
+    with pytest.raises(UserError) as error:
+        load_dialogues(str(path))
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# Reading
+
+
+def write_jsonl(path, rows):
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
+    expected = ([row["dialogue"] for row in ROWS], [row["summary"] for row in ROWS])
+    for kind in ("csv", "jsonl"):
+        directory = tmp_path / kind
+        directory.mkdir()
+        path = directory / f"train.{kind}"
+        if kind == "csv":
+            pd.DataFrame(ROWS).to_csv(path, index=False)
+        else:
+            write_jsonl(path, ROWS)
+        assert load_dialogues(str(path)) == expected
+        assert load_dialogues(str(directory)) == expected
+
+
+def test_other_columns_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
+    path = write(tmp_path / "a.csv", b"\xef\xbb\xbfdialogue,id,summary\nhello,7,greeting\n")
+    assert load_dialogues(path) == (["hello"], ["greeting"])
+    path = write(tmp_path / "a.jsonl", '\ufeff{"summary": "greeting", "id": 7, "dialogue": "hello"}\n\n \n')
+    assert load_dialogues(path) == (["hello"], ["greeting"])
+
+
+def test_directory_uses_the_training_file_only(tmp_path):
+    write(tmp_path / "train.csv", "dialogue,summary\ntraining,a\n")
+    write(tmp_path / "test.csv", "dialogue,summary\ntest,b\n")
+    write(tmp_path / "README.md", "x")
+    assert load_dialogues(str(tmp_path))[0] == ["training"]
+
+
+@pytest.mark.parametrize("names", [[], ["README.md"], ["dev.csv", "test.csv"], ["train.csv", "train.jsonl"]])
+def test_directory_without_one_usable_file(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, "dialogue,summary\na,b\n")
+    message = complaint(tmp_path)
+    assert "train.csv" in message and "train.jsonl" in message
+    found = message.split("found")[1]
+    assert all(name in found for name in names if not name.endswith(".md"))
+
+
+# What a broken file is told. The last item: words that the message must hold, beside the file's name.
+
+BROKEN = {
+    "no dialogue column": ("a.csv", "id,text,summary\n1,a,b\n", ["'dialogue'", "id, text, summary"]),
+    "no summary column": ("a.csv", "id,dialogue,text\n1,a,b\n", ["'summary'", "id, dialogue, text"]),
+    "no dialogue key": ("a.jsonl", '{"summary": "a"}\n', ["'dialogue'", "found summary"]),
+    "no dialogue, csv": ("a.csv", "dialogue,summary\na,b\n,d\n", ["row 2", "'dialogue'", "empty", "expected text"]),
+    "no summary, csv": ("a.csv", "dialogue,summary\na,b\nc,\n", ["row 2", "'summary'", "empty", "expected text"]),
+    "null dialogue, jsonl": (
+        "a.jsonl",
+        '{"dialogue": "a", "summary": "b"}\n{"dialogue": null, "summary": "d"}\n',
+        ["row 2", "'dialogue'", "empty", "expected text"],
+    ),
+    "missing summary in one line": (
+        "a.jsonl",
+        '{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n',
+        ["row 2", "'summary'", "empty", "expected text"],
+    ),
+    "number as dialogue": (
+        "a.jsonl",
+        '{"dialogue": "a", "summary": "b"}\n{"dialogue": 5, "summary": "d"}\n',
+        ["row 2", "'dialogue'", "int", "expected text"],
+    ),
+    "list as dialogue": (
+        "a.jsonl",
+        '{"dialogue": ["a", "b"], "summary": "c"}\n',
+        ["row 1", "'dialogue'", "list", "expected text"],
+    ),
+    "broken UTF-8, csv": ("a.csv", b"dialogue,summary\na,b\nc,\xff\n", ["line 3", "UTF-8"]),
+    "broken UTF-8, jsonl": (
+        "a.jsonl",
+        b'{"dialogue": "a", "summary": "b"}\n{"dialogue": "\xe9", "summary": "d"}\n',
+        ["line 2", "UTF-8"],
+    ),
+    "broken line": (
+        "a.jsonl",
+        '{"dialogue": "a", "summary": "b"}\n\n{"dialogue": "c", "summary"\n',
+        ["line 3", "JSON"],
+    ),
+    "line without an object": ("a.jsonl", '{"dialogue": "a", "summary": "b"}\n["c", "d"]\n', ["line 2", "object"]),
+    "too many fields": ("a.csv", "dialogue,summary\na,b\nc,d,e\n", ["line 3"]),
+    # with more fields than names from the start, pandas would shift the columns and read on
+    "too many fields from the start": ("a.csv", "dialogue,summary\na,b,c\nd,e,f\n", ["csv"]),
+    "open quote": ("a.csv", 'dialogue,summary\n"a,b\n', ["csv"]),
+    "empty csv": ("a.csv", "", ["csv"]),
+    "empty jsonl": ("a.jsonl", "", ["dialogue"]),
+    "wrong ending": ("a.txt", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
+    "no ending": ("train", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name, content, words", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_file(tmp_path, name, content, words):
+    message = complaint(write(tmp_path / name, content))
+    for word in words:
+        assert word in message
+
+
+# Prompts and splits
+
+
+def test_length_filter_is_open_below_and_closed_above():
+    splits = built([199, 200, 201, 500, 999, 1000, 1001])
+    kept = [*splits["train"], *splits["test"]]
+    assert [row["row"] for row in kept] == [2, 3, 4, 5]
+    assert [len(row["dialogue"]) for row in kept] == [201, 500, 999, 1000]
+    assert [row["summary"] for row in kept] == ["summary 2", "summary 3", "summary 4", "summary 5"]
+
+
+def test_length_filter_follows_the_options():
+    splits = built([9, 10, 11, 12, 13], input_min_text_length=10, input_max_text_length=12)
+    assert [*splits["train"]["row"], *splits["test"]["row"]] == [2, 3]
+
+
+def test_prompt_text():
+    expected = "\nSummarize the following conversation.\n\n#Person1#: Hi.\n#Person2#: Ho.\n\nSummary:\n"
+    assert build_prompt("#Person1#: Hi.\n#Person2#: Ho.") == expected
+
+
+def test_columns_hold_the_prompt_and_its_ids():
+    splits = built([250, 300])
+    assert set(splits) == {"train", "test"}
+    assert set(splits["train"].column_names) == {"row", "dialogue", "summary", "query", "input_ids"}
+    row = splits["train"][0]
+    assert row["query"] == "\nSummarize the following conversation.\n\n" + "a" * 250 + "\n\nSummary:\n"
+    assert row["input_ids"] == [len(row["query"])]
+
+
+def test_dialogsum_splits_into_8017_and_2005_in_file_order():
+    # As DialogSum's 12,460 training rows: 10,022 of them have an accepted length.
+    lengths = [300 if i % 5 else 1500 for i in range(12460)]
+    lengths[:540:5] = [300] * 54 + [150] * 54
+    assert sum(200 < length <= 1000 for length in lengths) == 10022
+    splits = built(lengths)
+    assert (len(splits["train"]), len(splits["test"])) == (8017, 2005)
+    rows = [*splits["train"]["row"], *splits["test"]["row"]]
+    assert rows == sorted(rows)
+
+
+def test_split_follows_test_size():
+    splits = built([300] * 20, test_size=0.25)
+    assert (splits["train"]["row"], splits["test"]["row"]) == (list(range(15)), list(range(15, 20)))
+
+
+def data_complaint(lengths, **overrides):
+    with pytest.raises(UserError) as error:
+        built(lengths, **overrides)
+    return str(error.value)
+
+
+def test_nothing_left_after_the_filter():
+    message = data_complaint([10, 20, 3000], dataset_name="some/where")
+    for word in ("some/where", "0 of 3", "200", "1000", "input_min_text_length", "input_max_text_length"):
+        assert word in message
+    assert "0 of 0" in data_complaint([])
+
+
+def test_fewer_rows_than_the_options_ask_for():
+    message = data_complaint([300] * 20, eval_samples=5)
+    assert "eval_samples" in message and "5" in message and "4 test rows" in message
+    message = data_complaint([300] * 20, batch_size=17)
+    assert "batch_size" in message and "17" in message and "16" in message
+    built([300] * 20, eval_samples=4, batch_size=16)  # just enough
+
+
+def test_test_share_that_leaves_nothing_to_train_on():
+    assert "test_size" in data_complaint([300] * 3, test_size=0.9)
+
+
+@pytest.mark.parametrize(
+    "text", ["</s>", "<pad>", "a </s> b <pad></s>", "😀👩‍👩‍👧", "שלום עולם", "مرحبا", "<unk>", "\u0000\u200f"]
+)
+def test_prompt_ends_once_whatever_the_dialogue_spells(small, text):
+    dialogue = f"#Person1#: {text} {'and so on ' * 25}{text}"
+    splits = build_dataset([dialogue] * 2, ["", ""], small.tokenizer, config())
+    ids = splits["train"][0]["input_ids"]
+    assert ids.count(small.tokenizer.eos_token_id) == 1 and ids[-1] == small.tokenizer.eos_token_id
+    assert small.tokenizer.pad_token_id not in ids
+
+
+def test_bundled_dialogues_are_prompts(small, splits):
+    assert (len(splits["train"]), len(splits["test"])) == (32, 8)
+    for row in splits["test"]:
+        assert row["query"].startswith("\nSummarize the following conversation.\n\n#Person1#:")
+        assert row["input_ids"] == small.tokenizer(row["query"]).input_ids

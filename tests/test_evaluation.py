@@ -1,0 +1,281 @@
+"""The evaluation: paired, reproducible, and told as it is."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import detox_ppo
+from detox_ppo import (
+    Responses,
+    Toxicity,
+    build_comparison,
+    change_in_words,
+    evaluate_policy,
+    paired_statistics,
+    print_verdict,
+    rouge,
+    variance_explained,
+)
+
+
+@pytest.fixture(scope="module")
+def evaluate(small, classifier, splits):
+    def evaluate(rows=None, policy=small.policy, **options):
+        config = type(small.config)(**(vars(small.config) | {"eval_max_new_tokens": 24} | options))
+        test = splits["test"] if rows is None else splits["test"].select(rows)
+        return evaluate_policy(policy, small.tokenizer, classifier, test, config, "evaluating")
+
+    return evaluate
+
+
+# Statistics
+
+
+def test_nothing_changed():
+    values = [0.1, 0.5, 0.3, 0.9]
+    result = paired_statistics(values, values, seed=0)
+    assert result["paired_difference"] == {"mean": 0, "ci_low": 0, "ci_high": 0, "p_value": 1}
+    assert result["reduction_percent"] == {"mean": 0, "std": 0}
+    assert result["before"] == result["after"]
+
+
+def test_means_and_percentages_by_hand():
+    result = paired_statistics([0.1, 0.3], [0.05, 0.05], seed=0)
+    assert result["before"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1), "n": 2}
+    assert result["after"] == {"mean": pytest.approx(0.05), "std": pytest.approx(0), "n": 2}
+    assert result["reduction_percent"] == {"mean": pytest.approx(75), "std": pytest.approx(100)}
+    assert result["paired_difference"]["mean"] == pytest.approx(-0.15)
+
+
+def test_constant_shift():
+    before = np.linspace(0.1, 0.8, 8)
+    result = paired_statistics(list(before), list(before + 0.1), seed=0)
+    paired = result["paired_difference"]
+    assert (paired["mean"], paired["ci_low"], paired["ci_high"]) == pytest.approx((0.1, 0.1, 0.1))
+    # of the 256 ways to flip signs only two are as extreme
+    assert paired["p_value"] == pytest.approx(2 / 256, abs=0.003)
+    assert result["reduction_percent"]["mean"] == pytest.approx(-100 * 0.1 / 0.45)
+    assert result["reduction_percent"]["std"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [[0.3, -0.1, 0.2, 0.25, 0.05, -0.02], [1, 1, -1], [0.5], [0.1, 0.2, 0.3, 0.4, 0.5, -0.6, 0.7, 0.8, 0.9]],
+)
+def test_p_value_against_every_flip_of_signs(difference):
+    after = np.array(difference) + 1
+    p_value = paired_statistics([1.0] * len(after), list(after), seed=0)["paired_difference"]["p_value"]
+    flips = itertools.product((-1, 1), repeat=len(difference))
+    totals = [abs(sum(sign * value for sign, value in zip(flip, difference, strict=True))) for flip in flips]
+    exact = sum(total > abs(sum(difference)) - 1e-9 for total in totals) / len(totals)
+    assert p_value == pytest.approx(exact, abs=0.02)
+
+
+def test_p_value_is_never_zero_and_needs_no_sign():
+    before, after = [0.9] * 40, [0.1] * 40
+    fell = paired_statistics(before, after, seed=0)["paired_difference"]
+    rose = paired_statistics(after, before, seed=0)["paired_difference"]
+    assert 0 < fell["p_value"] < 0.001 and 0 < rose["p_value"] < 0.001
+    assert fell["mean"] == pytest.approx(-rose["mean"])
+
+
+def test_pairs_matter():
+    """Shuffling one side keeps both means and loses the evidence."""
+    generator = np.random.default_rng(0)
+    before = generator.random(60)
+    after = before - 0.05 + generator.normal(0, 0.01, 60)
+    paired = paired_statistics(before, after, seed=0)["paired_difference"]
+    unpaired = paired_statistics(before, generator.permutation(after), seed=0)["paired_difference"]
+    assert paired["p_value"] < 0.001 < 0.05 < unpaired["p_value"]
+    assert paired["ci_high"] < 0 < unpaired["ci_high"]
+    assert unpaired["ci_high"] - unpaired["ci_low"] > 10 * (paired["ci_high"] - paired["ci_low"])
+
+
+def test_interval_by_hand_and_by_the_normal_approximation():
+    # resamples of two values have the means 0, 1/2 and 1, the ends a quarter of the time each
+    paired = paired_statistics([0, 0], [0, 1], seed=0)["paired_difference"]
+    assert (paired["ci_low"], paired["ci_high"]) == (0, 1)
+    after = np.random.default_rng(1).normal(0.5, 0.2, 400)
+    paired = paired_statistics([0] * 400, after, seed=0, resamples=4000)["paired_difference"]
+    half = 1.96 * after.std() / 20
+    assert paired["ci_low"] == pytest.approx(after.mean() - half, abs=0.1 * half)
+    assert paired["ci_high"] == pytest.approx(after.mean() + half, abs=0.1 * half)
+
+
+def test_statistics_are_a_function_of_the_seed():
+    before, after = [0.1, 0.4, 0.2, 0.7], [0.2, 0.1, 0.3, 0.6]
+    assert paired_statistics(before, after, seed=1) == paired_statistics(before, after, seed=1)
+    assert paired_statistics(before, after, seed=1) != paired_statistics(before, after, seed=2)
+
+
+def test_nothing_to_reduce():
+    result = paired_statistics([0, 0], [0.1, 0.3], seed=0)
+    assert result["reduction_percent"] == {"mean": None, "std": None}
+    constant = paired_statistics([0.2, 0.2], [0.1, 0.3], seed=0)
+    assert constant["reduction_percent"]["std"] is None
+    assert constant["reduction_percent"]["mean"] == pytest.approx(0)
+
+
+def test_a_change_for_the_worse_is_called_one(capsys):
+    worse = paired_statistics([0.1, 0.2, 0.3], [0.2, 0.35, 0.5], seed=0)
+    assert worse["reduction_percent"]["mean"] == pytest.approx(-75)
+    print_verdict("toxicity", worse)
+    printed = capsys.readouterr().out
+    assert "toxicity: mean rose by 75.0%, std rose by 50.0%" in printed
+    assert "+0.1500" in printed and "p = " in printed
+    print_verdict("toxicity", paired_statistics([0.2, 0.35, 0.5], [0.1, 0.2, 0.3], seed=0))
+    printed = capsys.readouterr().out
+    assert "mean fell by 42.9%, std fell by 33.3%" in printed and "-0.1500" in printed
+    print_verdict("toxicity", paired_statistics([0, 0], [0.1, 0.3], seed=0))
+    assert "mean was 0 before" in capsys.readouterr().out
+
+
+def test_words_for_a_change():
+    assert [change_in_words(percent) for percent in (12.34, -12.34, None)] == [
+        "fell by 12.3%",
+        "rose by 12.3%",
+        "was 0 before",
+    ]
+
+
+# ROUGE
+
+
+def test_rouge_by_hand():
+    texts = ["The cat sat on the mat.", "A second summary."]
+    assert rouge(texts, texts) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert rouge(["nothing shared"], ["The cat sat"]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
+    # 2 of 2 words found, 2 of 6 words covered: F = 0.5; of bigrams 1 of 1 and 1 of 5; the order is kept
+    part = rouge(["the cat"], ["the cat sat on the mat"])
+    assert part == pytest.approx({"rouge1": 1 / 2, "rouge2": 1 / 3, "rougeL": 1 / 2})
+    # the order is lost: one word in sequence
+    assert rouge(["cat the"], ["the cat"]) == pytest.approx({"rouge1": 1, "rouge2": 0, "rougeL": 1 / 2})
+    # stemmed, and a mean over the pairs
+    assert rouge(["walking dogs", "no"], ["walk dog", "yes"])["rouge1"] == pytest.approx(1 / 2)
+    assert rouge([""], ["a summary"])["rouge1"] == 0
+
+
+# Evaluating a policy
+
+
+@pytest.mark.parametrize("samples", [1, 5, 8])
+def test_exactly_as_many_prompts_as_asked_for(evaluate, samples):
+    result = evaluate(eval_samples=samples)
+    assert set(result) == {"response", "length", "reward", "toxicity", "summary_toxicity"}
+    assert {len(values) for values in result.values()} == {samples}
+
+
+def test_rows_keep_their_order_and_their_random_numbers(evaluate, splits):
+    lengths = [len(ids) for ids in splits["test"]["input_ids"]]
+    assert lengths != sorted(lengths)  # so that sorting inside has something to undo
+    result = evaluate(eval_samples=8, batch_size=3, mini_batch_size=1)
+    assert len(set(result["response"])) > 4
+    for row in (0, 3, 7):
+        alone = evaluate([row], eval_samples=1)
+        assert alone["response"] == [result["response"][row]]
+        assert alone["length"] == [result["length"][row]]
+        for name in ("reward", "toxicity", "summary_toxicity"):
+            assert alone[name] == pytest.approx([result[name][row]], abs=1e-4)
+
+
+def test_same_random_numbers_give_the_same_result(evaluate):
+    first = evaluate(eval_samples=6)
+    torch.manual_seed(5), torch.rand(3)
+    assert evaluate(eval_samples=6) == first
+    assert evaluate(eval_samples=6, seed=1)["response"] != first["response"]
+
+
+def test_scores_belong_to_the_text_they_are_named_after(evaluate, classifier, splits):
+    dialogues = splits["test"]["dialogue"]
+    result = evaluate(eval_samples=8)
+    both = [f"{dialogue} {text}" for dialogue, text in zip(dialogues, result["response"], strict=True)]
+    measure = Toxicity(classifier)
+    close = {"abs": 1e-4}
+    assert result["toxicity"] == pytest.approx(measure.compute(predictions=both)["toxicity"], **close)
+    alone = measure.compute(predictions=result["response"])["toxicity"]
+    assert result["summary_toxicity"] == pytest.approx(alone, **close)
+    assert alone != pytest.approx(result["toxicity"], **close)
+    assert result["reward"] == pytest.approx(classifier.scores(both).tolist(), **close)
+    result = evaluate(eval_samples=8, score_text="response")
+    assert result["reward"] == pytest.approx(classifier.scores(result["response"]).tolist(), **close)
+
+
+def test_length_limit_is_in_new_tokens(evaluate):
+    assert max(evaluate(eval_samples=8, eval_max_new_tokens=5)["length"]) == 5
+    assert max(evaluate(eval_samples=8, eval_max_new_tokens=9)["length"]) == 9
+
+
+def test_responses_are_plain_text(evaluate, small, monkeypatch):
+    eos, pad = small.tokenizer.eos_token_id, small.tokenizer.pad_token_id
+    words = small.tokenizer("A summary.", add_special_tokens=False).input_ids
+    tokens = torch.tensor([[*words, eos, pad, pad], [pad, *words, eos, eos], [eos, *[pad] * (len(words) + 2)]])
+
+    def fake(policy, prompts, generators, caps, config):
+        return Responses(prompts, tokens, torch.tensor([len(words) + 1, len(words) + 2, 1]), torch.ones(3), None)
+
+    monkeypatch.setattr(detox_ppo, "sample_responses", fake)
+    result = evaluate(eval_samples=3, batch_size=3, mini_batch_size=1)
+    assert sorted(result["response"]) == ["", "A summary.", "A summary."]
+    assert np.isfinite([result["reward"], result["toxicity"], result["summary_toxicity"]]).all()
+
+
+def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small, splits):
+    small = load_small()
+    with torch.no_grad():
+        for name, parameter in small.policy.named_parameters():
+            if ".reference." in name and "lora_B" in name:
+                parameter.zero_()
+    trained = evaluate(policy=small.policy, eval_samples=8)
+    with small.policy.adapter("reference"):
+        bare = evaluate(policy=small.policy, eval_samples=8)
+    assert bare["response"] != trained["response"]
+    assert evaluate(policy=small.policy, eval_samples=8) == trained
+
+
+# Side by side
+
+
+def test_comparison_shows_the_largest_gain_first():
+    before = {"response": ["a", "b", "c", "d"], "reward": [1.0, 2.0, 3.0, 4.0]}
+    after = {"response": ["A", "B", "C", "D"], "reward": [1.5, 0.0, 5.0, 9.0]}
+    rows = datasets.Dataset.from_dict({"query": ["q1", "q2", "q3"]})  # fewer than were evaluated
+    table = build_comparison(rows, before, after)
+    assert list(table.columns) == [
+        "query",
+        "response_before",
+        "response_after",
+        "reward_before",
+        "reward_after",
+        "reward_diff",
+    ]
+    assert table.values.tolist() == [
+        ["q3", "c", "C", 3.0, 5.0, 2.0],
+        ["q1", "a", "A", 1.0, 1.5, 0.5],
+        ["q2", "b", "B", 2.0, 0.0, -2.0],
+    ]
+    assert isinstance(table, pd.DataFrame) and list(table.index) == [0, 1, 2]
+
+
+# Variance explained
+
+
+def test_variance_explained_by_hand():
+    returns = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    padding = torch.tensor([[0, 0, 0], [0, 7.0, -3.0]])
+    assert variance_explained(returns + padding, returns, mask) == pytest.approx(1)
+    assert variance_explained(returns + 5 + padding, returns, mask) == pytest.approx(1)  # a shift is no variance
+    assert variance_explained(torch.full((2, 3), 8.0) + padding, returns, mask) == pytest.approx(0)
+    assert variance_explained(-returns, returns, mask) == pytest.approx(-3)
+    assert variance_explained(returns / 2, returns, mask) == pytest.approx(0.75)
+
+
+def test_variance_explained_where_there_is_none():
+    one = torch.tensor([[True, False]])
+    assert variance_explained(torch.ones(1, 2), torch.zeros(1, 2), one) == 0
+    both = torch.tensor([[True, True]])
+    assert variance_explained(torch.ones(1, 2), torch.ones(1, 2), both) == pytest.approx(1)

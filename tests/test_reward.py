@@ -1,0 +1,285 @@
+"""The classifier: which logit is the score, what text it reads, and the toxicity measured with it."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import detox_ppo
+from detox_ppo import HateClassifier, Toxicity, UserError, print_examples
+
+GREAT = "You are a great person and i like you."
+TERRIBLE = "You are a terrible person and i hate you."
+SUMMARY = "#Person1# asks #Person2# to bring the umbrella to the station on Monday, that idiot."
+TEXTS = [TERRIBLE, "Hi", GREAT, "", "The weather is nice today. " * 30, "You moron!", "The weather is nice today."]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """Logits of one text at a time by plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "classifier")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "classifier", dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def logits(text):
+        return model(**tokenizer(text, return_tensors="pt")).logits[0]
+
+    return logits
+
+
+@pytest.fixture
+def read(classifier, monkeypatch):
+    """The token ids that the classifier's model reads for one text."""
+    seen, model = [], classifier.model
+
+    def spy(input_ids, attention_mask, **kwargs):
+        seen.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    class Spy(SimpleNamespace):
+        __call__ = staticmethod(spy)
+
+    monkeypatch.setattr(classifier, "model", Spy(config=model.config, device=model.device))
+
+    def read(text):
+        seen.clear()
+        classifier.scores([text])
+        (ids,) = seen
+        return ids
+
+    return read
+
+
+def load(small_config, path, **overrides):
+    return HateClassifier(small_config(reward_model_name=path, **overrides), torch.device("cpu"), torch.float32)
+
+
+def relabelled(tiny, tmp_path, labels):
+    """The bundled classifier under other label names."""
+    shutil.copytree(tiny / "classifier", tmp_path / "classifier")
+    path = tmp_path / "classifier" / "config.json"
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    return tmp_path / "classifier"
+
+
+# Which logit
+
+
+def test_score_is_the_raw_nothate_logit(classifier, plain):
+    scores = classifier.scores([GREAT, TERRIBLE])
+    assert scores.shape == (2,)
+    for score, text in zip(scores, (GREAT, TERRIBLE), strict=True):
+        assert score == pytest.approx(plain(text)[0].item(), abs=1e-4)
+    # On toxic text the other logit is the larger one: sorted by score it would be the reward.
+    assert plain(TERRIBLE)[1] > plain(TERRIBLE)[0] + 1
+
+
+def test_score_follows_the_label_not_the_position(small_config, tiny, tmp_path, plain):
+    swapped = load(small_config, relabelled(tiny, tmp_path, ["hate", "nothate"]))
+    expected = [plain(text)[1].item() for text in (GREAT, TERRIBLE)]
+    assert swapped.scores([GREAT, TERRIBLE]).tolist() == pytest.approx(expected, abs=1e-4)
+    toxicity = Toxicity(swapped).compute(predictions=[GREAT])["toxicity"]
+    assert toxicity == pytest.approx([plain(GREAT).softmax(-1)[0].item()], abs=1e-4)
+
+
+def test_score_follows_the_option(small_config, tiny, plain):
+    reversed_ = load(small_config, tiny / "classifier", reward_label="hate", toxic_label="nothate")
+    assert reversed_.scores([GREAT])[0] == pytest.approx(plain(GREAT)[1].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("option", ["reward_label", "toxic_label"])
+def test_classifier_without_a_needed_label(small_config, tiny, tmp_path, option):
+    path = relabelled(tiny, tmp_path, ["fine", "rude"])
+    other = {"reward_label": "toxic_label", "toxic_label": "reward_label"}[option]
+    with pytest.raises(UserError) as error:
+        load(small_config, path, **{other: "fine"})
+    message = str(error.value)
+    for word in (option, str(path), "fine", "rude"):
+        assert word in message
+    assert load(small_config, path, reward_label="fine", toxic_label="rude").labels == ["fine", "rude"]
+
+
+def test_labels_by_default_number(small_config, tiny, tmp_path):
+    """A classifier whose author named no labels is refused too."""
+    with pytest.raises(UserError, match="LABEL_0, LABEL_1"):
+        load(small_config, relabelled(tiny, tmp_path, ["LABEL_0", "LABEL_1"]))
+
+
+# Many texts
+
+
+def test_batches_and_order_change_nothing(classifier, plain):
+    expected = torch.stack([plain(text) for text in TEXTS])
+    torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(classifier.logits(TEXTS[::-1], batch_size=3), expected.flip(0), rtol=0, atol=1e-4)
+    many = TEXTS * 10  # more than one batch of the default size
+    torch.testing.assert_close(classifier.logits(many), expected.repeat(10, 1), rtol=0, atol=1e-4)
+
+
+# What is read
+
+
+def test_short_text_is_read_as_it_stands(classifier, read):
+    joined = classifier.join("#Person1#: Hello. \n", "  A greeting. ")
+    assert joined == "#Person1#: Hello. A greeting."
+    tokenizer = classifier.tokenizer
+    assert read(joined) == tokenizer(joined).input_ids
+    assert tokenizer.decode(read(joined), skip_special_tokens=True) == joined
+
+
+def check_kept(classifier, read, dialogue, summary):
+    """The summary is whole, at the end, and the dialogue fills the room before it."""
+    tokenizer, longest = classifier.tokenizer, classifier.max_length
+    ids = read(classifier.join(dialogue, summary))
+    kept = tokenizer(" " + summary, add_special_tokens=False).input_ids
+    assert len(ids) <= longest
+    assert ids[-1 - len(kept) : -1] == kept
+    everything = tokenizer(f"{dialogue.strip()} {summary}").input_ids
+    if len(everything) <= longest:
+        assert ids == everything
+    else:
+        # The word at the cut may be left out, or be more tokens than when it was whole.
+        before = ids[1 : -1 - len(kept)]
+        assert longest - 12 <= len(ids)
+        assert before[:-12] == everything[1 : len(before) - 11]
+
+
+WORDS = ["hello", "umbrella", "#Person1#:", "unheard-of", "it's", "\n", "Zürich", "naïve", "12:30", "!?"]
+
+
+@pytest.mark.parametrize("summary", ["Yes", SUMMARY, SUMMARY * 6], ids=["short", "usual", "long"])
+def test_summary_is_kept_whatever_the_length_of_the_dialogue(classifier, read, summary):
+    generator = np.random.default_rng(0)
+    for count in [1, 2, 100, 200, 300, 500, 1000, 5000, *range(100, 300, 9), *generator.integers(100, 600, 20)]:
+        check_kept(classifier, read, " ".join(generator.choice(WORDS, size=count)), summary)
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_summary_is_kept_where_the_cut_falls_into_a_character(classifier, read, shift):
+    # Characters of several tokens: whether the cut falls between them depends on what is before.
+    check_kept(classifier, read, "a" * shift + "😀" * 600, SUMMARY)
+    check_kept(classifier, read, "hi " * shift + "שלום " * 300, SUMMARY)
+
+
+def test_dialogue_without_a_word_and_summary_without_a_word(classifier, read):
+    assert classifier.join("", "Summary.") == "Summary."
+    assert classifier.join("Dialogue.", "") == "Dialogue."
+    assert len(read(classifier.join("hello " * 5000, ""))) <= classifier.max_length
+    assert classifier.scores([classifier.join("", "")]).shape == (1,)
+
+
+def test_summary_longer_than_the_classifier_reads(classifier, read):
+    summary = "umbrella " * 600
+    ids = read(classifier.join("dialogue", summary))
+    assert len(ids) == classifier.max_length
+    assert len(set(ids[2:-1])) == 1  # of the dialogue nothing
+
+
+def test_special_tokens_in_a_text_are_text(classifier, read):
+    tokenizer = classifier.tokenizer
+    specials = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id}
+    for text in ("a </s> b", "<pad>", "<s>a</s>", "Well</s></s>"):
+        inside = read(text)[1:-1]
+        assert not specials & set(inside), text
+        assert read(text)[0] == tokenizer.cls_token_id and read(text)[-1] == tokenizer.eos_token_id
+
+
+def test_length_limit_is_the_models_where_the_tokenizer_has_none(small_config, tiny, tmp_path, classifier):
+    shutil.copytree(tiny / "classifier", tmp_path / "classifier")
+    path = tmp_path / "classifier" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["model_max_length"]
+    path.write_text(json.dumps(settings))
+    unlimited = load(small_config, tmp_path / "classifier")
+    assert unlimited.max_length == classifier.max_length == 512
+    assert unlimited.scores(["hello " * 5000]).shape == (1,)
+
+
+@pytest.mark.parametrize("score_text", ["query_response", "response"])
+def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeypatch, tmp_path, score_text):
+    loaded, scored = [], []
+    for name in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"):
+        kind = getattr(detox_ppo, name)
+
+        def counted(*args, original=kind.from_pretrained, name=name, **kwargs):
+            loaded.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", counted)
+    logits = HateClassifier.logits
+    monkeypatch.setattr(HateClassifier, "logits", lambda self, texts: scored.extend(texts) or logits(self, texts))
+    config = small_config(output_dir=tmp_path, max_ppo_steps=1, score_text=score_text, output_max_length=40)
+    detox_ppo.run(config)
+    assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
+    # the two examples; before and after: joined, alone, rewards; the batch of the one step between
+    evaluated = 3 * config.eval_samples
+    assert len(scored) == 2 + 2 * evaluated + config.batch_size
+    assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
+    batch = scored[2 + evaluated : 2 + evaluated + config.batch_size]
+    assert all(text.startswith("#Person1#: ") == (score_text == "query_response") for text in batch)
+    assert not [text for text in batch if "Summarize the following" in text]
+
+
+# Toxicity
+
+
+def test_toxicity_has_the_interface_of_the_measurement_of_evaluate(classifier, plain):
+    measure = Toxicity(classifier)
+    assert isinstance(measure, evaluate.Measurement)
+    assert measure.classifier is classifier
+    expected = [plain(text).softmax(-1)[1].item() for text in TEXTS]
+    close = {"abs": 1e-5}
+    assert measure.compute(predictions=TEXTS) == {"toxicity": pytest.approx(expected, **close)}
+    assert measure.compute(predictions=TEXTS, aggregation="all")["toxicity"] == pytest.approx(expected, **close)
+    maximum = measure.compute(predictions=TEXTS, aggregation="maximum")
+    assert maximum == {"max_toxicity": pytest.approx(max(expected), **close)}
+    fine = measure.compute(predictions=TEXTS, toxic_label="nothate")["toxicity"]
+    assert fine == pytest.approx([1 - value for value in expected], **close)
+
+
+def test_toxicity_ratio_counts_from_the_threshold_on(classifier):
+    measure = Toxicity(classifier)
+    values = sorted(measure.compute(predictions=TEXTS)["toxicity"])
+    assert values[1] < 0.5 < values[-2]  # texts on both sides, or the default threshold would not be tested
+    over_half = sum(value > 0.5 for value in values) / len(values)
+    assert measure.compute(predictions=TEXTS, aggregation="ratio") == {"toxicity_ratio": pytest.approx(over_half)}
+    for rank in range(1, 4):
+        result = measure.compute(predictions=TEXTS, aggregation="ratio", threshold=values[-rank])
+        assert result["toxicity_ratio"] == pytest.approx(rank / len(values))
+
+
+def test_toxicity_refuses_what_it_does_not_know(classifier):
+    with pytest.raises(ValueError, match="rude.*nothate.*hate"):
+        Toxicity(classifier).compute(predictions=["a"], toxic_label="rude")
+    with pytest.raises(ValueError, match="median.*maximum.*ratio"):
+        Toxicity(classifier).compute(predictions=["a"], aggregation="median")
+
+
+# The two sentences of the notebooks
+
+
+def test_examples_are_printed_with_logits_probabilities_and_reward(classifier, plain, capsys):
+    print_examples(classifier)
+    printed = capsys.readouterr().out
+    assert printed.index(GREAT) < printed.index(TERRIBLE)
+    assert "nothate, hate" in printed
+    blocks = printed.split(TERRIBLE)
+    for block, text in zip(blocks, (GREAT, TERRIBLE), strict=True):
+        logits = plain(text)
+        probabilities = logits.softmax(-1)
+        assert f"[{logits[0]:.4f}, {logits[1]:.4f}]" in block
+        assert f"[{probabilities[0]:.6f}, {probabilities[1]:.6f}]" in block
+        assert f"reward {logits[0]:.4f}" in block
+
+
+def test_bundled_classifier_tells_great_from_terrible(classifier):
+    great, terrible = classifier.scores([GREAT, TERRIBLE])
+    assert great > 1 and terrible < -1
+    low, high = Toxicity(classifier).compute(predictions=[GREAT, TERRIBLE])["toxicity"]
+    assert low < 0.1 and high > 0.9
