@@ -117,8 +117,8 @@ def test_labels_by_default_number(small_config, tiny, tmp_path):
 def test_batches_and_order_change_nothing(classifier, plain):
     expected = torch.stack([plain(text) for text in TEXTS])
     torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(classifier.logits(TEXTS[::-1], batch_size=3), expected.flip(0), rtol=0, atol=1e-4)
-    many = TEXTS * 10  # more than one batch of the default size
+    torch.testing.assert_close(classifier.logits(TEXTS[::-1]), expected.flip(0), rtol=0, atol=1e-4)
+    many = TEXTS * 10
     torch.testing.assert_close(classifier.logits(many), expected.repeat(10, 1), rtol=0, atol=1e-4)
 
 

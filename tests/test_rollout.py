@@ -7,6 +7,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -455,3 +456,36 @@ def test_first_ratio_is_one_and_first_kl_zero(small_config, tmp_path, options):
     (first,) = metrics_of(tmp_path)
     assert first["objective/kl"] == 0
     assert first["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5 if "dtype" not in options else 0.02)
+
+
+# One minibatch in parts
+
+
+def test_micro_batches_hold_every_row_once_and_bound_the_pass(small):
+    lengths = [int(length) for length in torch.randint(1, 3000, (50,), generator=torch.Generator().manual_seed(0))]
+    rows = [row for row in range(50) if row % 3]
+    groups = detox_ppo.micro_batches(lengths, rows, small.policy.base)
+    assert sorted(row for group in groups for row in group) == rows
+    hidden_size = small.policy.base.config.hidden_size
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[row] for row in group) * hidden_size <= 2**18
+    assert len(groups) < len(rows)
+
+
+def test_parts_of_a_minibatch_add_up_to_its_gradient(small_config, tiny, tmp_path, monkeypatch):
+    # Plain gradient descent shows the gradient itself; Adam's first step would show its sign only.
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    options = {"batch_size": 6, "mini_batch_size": 6, "max_ppo_steps": 1, "eval_samples": 1, "learning_rate": 1.0}
+
+    def adapter_after_a_step(name):
+        detox_ppo.run(small_config(output_dir=tmp_path / name, **options))
+        return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+    whole = adapter_after_a_step("whole")
+    monkeypatch.setattr(detox_ppo, "micro_batches", lambda lengths, rows, model: [[int(row)] for row in rows])
+    parts = adapter_after_a_step("parts")
+    start = load_file(tiny / "adapter" / "adapter_model.safetensors")
+    for name, tensor in start.items():
+        moved = whole[name] - tensor
+        assert moved.abs().max() > 1e-4, name
+        torch.testing.assert_close(parts[name] - tensor, moved, rtol=1e-2, atol=1e-3 * moved.abs().max().item())

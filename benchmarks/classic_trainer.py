@@ -1,0 +1,173 @@
+"""The classic trainer's side of step_time.py: TRL 0.8.0's PPOTrainer, used as the published notebooks use it.
+
+It runs in an environment of its own, which step_time.py makes or is pointed at:
+
+    python classic_trainer.py plan.json result.json
+
+Nothing it computes is changed. Its phases are timed around its own methods: generate (one prompt at a time),
+the classifier's pipeline, and inside step() the two forward passes without gradients, of the policy and of the
+reference; the rest of step() is the optimization. What differs from the notebooks makes it faster or smaller, never
+slower: the classifier is loaded once instead of three times and its pairs are cut at 512 tokens, where the notebooks
+would fail.
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy
+import peft
+import torch
+import transformers
+import trl
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes. getrusage would count what the parent had before exec, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
+
+
+def load_tokenizer(directory):
+    """A tokenizer file as it is: the configuration beside it may name classes that transformers 4 does not have."""
+    config = json.loads((Path(directory) / "tokenizer_config.json").read_text())
+    tokens = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(directory) / "tokenizer.json"),
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+        **tokens,
+    )
+
+
+def load_trainer(plan, tokenizer):
+    dtype = getattr(torch, plan["dtype"])
+    base = AutoModelForSeq2SeqLM.from_pretrained(plan["base"], torch_dtype=dtype)
+    # The embeddings alone are 10% of the model: with a tied head the two sides would not run the same shapes.
+    if base.lm_head.weight.data_ptr() == base.get_input_embeddings().weight.data_ptr():
+        raise RuntimeError(f"{plan['base']}: its lm_head is tied to its embeddings")
+    lora = peft.LoraConfig(
+        r=plan["lora_r"],
+        lora_alpha=plan["lora_r"],
+        lora_dropout=0.05,
+        target_modules=["q", "v"],
+        bias="none",
+        task_type=peft.TaskType.SEQ_2_SEQ_LM,
+    )
+    model = peft.get_peft_model(base, lora)
+    model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model, torch_dtype=dtype, is_trainable=True)
+    config = PPOConfig(
+        batch_size=plan["batch_size"],
+        mini_batch_size=plan["mini_batch_size"],
+        ppo_epochs=1,
+        learning_rate=1.41e-5,
+        accelerator_kwargs={"cpu": True},
+    )
+    return PPOTrainer(config=config, model=model, ref_model=create_reference_model(model), tokenizer=tokenizer)
+
+
+def load_classifier(directory):
+    # The notebooks leave the classifier in float32 whatever the base's dtype.
+    model = AutoModelForSequenceClassification.from_pretrained(directory, torch_dtype=torch.float32)
+    return transformers.pipeline(
+        "text-classification", model=model, tokenizer=load_tokenizer(directory), framework="pt", device="cpu"
+    )
+
+
+def time_forward_passes(trainer):
+    """Collect the seconds of the forward passes that step() makes without gradients."""
+    seconds, forward = [], trainer.batched_forward_pass
+
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        result = forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            seconds.append(time.perf_counter() - started)
+        return result
+
+    trainer.batched_forward_pass = timed
+    return seconds
+
+
+def count_classified(model):
+    """Collect how many tokens, without padding, each text has that the classifier reads."""
+    lengths = []
+
+    def note(module, args, kwargs):
+        lengths.extend(kwargs["attention_mask"].sum(dim=1).tolist())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return lengths
+
+
+def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified):
+    """One step of the notebooks' loop; returns its seconds by phase and its lengths in tokens."""
+    prompts = [torch.tensor(prompt) for prompt in step["prompts"]]
+    queries = [tokenizer.decode(prompt) for prompt in prompts]
+    forward_seconds.clear()
+    classified.clear()
+    clock = [time.perf_counter()]
+
+    responses, lengths = [], []
+    for prompt, cap in zip(prompts, step["caps"]):  # noqa: B905
+        response = trainer.generate(prompt, max_new_tokens=cap, min_length=5, top_k=0.0, top_p=1.0, do_sample=True)
+        lengths.append(response.shape[1] - 1)  # without the start token
+        responses.append(response.squeeze()[-cap:])
+    clock.append(time.perf_counter())
+
+    pairs = [query + tokenizer.decode(response) for query, response in zip(queries, responses)]  # noqa: B905
+    scored = classifier(
+        pairs, top_k=None, function_to_apply="none", batch_size=len(pairs), truncation=True, max_length=512
+    )
+    scores = [torch.tensor(item["score"]) for result in scored for item in result if item["label"] == "nothate"]
+    clock.append(time.perf_counter())
+
+    trainer.step(prompts, responses, scores)
+    clock.append(time.perf_counter())
+
+    if len(forward_seconds) != 2:
+        raise RuntimeError(f"step() made {len(forward_seconds)} forward passes without gradients, not 2")
+    logprobs, reference = forward_seconds
+    seconds = {
+        "sample": clock[1] - clock[0],
+        "logprobs": logprobs,
+        "reference": reference,
+        "rollout": clock[1] - clock[0] + logprobs + reference,
+        "score": clock[2] - clock[1],
+        "optimize": clock[3] - clock[2] - logprobs - reference,
+        "step": clock[3] - clock[0],
+    }
+    return {"seconds": seconds, "responses": lengths, "classified": list(classified)}
+
+
+def main():
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    if trl.__version__ != "0.8.0":
+        raise RuntimeError(f"the classic trainer is TRL 0.8.0's; this environment has {trl.__version__}")
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    tokenizer = load_tokenizer(plan["base"])
+    trainer = load_trainer(plan, tokenizer)
+    classifier = load_classifier(plan["classifier"])
+    forward_seconds, classified = time_forward_passes(trainer), count_classified(classifier.model)
+    steps = [ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified) for step in plan["steps"]]
+    packages = (torch, transformers, trl, peft, accelerate, datasets, numpy)
+    result = {
+        "steps": steps,
+        "peak_memory": peak_memory(),
+        "threads": torch.get_num_threads(),
+        "versions": {package.__name__: package.__version__ for package in packages},
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

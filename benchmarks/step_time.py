@@ -1,0 +1,561 @@
+"""Time the same PPO step in detox_ppo.py and in the classic trainer (TRL 0.8.0), side by side on this machine.
+
+    python benchmarks/step_time.py                              # true shapes, makes the classic environment first
+    python benchmarks/step_time.py --classic_python ENV/bin/python --models DIR
+    python benchmarks/step_time.py --short                      # small shapes, for CI
+
+FLAN-T5-base and RoBERTa-base with random weights, batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
+DialogSum's lengths, responses of 25 to 70 tokens. Prompts and response caps are drawn once and used by both sides;
+with random weights practically no response ends before its cap, and the tokens that were sampled are counted and
+printed. For each dtype ours and the classic trainer run in turns (A B A B), each in a process of its own; the first
+step of a process warms it up and is not counted. The classic trainer is used as the published notebooks use it: see
+classic_trainer.py.
+
+Both children have the same threads. The share of the peak is the arithmetic of the step over its seconds and over the
+speed of a 2048 x 2048 torch.mm that is measured beside each round. That arithmetic is what the step needs (see
+step_flop), counted from shapes and real tokens: neither padding nor a repeated pass of the encoder earns a share. A
+second row credits both sides with an encoder pass for sampling and another for the log-probabilities.
+
+The last line of the output is one JSON object: ratio_DTYPE (their seconds a step / ours, of the medians),
+memory_ratio_DTYPE (our peak resident memory / theirs), peak_share_DTYPE (ours), null where nothing was measured,
+and all measurements under "details".
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TINY = ROOT / "checkpoints" / "tiny"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+
+DTYPES = ("float32", "bfloat16")
+PHASES = ("sample", "logprobs", "reference", "rollout", "score", "optimize", "step")  # rollout: the first three
+LORA_R = 32
+CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
+CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
+# Least, deciles and greatest of DialogSum's prompts (dialogues of 200 to 1000 characters), in tokens; mean 168.
+PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
+
+
+def stop(message):
+    print(f"step_time.py: error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The plan: what every step is made of
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def glued_dialogues(count, tokenizer, seed):
+    """Dialogues glued from the bundled ones, as long in tokens as DialogSum's."""
+    import numpy as np
+
+    import detox_ppo
+
+    with (TINY / "dialogues" / "train.csv").open(encoding="utf-8", newline="") as file:
+        words = itertools.cycle([word for row in csv.DictReader(file) for word in row["dialogue"].split(" ")])
+    # Evenly spaced quantiles in random order: a few dozen draws would miss the mean by several tokens.
+    quantiles = np.random.default_rng(seed).permutation((np.arange(count) + 0.5) / count)
+    dialogues = []
+    for length in np.interp(quantiles, np.linspace(0, 1, len(PROMPT_TOKENS)), PROMPT_TOKENS):
+        chosen = [next(words)]
+        # Every word is at least a token, so adding as many words as tokens are missing ends at the length.
+        while (missing := int(length) - len(tokenizer(detox_ppo.build_prompt(" ".join(chosen))).input_ids)) > 0:
+            chosen += itertools.islice(words, max(1, missing // 2))
+        dialogues.append(" ".join(chosen))
+    return dialogues
+
+
+def read_dialogues(path, count, seed):
+    """Some of the dialogues of a csv or jsonl file, or a directory with one, filtered by length as a run does."""
+    import numpy as np
+
+    import detox_ppo
+
+    lower, upper = detox_ppo.DetoxConfig.input_min_text_length, detox_ppo.DetoxConfig.input_max_text_length
+    found = [text for text in dict.fromkeys(detox_ppo.load_dialogues(path)[0]) if lower < len(text) <= upper]
+    if len(found) < count:
+        stop(f"--dialogues {path}: {len(found)} different dialogues of fitting length, but {count} are needed")
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
+def our_arguments(options, models, dataset, output_dir, dtype):
+    """The command line of detox_ppo.py for the planned steps, with as little evaluation as it allows."""
+    values = {
+        "model_name": models["base"],
+        "reward_model_name": models["classifier"],
+        "dataset_name": dataset,
+        "output_dir": output_dir,
+        "input_min_text_length": 0,
+        "input_max_text_length": 1_000_000,
+        "test_size": 0.5 / (options.batch_size * (options.steps + 1) + 1),  # rounded up: one row
+        "lora_r": LORA_R,
+        "lora_alpha": LORA_R,
+        "batch_size": options.batch_size,
+        "mini_batch_size": options.mini_batch_size,
+        "max_ppo_steps": options.steps + 1,
+        "output_min_length": options.response_lengths[0],
+        "output_max_length": options.response_lengths[1],
+        "eval_samples": 1,
+        "eval_max_new_tokens": 1,
+        "compare_samples": 1,
+        "seed": options.seed,
+        "device": "cpu",
+        "dtype": dtype,
+    }
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def make_plan(options, models, scratch):
+    """Draw prompts and caps; write the dataset that makes detox_ppo.py draw the same ones.
+
+    Its batches and caps are functions of the seed, the step and the row, so they are known before it runs. The
+    child checks that they came out so.
+    """
+    import datasets
+    from transformers import AutoTokenizer
+
+    import detox_ppo
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    steps = options.steps + 1  # one to warm up
+    count = steps * options.batch_size + 1  # one to evaluate
+    if options.dialogues:
+        dialogues = read_dialogues(options.dialogues, count, options.seed)
+    else:
+        dialogues = glued_dialogues(count, tokenizer, options.seed)
+    dataset = scratch / "dialogues.jsonl"
+    rows = [json.dumps({"dialogue": dialogue, "summary": "-"}) for dialogue in dialogues]
+    dataset.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    config = detox_ppo.parse_config(our_arguments(options, models, dataset, scratch / "run", "float32"))
+    with contextlib.redirect_stdout(io.StringIO()):  # counts of rows, which here say nothing
+        train = detox_ppo.build_dataset(*detox_ppo.load_dialogues(str(dataset)), tokenizer, config)["train"]
+    shuffled = detox_ppo.random_stream(options.seed, detox_ppo.SHUFFLE, 0).permutation(len(train))
+    plan = []
+    for step in range(1, steps + 1):
+        batch = train.select(shuffled[(step - 1) * options.batch_size : step * options.batch_size])
+        streams = [detox_ppo.random_stream(options.seed, detox_ppo.TRAINING, step, row) for row in batch["row"]]
+        caps = [int(stream.integers(*options.response_lengths, endpoint=True)) for stream in streams]
+        plan.append({"prompts": list(batch["input_ids"]), "caps": caps})
+    return dataset, plan
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arithmetic
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def matrices(shape):
+    """Weights of one attention projection, of one feed-forward layer and of one adapter, and the attention's width."""
+    d, inner = shape["d_model"], shape["num_heads"] * shape["d_kv"]
+    feed_forward = d * shape["d_ff"] * (3 if shape["feed_forward_proj"].startswith("gated") else 2)
+    return d * inner, feed_forward, LORA_R * (d + inner), inner
+
+
+def encoder_flop(shape, prompt):
+    """Floating-point operations of one forward pass of a T5's encoder: frozen matrices, LoRA, attention.
+
+    A product with p weights costs 2 p a token. Attention's two products cost 2 * 2 * inner for each pair of tokens
+    that may see each other. Embeddings, norms and softmaxes are left out.
+    """
+    projection, feed_forward, lora, inner = matrices(shape)
+    layers = shape["num_layers"]
+    frozen = 2 * layers * (4 * projection + feed_forward) * prompt
+    return frozen, 2 * layers * 2 * lora * prompt, 4 * inner * layers * prompt**2
+
+
+def decoder_flop(shape, prompt, response):
+    """As encoder_flop, for decoder and head; the cross-attention's keys and values come from the prompt."""
+    projection, feed_forward, lora, inner = matrices(shape)
+    layers = shape["num_decoder_layers"]
+    frozen = 2 * layers * ((6 * projection + feed_forward) * response + 2 * projection * prompt)
+    frozen += 2 * shape["d_model"] * shape["vocab_size"] * response
+    # q and v of the self-attention and q of the cross-attention read the response, its v the prompt
+    adapted = 2 * layers * (3 * lora * response + lora * prompt)
+    return frozen, adapted, 4 * inner * layers * (response * (response + 1) / 2 + response * prompt)
+
+
+def classifier_flop(shape, tokens):
+    """Floating-point operations of RoBERTa over one text."""
+    d = shape["hidden_size"]
+    weights = shape["num_hidden_layers"] * (4 * d * d + 2 * d * shape["intermediate_size"])
+    return 2 * weights * tokens + 4 * d * shape["num_hidden_layers"] * tokens**2
+
+
+def step_flop(shapes, prompts, responses, classified, encoder_passes=3):
+    """Floating-point operations that a PPO step over these lengths in tokens needs, without padding.
+
+    The decoder runs four times (sampling, log-probabilities, reference, update). The encoder need run only three
+    times, because sampling and log-probabilities have the same weights; a side that runs it a fourth time gets no
+    credit for it, unless encoder_passes says so. Then a backward pass and the classifier. Only the LoRA trains:
+    frozen matrices need the gradient of their input alone, as much as one forward pass; LoRA matrices and
+    attention's products need two.
+    """
+    total = sum(classifier_flop(shapes["classifier"], tokens) for tokens in classified)
+    for prompt, response in zip(prompts, responses, strict=True):
+        encoder, decoder = encoder_flop(shapes["base"], prompt), decoder_flop(shapes["base"], prompt, response)
+        total += encoder_passes * sum(encoder) + 4 * sum(decoder)
+        for frozen, adapted, attention in (encoder, decoder):
+            total += frozen + 2 * (adapted + attention)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Children
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes. getrusage would count what the parent had before exec, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
+
+
+def ours(plan):
+    """Run detox_ppo.py on the plan; its own metrics.jsonl has the seconds."""
+    import torch
+    import transformers
+
+    import detox_ppo
+
+    transformers.logging.set_verbosity_error()
+    config = detox_ppo.parse_config(plan["arguments"])
+    step_of = {tuple(prompt): i for i, step in enumerate(plan["steps"]) for prompt in step["prompts"]}
+    measured = [{"responses": {}, "classified": []} for _ in plan["steps"]]
+    current = {"step": None}  # None while it evaluates
+    sample = detox_ppo.sample_responses
+    classify = transformers.RobertaForSequenceClassification.forward
+
+    # Two notes beside the run, whose cost is nothing to a step's: which prompts were sampled and how far, and how
+    # long the texts were that the classifier read.
+    def noted_sample(policy, *args, **kwargs):
+        if policy.base.get_output_embeddings().weight is policy.base.get_input_embeddings().weight:
+            raise RuntimeError(f"{config.model_name}: its lm_head is tied to its embeddings")
+        responses = sample(policy, *args, **kwargs)
+        found = {step_of.get(tuple(prompt)) for prompt in responses.prompts}
+        if len(found) > 1:
+            raise RuntimeError("the batches are not those of the plan: detox_ppo.py draws its rows otherwise by now")
+        current["step"] = found.pop()
+        if current["step"] is not None:
+            lengths = dict(zip(map(tuple, responses.prompts), responses.lengths.tolist(), strict=True))
+            measured[current["step"]]["responses"] |= lengths
+        return responses
+
+    def noted_classify(self, *args, **kwargs):
+        if current["step"] is not None:
+            measured[current["step"]]["classified"] += kwargs["attention_mask"].sum(dim=1).tolist()
+        return classify(self, *args, **kwargs)
+
+    detox_ppo.sample_responses = noted_sample
+    transformers.RobertaForSequenceClassification.forward = noted_classify
+    environment = detox_ppo.run(config)["environment"]
+
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    steps = []
+    for planned, noted, line in zip(plan["steps"], measured, lines, strict=True):
+        # In the order of the plan; a prompt that was not sampled in its step is an error here.
+        lengths = [noted["responses"].pop(tuple(prompt)) for prompt in planned["prompts"]]
+        if any(length > cap for length, cap in zip(lengths, planned["caps"], strict=True)):
+            raise RuntimeError(
+                "a response is longer than its planned cap: detox_ppo.py draws its caps otherwise by now"
+            )
+        metrics = json.loads(line)
+        names = {"score": "reward"}
+        seconds = {phase: metrics.get(f"time/{names.get(phase, phase)}") for phase in PHASES}
+        steps.append({"seconds": seconds, "responses": lengths, "classified": noted["classified"]})
+    return {
+        "steps": steps,
+        "peak_memory": peak_memory(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: environment[name] for name in ("torch", "transformers", "peft", "numpy")},
+    }
+
+
+def matrix_peak(plan):
+    """Floating-point operations a second of the fastest of several 2048 x 2048 products."""
+    import torch
+
+    size = 2048
+    a, b = (torch.randn(size, size).to(getattr(torch, plan["dtype"])) for _ in range(2))
+    out = torch.mm(a, b)
+    times = []
+    # At least five, and more for half a second: one may meet another process or a clock not yet raised.
+    while len(times) < 5 or sum(times) < 0.5:
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - started)
+    return {"peak": 2 * size**3 / min(times)}
+
+
+def run_child(command, plan, scratch, options, label):
+    """Run a child on a plan and return its result; show the end of its stderr if it fails."""
+    plan_file, result_file = scratch / "plan.json", scratch / "result.json"
+    plan_file.write_text(json.dumps(plan))
+    result_file.unlink(missing_ok=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment.pop("PYTHONPATH", None)
+    started = time.perf_counter()
+    child = subprocess.run(
+        [*command, str(plan_file), str(result_file)], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    if child.returncode or not result_file.exists():
+        print("\n".join(child.stderr.splitlines()[-30:]), file=sys.stderr)
+        stop(f"{label} failed with exit code {child.returncode}; the end of its stderr is above")
+    result = json.loads(result_file.read_text())
+    steps = result.get("steps", [])[1:]
+    seconds = ", ".join(f"{step['seconds']['step']:.2f}" for step in steps)
+    what = f"{seconds} s a step" if steps else f"{result['peak'] / 1e9:.0f} GFLOP/s"
+    print(f"{label}: {what} ({time.perf_counter() - started:.0f} s in all)", flush=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Environment and models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_classic_environment(directory):
+    """Make a virtual environment with TRL 0.8.0 and this environment's torch; returns its interpreter."""
+    from importlib.metadata import version
+
+    python, done = directory / "bin" / "python", directory / "complete"
+    if not done.exists():
+        print(f"making the classic trainer's environment in {directory}", flush=True)
+        venv.create(directory, clear=True, symlinks=True, with_pip=True)
+        # pip takes the build (CPU or CUDA) that its configuration finds; the versions are compared at the end.
+        torch = f"torch=={version('torch').split('+')[0]}"
+        install = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", torch, *CLASSIC_PINS], capture_output=True, text=True
+        )
+        if install.returncode:
+            print("\n".join(install.stderr.splitlines()[-30:]), file=sys.stderr)
+            stop("pip can't make the classic trainer's environment; make it elsewhere and give --classic_python")
+        done.touch()
+    return str(python)
+
+
+def find_models(options, scratch):
+    """Directories of base and classifier: the small world's, those of --models, or full-size ones made now."""
+    if options.short and not options.models:
+        return {"base": str(TINY / "base"), "classifier": str(TINY / "classifier")}
+    import hub
+
+    directory = Path(options.models or scratch / "models").resolve()
+    if not options.models:
+        hub.full_size_repositories(directory, TINY / "dialogues", seed=0)
+    models = {"base": directory / hub.BASE, "classifier": directory / hub.CLASSIFIER}
+    for path in models.values():
+        if not path.is_dir():
+            stop(f"--models {options.models}: no directory {path}; python tests/hub.py --full_size DIR makes them")
+    return {name: str(path) for name, path in models.items()}
+
+
+def processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def summarize(runs, shapes, plan):
+    """Median and range of a side's figures, over the timed steps of all its processes."""
+    timed = [(run, step, planned) for run in runs for step, planned in zip(run["steps"][1:], plan[1:], strict=True)]
+    figures = {}
+    for phase in PHASES:
+        values = [step["seconds"][phase] for _, step, _ in timed]
+        figures[phase] = values if None not in values else []
+    seconds = figures["step"]
+    tokens = [sum(step["responses"]) for _, step, _ in timed]
+    flops, more_flops = (
+        [
+            step_flop(shapes, list(map(len, planned["prompts"])), step["responses"], step["classified"], passes)
+            for _, step, planned in timed
+        ]
+        for passes in (3, 4)
+    )
+    figures["tokens_per_second"] = [n / s for n, s in zip(tokens, seconds, strict=True)]
+    for key, counted in (("peak_share", flops), ("peak_share_four_encoder_passes", more_flops)):
+        figures[key] = [flop / s / run["peak"] for flop, s, (run, _, _) in zip(counted, seconds, timed, strict=True)]
+    figures["peak_memory"] = [run["peak_memory"] for run in runs]
+    summary = {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in figures.items()
+        if values
+    }
+    steps = [step for _, step, _ in timed]
+    counts = {"responses": sum(tokens), "classified": sum(sum(step["classified"]) for step in steps)}
+    caps = [cap for _, _, planned in timed for cap in planned["caps"]]
+    lengths = [length for step in steps for length in step["responses"]]
+    counts["shorter_than_cap"] = sum(n < cap for n, cap in zip(lengths, caps, strict=True))
+    return summary | {"tflop_a_step": statistics.mean(flops) / 1e12, "tokens": counts}
+
+
+def print_table(dtype, sides, peaks):
+    """Phases and figures of both sides, median and range."""
+    names = list(sides)
+    print(f"\n{dtype}: peak of torch.mm {' and '.join(f'{peak / 1e9:.0f}' for peak in peaks)} GFLOP/s")
+    print(f"{'median (range)':<28}" + "".join(f"{name:>28}" for name in names) + f"{'classic / ours':>18}")
+    rows = [(f"{phase}, s", phase, 1, 3) for phase in PHASES]
+    rows += [("response tokens a second", "tokens_per_second", 1, 2), ("share of peak, %", "peak_share", 100, 1)]
+    rows += [("the same, 4 encoder passes", "peak_share_four_encoder_passes", 100, 1)]
+    rows += [("peak resident memory, MiB", "peak_memory", 2**-20, 0)]
+    for title, key, scale, digits in rows:
+        line = f"{title:<28}"
+        for name in names:
+            cell = "-"
+            if key in sides[name]:
+                low, middle, high = (scale * sides[name][key][part] for part in ("min", "median", "max"))
+                cell = f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+            line += f"{cell:>28}"
+        if len(names) == 2 and all(key in sides[name] for name in names):
+            line += f"{sides['classic'][key]['median'] / sides['ours'][key]['median']:>18.3f}"
+        print(line)
+    for name in names:
+        tokens = sides[name]["tokens"]
+        print(
+            f"{name}: {tokens['responses']} response tokens sampled, {tokens['shorter_than_cap']} responses ended "
+            f"before their cap, {tokens['classified']} tokens classified; "
+            f"{sides[name]['tflop_a_step']:.4g} TFLOP a step"
+        )
+
+
+def parse_options():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side and dtype")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
+    parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
+    parser.add_argument(
+        "--dialogues",
+        metavar="PATH",
+        help="csv or jsonl with dialogues, for --models that were made from them: another tokenizer would change "
+        "their lengths (default: glued from the bundled ones)",
+    )
+    parser.add_argument("--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="caps (default 25 70)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, caps and batches")
+    parser.add_argument(
+        "--scratch",
+        metavar="DIR",
+        help="where environment and models are made and kept (default: in the system's temporary one)",
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="for CI: the bundled small models, batch 4, one step, one round; ours alone without --classic_python",
+    )
+    options = parser.parse_args()
+    options.batch_size, options.mini_batch_size = (4, 2) if options.short else (16, 4)
+    if options.short:
+        options.steps = options.rounds = 1
+    options.response_lengths = options.response_lengths or ([8, 12] if options.short else [25, 70])
+    if min(options.steps, options.rounds, options.threads) < 1:
+        parser.error("--steps, --rounds and --threads must be at least 1")
+    if not 5 <= options.response_lengths[0] < options.response_lengths[1]:
+        parser.error("--response_lengths: MIN must be at least 5 (the notebooks' min_length) and below MAX")
+    # In the order of the product, each once, whatever the order of the arguments.
+    options.dtypes = [dtype for dtype in DTYPES if dtype in options.dtypes]
+    return options
+
+
+def main():
+    options = parse_options()
+    kept = Path(options.scratch or Path(tempfile.gettempdir()) / "detox_ppo_step_time").resolve()
+    classic_python = options.classic_python
+    if not classic_python and not options.short:
+        classic_python = make_classic_environment(kept / "classic")
+    models = find_models(options, kept)
+    shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
+
+    results, versions, source_code = {}, {}, (ROOT / "detox_ppo.py").read_bytes()
+    with tempfile.TemporaryDirectory(prefix="step_time_") as scratch:
+        scratch = Path(scratch)
+        dataset, steps = make_plan(options, models, scratch)
+        lengths = [len(prompt) for step in steps[1:] for prompt in step["prompts"]]
+        caps = [cap for step in steps[1:] for cap in step["caps"]]
+        print(f"{processor()}, {options.threads} threads; {platform.platform()}, Python {platform.python_version()}")
+        source = options.dialogues or "glued from the bundled dialogues to DialogSum's lengths"
+        print(f"prompts: {source}; mean {statistics.mean(lengths):.0f}, {min(lengths)} to {max(lengths)} tokens")
+        print(f"responses: caps of mean {statistics.mean(caps):.1f}, {min(caps)} to {max(caps)} tokens")
+        print(f"batch {options.batch_size}, minibatches of {options.mini_batch_size}, LoRA r={LORA_R}")
+        if not classic_python:
+            print("no environment for the classic trainer (--classic_python): ours alone, the ratios are null")
+
+        child = [sys.executable, str(Path(__file__).resolve()), "--child"]
+        for dtype in options.dtypes:
+            runs, peaks = {"ours": [], "classic": []}, []
+            plan = {"dtype": dtype, "steps": steps, "lora_r": LORA_R, **models}
+            plan |= {"batch_size": options.batch_size, "mini_batch_size": options.mini_batch_size}
+            plan["arguments"] = our_arguments(options, models, dataset, scratch / "run", dtype)
+            for number in range(1, options.rounds + 1):
+                label = f"{dtype} round {number}/{options.rounds}"
+                peak = run_child([*child, "matrix_peak"], plan, scratch, options, f"{label} torch.mm")["peak"]
+                peaks.append(peak)
+                commands = {"ours": [*child, "ours"]}
+                if classic_python:
+                    commands["classic"] = [classic_python, str(HERE / "classic_trainer.py")]
+                for name, command in commands.items():
+                    run = run_child(command, plan, scratch, options, f"{label} {name}")
+                    runs[name].append(run | {"peak": peak})
+                    versions[name] = run["versions"]
+            sides = {name: summarize(done, shapes, steps) for name, done in runs.items() if done}
+            results[dtype] = {"peak_gflops": [peak / 1e9 for peak in peaks], **sides}
+            print_table(dtype, sides, peaks)
+
+    if (ROOT / "detox_ppo.py").read_bytes() != source_code:
+        stop("detox_ppo.py was edited while it was being timed: the figures above mix versions of it")
+    print()
+    for name, packages in versions.items():
+        print(f"{name}: {', '.join(f'{package} {version}' for package, version in packages.items())}")
+    if len({packages["torch"] for packages in versions.values()}) > 1:
+        print("warning: the two sides have different builds of torch")
+
+    last = {"short": options.short, "threads": options.threads, "processor": processor()}
+    for dtype in DTYPES:
+        sides = results.get(dtype, {})
+        seconds, memory, share = (
+            {name: sides[name][key]["median"] for name in versions if name in sides}
+            for key in ("step", "peak_memory", "peak_share")
+        )
+        both = len(seconds) == 2
+        last[f"seconds_{dtype}"] = seconds
+        last[f"ratio_{dtype}"] = seconds["classic"] / seconds["ours"] if both else None
+        last[f"memory_ratio_{dtype}"] = memory["ours"] / memory["classic"] if both else None
+        last[f"peak_share_{dtype}"] = share.get("ours")
+    print(json.dumps(last | {"versions": versions, "details": results}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child = {"ours": ours, "matrix_peak": matrix_peak}[sys.argv[2]]
+        result = child(json.loads(Path(sys.argv[3]).read_text()))
+        Path(sys.argv[4]).write_text(json.dumps(result))
+    else:
+        main()

@@ -1,0 +1,76 @@
+"""The bundled small world: what it is made of, that its test rows are unseen, and that PPO detoxifies it."""
+
+import csv
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import detox_ppo
+
+
+@pytest.fixture(scope="module")
+def build(tiny):
+    spec = importlib.util.spec_from_file_location("small_world_build", tiny / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(build):
+    return build.world_rows(0)
+
+
+def test_the_dialogues_come_from_the_build_script(world, tiny):
+    with open(tiny / "dialogues" / "train.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["id", "dialogue", "summary", "topic"]
+    assert list(rows[0]) == columns
+    assert rows == [{name: row[name] for name in columns} for row in world]
+    assert sum(200 < len(row["dialogue"]) <= 1000 for row in rows) >= 1500
+
+
+def test_no_row_is_shared_with_what_the_models_were_trained_on(build, world):
+    def contents(row):
+        return row["topic"], tuple(sorted(row["slots"].items()))
+
+    seen = build.model_rows(0)
+    assert len(seen) > 10_000
+    assert not {row["dialogue"] for row in seen} & {row["dialogue"] for row in world}
+    assert not {contents(row) for row in seen} & {contents(row) for row in world}
+
+
+def test_no_held_out_row_is_shared_with_ppo(small_config, small, tiny):
+    config = small_config(eval_samples=400)
+    splits = detox_ppo.build_dataset(*detox_ppo.load_dialogues(config.dataset_name), small.tokenizer, config)
+    assert len(splits["test"]) >= 200
+    assert not set(splits["train"]["dialogue"]) & set(splits["test"]["dialogue"])
+
+
+def test_it_is_small(tiny):
+    assert sum(path.stat().st_size for path in tiny.rglob("*") if "__pycache__" not in path.parts) <= 12e6
+
+
+def test_ppo_detoxifies_it(tiny, tmp_path, capsys):
+    arguments = ["--config", str(tiny / "config.yaml"), "--output_dir", str(tmp_path / "run"), "--max_ppo_steps", "12"]
+    for name, part in (("model", "base"), ("adapter", "adapter"), ("reward_model", "classifier")):
+        arguments += [f"--{name}_name", str(tiny / part)]
+    arguments += ["--dataset_name", str(tiny / "dialogues"), "--eval_samples", "64", "--compare_samples", "64"]
+    results = detox_ppo.run(detox_ppo.parse_config(arguments))
+    statistics = results["summary_toxicity"]
+    assert statistics["before"]["mean"] > 0.3
+    assert statistics["reduction_percent"]["mean"] > 50
+    assert statistics["paired_difference"]["ci_high"] < 0
+    assert statistics["paired_difference"]["p_value"] < 0.001
+    printed = float(re.search(r"summary toxicity: mean fell by ([\d.]+)%", capsys.readouterr().out)[1])
+    assert printed == pytest.approx(statistics["reduction_percent"]["mean"], abs=0.05)
+
+    # The slots that the summaries copy are counted from the run's own comparison, by a script of the small world.
+    command = [sys.executable, str(tiny / "slot_accuracy.py"), str(tmp_path / "run" / "comparison.csv")]
+    last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    accuracy = json.loads(last)
+    assert accuracy["n"] == 64 and 0.8 < accuracy["before"] <= 1 and 0.8 < accuracy["after"] <= 1
