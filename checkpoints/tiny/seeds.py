@@ -1,0 +1,73 @@
+"""Run the small world with several seeds and print what each reached, as a Markdown table.
+
+    python checkpoints/tiny/seeds.py [--seeds 0 1 2] [--output_dir checkpoints/tiny-seeds] [options of detox_ppo.py]
+
+Each run is a process of its own; its directory and its log stay in output_dir.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from slot_accuracy import slot_accuracy, slots_by_dialogue
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def summarize(directory: Path, seconds: float) -> dict[str, str]:
+    """One row of the table, from the files that a run left."""
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    kl = [json.loads(line)["objective/kl"] for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
+    comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
+    slots = slots_by_dialogue(Path(__file__).resolve().parent / "dialogues" / "train.csv")
+    accuracy = [
+        slot_accuracy(comparison["query"], comparison[f"response_{when}"], slots)[0] for when in ("before", "after")
+    ]
+    toxicity, rouge, length = results["summary_toxicity"], results["rouge"], results["length"]
+
+    def change(before, after, digits=3):
+        return f"{before:.{digits}f} → {after:.{digits}f}"
+
+    return {
+        "seed": str(results["config"]["seed"]),
+        "summary toxicity": change(toxicity["before"]["mean"], toxicity["after"]["mean"]),
+        "change": f"{-toxicity['reduction_percent']['mean']:+.1f}%",
+        "95% interval": "[{ci_low:+.3f}, {ci_high:+.3f}]".format(**toxicity["paired_difference"]),
+        "p": f"{toxicity['paired_difference']['p_value']:.4f}",
+        "n": str(toxicity["after"]["n"]),
+        "ROUGE-L": change(rouge["before"]["rougeL"], rouge["after"]["rougeL"]),
+        "slot accuracy": change(*accuracy),
+        "mean length": change(length["before"]["mean"], length["after"]["mean"], 1),
+        "empty": str((comparison["response_after"].str.strip() == "").sum()),
+        "KL last / largest": f"{kl[-1]:.2f} / {max(kl):.2f}",
+        "seconds": f"{seconds:.0f}",
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument("--output_dir", type=Path, default=Path("checkpoints/tiny-seeds"))
+    arguments, options = parser.parse_known_args()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in arguments.seeds:
+        directory = (arguments.output_dir / f"seed-{seed}").resolve()
+        command = [sys.executable, "detox_ppo.py", "--config", "checkpoints/tiny/config.yaml", *options]
+        command += ["--seed", str(seed), "--output_dir", str(directory)]
+        started = time.perf_counter()
+        with open(arguments.output_dir / f"seed-{seed}.log", "w", encoding="utf-8") as log:
+            subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=True)
+        rows.append(summarize(directory, time.perf_counter() - started))
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
