@@ -81,20 +81,12 @@ class DetoxConfig:
     """Every option of a run. Flags win over `--config FILE.yaml`, which wins over these defaults."""
 
     # models
-    model_name: str = option(
-        "google/flan-t5-base", "Encoder-decoder to detoxify: hub id or directory. A larger FLAN-T5 writes better."
-    )
-    adapter_name: str | None = option(
-        None, "LoRA summarization adapter to start from: hub id or directory. None or empty: a new LoRA."
-    )
+    model_name: str = option("google/flan-t5-base", "Encoder-decoder, hub id or directory. Larger ones write better.")
+    adapter_name: str | None = option(None, "LoRA to start from, hub id or directory. None or empty: a new one.")
     lora_r: int = option(32, "Rank of a new LoRA. Lower saves memory and learns less; a loaded adapter keeps its own.")
     lora_alpha: int = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r. Raise it to amplify updates.")
-    lora_dropout: float = option(
-        0.05, "Dropout of a new LoRA, a share, kept in its configuration. PPO itself runs with all dropout off."
-    )
-    lora_target_modules: list[str] = option(
-        ["q", "v"], "Layers a new LoRA adapts, by name. Other model families name them otherwise (q_proj, v_proj)."
-    )
+    lora_dropout: float = option(0.05, "Dropout of a new LoRA, a share, kept in its configuration. PPO runs without.")
+    lora_target_modules: list[str] = option(["q", "v"], "Layers a new LoRA adapts. Other families name others.")
     reward_model_name: str = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
         "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
@@ -102,9 +94,7 @@ class DetoxConfig:
     reward_label: str = option("nothate", "Label whose raw logit is the score to raise, by name.")
     toxic_label: str = option("hate", "Label whose probability is the toxicity that is reported, by name.")
     # data
-    dataset_name: str = option(
-        "knkarthick/dialogsum", "Dialogues: hub id, or a csv/jsonl file or directory with columns dialogue, summary."
-    )
+    dataset_name: str = option("knkarthick/dialogsum", "Dialogues: hub id, csv/jsonl file, or a directory with one.")
     input_min_text_length: int = option(200, "Keep dialogues longer than this, in characters: short ones say little.")
     input_max_text_length: int = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
     test_size: float = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
@@ -122,7 +112,7 @@ class DetoxConfig:
     lam: float = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
     cliprange: float = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
     cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
-    vf_coef: float = option(0.1, "Weight of the value loss. Raise it if ppo/val/var_explained stays near 0.")
+    vf_coef: float = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
     ratio_threshold: float = option(10.0, "Skip minibatches whose mean ratio is above this: a broken update.")
     max_grad_norm: float | None = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
     # responses
@@ -131,9 +121,7 @@ class DetoxConfig:
     top_k: int = option(0, "Sample from the k likeliest tokens, scored so too. 0: all, which PPO wants.")
     top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability. 1: all.")
     score_text: typing.Literal["query_response", "response"] = option(
-        "query_response",
-        "What PPO's classifier reads: dialogue + summary, or the summary alone (a sharper signal where "
-        "dialogues are toxic themselves).",
+        "query_response", "What is scored: dialogue + summary, or summary alone (sharper where dialogues are toxic)."
     )
     # evaluation
     eval_samples: int = option(100, "Test prompts to evaluate, exactly. More gives a narrower interval.")
@@ -143,7 +131,7 @@ class DetoxConfig:
     seed: int = option(0, "Seed of everything random. Other seeds show how far a result is luck.")
     device: str = option("auto", "cpu, cuda or cuda:N. auto: a GPU where there is one.")
     dtype: typing.Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Type of the frozen weights (trained ones are float32). auto: bfloat16 where the chip computes in it."
+        "auto", "Type of the frozen base; the rest is float32. auto: bfloat16 where the chip computes in it."
     )
     output_dir: str = option("checkpoints/run", "Directory for everything the run leaves.")
 
@@ -219,13 +207,12 @@ def check_config(config: DetoxConfig) -> None:
             # bool is a subclass of int in Python, but `batch_size: yes` is a mistake.
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
 
-    for name in ("lora_r", "lora_alpha", "batch_size", "mini_batch_size", "ppo_epochs", "kl_horizon"):
-        require(name, getattr(config, name) >= 1, "at least 1")
-    for name in ("output_min_length", "eval_samples", "eval_max_new_tokens"):
-        require(name, getattr(config, name) >= 1, "at least 1")
-    for name in ("max_ppo_steps", "init_kl_coef", "top_k", "compare_samples", "seed", "vf_coef"):
-        require(name, getattr(config, name) >= 0, "at least 0")
-    require("input_min_text_length", config.input_min_text_length >= 0, "at least 0")
+    at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon"
+    at_least_1 += " output_min_length eval_samples eval_max_new_tokens"
+    at_least_0 = "input_min_text_length max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
+    for least, names in ((1, at_least_1), (0, at_least_0)):
+        for name in names.split():
+            require(name, getattr(config, name) >= least, f"at least {least}")
     for name in ("learning_rate", "target_kl", "cliprange", "cliprange_value"):
         require(name, getattr(config, name) > 0, "greater than 0")
     for name in ("gamma", "lam"):
@@ -236,16 +223,13 @@ def check_config(config: DetoxConfig) -> None:
     require("seed", config.seed < 2**64, "below 2**64")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
     require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
-    for low, high in (
-        ("input_min_text_length", "input_max_text_length"),
-        ("output_min_length", "output_max_length"),
-    ):
+    for kind in ("input_{}_text_length", "output_{}_length"):
+        low, high = kind.format("min"), kind.format("max")
         if getattr(config, low) >= getattr(config, high):
             raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
     if config.batch_size % config.mini_batch_size:
-        raise UserError(
-            f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
-        )
+        sizes = f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
+        raise UserError(sizes)
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
@@ -699,14 +683,17 @@ def print_parameters(policy: Policy) -> None:
 
 
 class HateClassifier:
-    """The hate-speech classifier; gives raw logits of plain text."""
+    """The hate-speech classifier; gives raw logits of plain text.
 
-    def __init__(self, config: DetoxConfig, device: torch.device, dtype: torch.dtype):
+    It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits.
+    """
+
+    def __init__(self, config: DetoxConfig, device: torch.device):
         name = config.reward_model_name
         with loading(name, "reward_model_name"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, attn_implementation=attention_for(device)
+                name, dtype=torch.float32, attn_implementation=attention_for(device)
             )
         self.model.to(device).eval().requires_grad_(False)
         use_fast_layers(self.model)
@@ -1225,7 +1212,7 @@ def run(config: DetoxConfig) -> dict:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from error
     device, dtype = resolve_device(config)
     print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
-    print(f"device {device}, frozen weights in {str(dtype).removeprefix('torch.')}, trained weights in float32")
+    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
 
     commits = {
         name: hub_commit(getattr(config, name), name, "dataset" if name == "dataset_name" else "model")
@@ -1235,7 +1222,7 @@ def run(config: DetoxConfig) -> dict:
     dialogues, summaries = load_dialogues(config.dataset_name)
     policy, tokenizer = load_policy(config, device, dtype)
     print_parameters(policy)
-    classifier = HateClassifier(config, device, dtype)
+    classifier = HateClassifier(config, device)
     print_examples(classifier)
     splits = build_dataset(dialogues, summaries, tokenizer, config)
     train, test = splits["train"], splits["test"]

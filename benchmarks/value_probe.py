@@ -59,7 +59,7 @@ def main():
     if arguments.adapter:
         policy.model.load_adapter(arguments.adapter, adapter_name="probed", torch_device=str(device))
         policy.model.set_adapter("probed")
-    classifier = detox_ppo.HateClassifier(config, device, dtype)
+    classifier = detox_ppo.HateClassifier(config, device)
     dialogues, summaries = detox_ppo.load_dialogues(config.dataset_name)
     train = detox_ppo.build_dataset(dialogues, summaries, tokenizer, config)["train"]
     states, scores, positions, owners = sample_states(

@@ -85,7 +85,7 @@ def classifier(small_config):
 
     import detox_ppo
 
-    return detox_ppo.HateClassifier(small_config(), torch.device("cpu"), torch.float32)
+    return detox_ppo.HateClassifier(small_config(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

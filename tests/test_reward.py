@@ -56,7 +56,7 @@ def read(classifier, monkeypatch):
 
 
 def load(small_config, path, **overrides):
-    return HateClassifier(small_config(reward_model_name=path, **overrides), torch.device("cpu"), torch.float32)
+    return HateClassifier(small_config(reward_model_name=path, **overrides), torch.device("cpu"))
 
 
 def relabelled(tiny, tmp_path, labels):
@@ -283,3 +283,8 @@ def test_bundled_classifier_tells_great_from_terrible(classifier):
     assert great > 1 and terrible < -1
     low, high = Toxicity(classifier).compute(predictions=[GREAT, TERRIBLE])["toxicity"]
     assert low < 0.1 and high > 0.9
+
+
+def test_the_judge_computes_in_float32_whatever_the_policy_does(small_config):
+    classifier = HateClassifier(small_config(dtype="bfloat16"), torch.device("cpu"))
+    assert {parameter.dtype for parameter in classifier.model.parameters()} == {torch.float32}
