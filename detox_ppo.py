@@ -153,8 +153,8 @@ def parse_config(args: list[str]) -> DetoxConfig:
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of these options; flags win over it.")
     # TrlParser knows only "--config FILE", in two words.
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if args[-1:] == ["--config"]:
-        raise UserError("--config needs a file: --config FILE.yaml")
+    if args[-1:] == ["--config"] or args.count("--config") > 1:
+        raise UserError("--config takes one file, once: --config FILE.yaml")
     try:
         config, others = parser.parse_args_and_config(args)
     except FileNotFoundError as error:
