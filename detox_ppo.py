@@ -69,11 +69,11 @@ def one_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def option(default, help, **kwargs):
+def option(default, help):
     """One field of the configuration, with the text that `--help` shows."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
-    return field(default=default, metadata={"help": help, **kwargs})
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -234,9 +234,9 @@ def check_config(config: DetoxConfig) -> None:
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     """The device to run on and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else None
-        device = device or torch.device(config.device)
+        device = torch.device(best if config.device == "auto" else config.device)
     except RuntimeError as error:
         raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
@@ -544,15 +544,14 @@ class Policy(nn.Module):
 
     def decode(self, decoder_input_ids, encoder_states, attention_mask, cache=None) -> torch.Tensor:
         """(B, T) decoder inputs to (B, T, d) last hidden states; with a cache, the inputs continue it."""
-        return (
-            self.base.get_decoder()(
-                input_ids=decoder_input_ids,
-                encoder_hidden_states=encoder_states,
-                encoder_attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        ).last_hidden_state
+        outputs = self.base.get_decoder()(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=encoder_states,
+            encoder_attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) last hidden states to (..., V) logits in float32. Sampling and scoring both come through here."""
@@ -950,6 +949,18 @@ def score_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor,
     return logprobs, zeros.masked_scatter(mask, policy.value_head(hidden))
 
 
+@torch.no_grad()
+def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """score_responses of a whole batch, a micro-batch at a time and without gradients."""
+    logprobs = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
+    values = torch.zeros_like(logprobs)
+    prompt_lengths = [len(prompt) for prompt in responses.prompts]
+    for rows in micro_batches(prompt_lengths, range(len(prompt_lengths)), policy.base):
+        width = int(responses.lengths[rows].max())
+        logprobs[rows, :width], values[rows, :width] = score_responses(policy, responses.select(rows))
+    return logprobs, values
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8).
 # ---------------------------------------------------------------------------------------------------------------
@@ -1259,20 +1270,11 @@ def run(config: DetoxConfig) -> dict:
 
         # 2. Log-probabilities and values of the policy that sampled, then of the reference.
         mask = response_mask(responses.lengths, responses.tokens.shape[1])  # (B, T)
-        prompt_lengths = [len(prompt) for prompt in responses.prompts]
-        old_logprobs = torch.zeros(mask.shape, device=device)
-        old_values, ref_logprobs = torch.zeros_like(old_logprobs), torch.zeros_like(old_logprobs)
-        with torch.no_grad():
-            groups = micro_batches(prompt_lengths, range(config.batch_size), policy.base)
-            for rows in groups:
-                width = int(responses.lengths[rows].max())
-                old_logprobs[rows, :width], old_values[rows, :width] = score_responses(policy, responses.select(rows))
-            clock.append(time.perf_counter())
-            responses.encoder_states = None  # the reference's are others, and the update's need gradients
-            with policy.adapter("reference"):
-                for rows in groups:
-                    width = int(responses.lengths[rows].max())
-                    ref_logprobs[rows, :width], _ = score_responses(policy, responses.select(rows))
+        old_logprobs, old_values = score_batch(policy, responses)
+        clock.append(time.perf_counter())
+        responses.encoder_states = None  # the reference's are others, and the update's need gradients
+        with policy.adapter("reference"):
+            ref_logprobs, _ = score_batch(policy, responses)
         clock.append(time.perf_counter())
 
         # 3. Score the text.
@@ -1289,6 +1291,7 @@ def run(config: DetoxConfig) -> dict:
 
         # 5. Update.
         updates, skipped = [], 0
+        prompt_lengths = [len(prompt) for prompt in responses.prompts]
         for ppo_epoch in range(config.ppo_epochs):
             order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
             for mb in torch.from_numpy(order).split(config.mini_batch_size):
