@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import platform
 import sys
@@ -31,6 +32,10 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# oneDNN keeps the code it generates for each shape it met, half a megabyte apiece, and every batch brings new shapes:
+# its default of 1,024 grows to as much memory as the base model. It is read when torch first uses oneDNN.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 import datasets
 import evaluate
@@ -481,9 +486,10 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model) -> list[list[i
     """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
 
     Similar lengths waste little on padding, and the size bounds what a pass keeps in memory. The bound is in
-    elements of a hidden state, so that small models get large groups; a GPU wants larger groups still.
+    bytes of a hidden state, so that small models get large groups; a GPU wants larger groups still.
     """
-    largest = (2**18 if model.device.type == "cpu" else 2**25) // model.config.hidden_size
+    bound = 3 * 2**18 if model.device.type == "cpu" else 2**27
+    largest = bound // (model.config.hidden_size * model.dtype.itemsize)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
         if not groups or (len(groups[-1]) + 1) * lengths[row] > largest:
@@ -893,7 +899,7 @@ def sample_responses(
     Each row draws its cap (uniform from caps, inclusive) and its tokens from its own generator, so a response
     does not depend on who shares the batch.
     """
-    base, device, rows = policy.base, policy.device, len(prompts)
+    base, device, count = policy.base, policy.device, len(prompts)
     limits = [int(generator.integers(caps[0], caps[1], endpoint=True)) for generator in generators]
     width = max(limits)
     uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
@@ -903,27 +909,32 @@ def sample_responses(
     _, attention_mask = pad_prompts(policy, prompts)
     encoder_states = encode_prompts(policy, prompts)  # (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-    tokens = torch.full((rows, width), pad, device=device)  # (B, T)
-    lengths = torch.zeros(rows, dtype=torch.long, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    running = torch.ones(rows, dtype=torch.bool, device=device)
-    last = torch.full((rows, 1), start, device=device)
+    tokens = torch.full((count, width), pad, device=device)  # (B, T)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    running = torch.ones(count, dtype=torch.bool, device=device)
     supports = []
+    rows, states = torch.arange(count, device=device), encoder_states  # those still decoded: (D,), (D, S, d)
+    last = torch.full((count, 1), start, device=device)
     for position in range(width):
-        hidden = policy.decode(last, encoder_states, attention_mask, cache)  # (B, 1, d)
-        logits = policy.logits(hidden[:, -1])  # (B, V)
+        hidden = policy.decode(last, states, attention_mask, cache)  # (D, 1, d)
+        logits = policy.logits(hidden[:, -1])  # (D, V)
         support = sampling_support(logits, config.top_k, config.top_p)
         if support is not None:
-            supports.append(support)
+            supports.append(support.new_zeros(count, support.shape[1]).index_copy(0, rows, support))
             logits = logits.masked_fill(~support, -math.inf)
-        sampled = torch.where(running, sample_tokens(logits, uniforms[:, position]), pad)
-        tokens[:, position] = sampled
+        tokens[rows, position] = torch.where(running[rows], sample_tokens(logits, uniforms[rows, position]), pad)
         lengths += running
-        finished |= running & (sampled == eos)
+        finished |= running & (tokens[:, position] == eos)
         running = ~finished & (lengths < limits)
         if not running.any():
             break
-        last = sampled[:, None]
+        if running.sum() <= 0.75 * len(rows):
+            # An ended row costs as much as a running one, but each dropping copies the caches of those that stay.
+            kept = running[rows]
+            cache.batch_select_indices(kept)
+            rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
+        last = tokens[rows, position, None]
     tokens = tokens[:, : int(lengths.max())]
     support = torch.stack(supports, dim=1) if supports else None
     return Responses(prompts, tokens, lengths, finished, support, encoder_states)

@@ -332,10 +332,11 @@ def test_logprobs_of_other_models_against_plain_transformers(small_config, load_
 
 def check_sampled_is_scored(policy, prompts, config, caps=(4, 20)):
     """Record the distribution that each token was drawn from, and hold the scores against it."""
-    drawn_from, draw = [], detox_ppo.sample_tokens
+    drawn_from, draw = {}, detox_ppo.sample_tokens
 
     def record(logits, uniforms):
-        drawn_from.append(torch.log_softmax(logits.double(), dim=-1))
+        # Rows leave the batch as they end, so a draw is known by its random number, not by its place.
+        drawn_from.update(zip(uniforms.tolist(), torch.log_softmax(logits.double(), dim=-1), strict=True))
         return draw(logits, uniforms)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -344,8 +345,11 @@ def check_sampled_is_scored(policy, prompts, config, caps=(4, 20)):
         responses = sample_responses(policy, prompts, generators, caps, config)
     with torch.no_grad():
         logprobs, _ = score_responses(policy, responses)
+    streams = [random_stream(SEED, TRAINING, 1, row) for row in range(len(prompts))]
+    width = max([stream.integers(*caps, endpoint=True) for stream in streams])
     for row, tokens in enumerate(tokens_of(responses)):
-        expected = torch.stack([drawn_from[t][row, token] for t, token in enumerate(tokens)])
+        uniforms = streams[row].random(width, dtype=np.float32).tolist()
+        expected = torch.stack([drawn_from[uniforms[t]][token] for t, token in enumerate(tokens)])
         assert torch.isfinite(expected).all()
         torch.testing.assert_close(logprobs[row, : len(tokens)].double(), expected, rtol=0, atol=1e-4)
     return responses, logprobs
