@@ -28,8 +28,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
 
 
-def peak_memory():
-    """Peak resident memory of this process in bytes. getrusage would count what the parent had before exec, too."""
+def peak_memory(device):
+    """Peak memory in bytes: the GPU's, or the resident one of this process.
+
+    getrusage would count what the parent had before exec, too.
+    """
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -69,16 +74,16 @@ def load_trainer(plan, tokenizer):
         mini_batch_size=plan["mini_batch_size"],
         ppo_epochs=1,
         learning_rate=1.41e-5,
-        accelerator_kwargs={"cpu": True},
+        accelerator_kwargs={"cpu": plan["device"] == "cpu"},
     )
     return PPOTrainer(config=config, model=model, ref_model=create_reference_model(model), tokenizer=tokenizer)
 
 
-def load_classifier(directory):
+def load_classifier(directory, device):
     # The notebooks leave the classifier in float32 whatever the base's dtype.
     model = AutoModelForSequenceClassification.from_pretrained(directory, torch_dtype=torch.float32)
     return transformers.pipeline(
-        "text-classification", model=model, tokenizer=load_tokenizer(directory), framework="pt", device="cpu"
+        "text-classification", model=model, tokenizer=load_tokenizer(directory), framework="pt", device=device
     )
 
 
@@ -110,7 +115,7 @@ def count_classified(model):
 
 def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified):
     """One step of the notebooks' loop; returns its seconds by phase and its lengths in tokens."""
-    prompts = [torch.tensor(prompt) for prompt in step["prompts"]]
+    prompts = [torch.tensor(prompt, device=trainer.accelerator.device) for prompt in step["prompts"]]
     queries = [tokenizer.decode(prompt) for prompt in prompts]
     forward_seconds.clear()
     classified.clear()
@@ -156,13 +161,13 @@ def main():
     transformers.logging.set_verbosity_error()
     tokenizer = load_tokenizer(plan["base"])
     trainer = load_trainer(plan, tokenizer)
-    classifier = load_classifier(plan["classifier"])
+    classifier = load_classifier(plan["classifier"], plan["device"])
     forward_seconds, classified = time_forward_passes(trainer), count_classified(classifier.model)
     steps = [ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified) for step in plan["steps"]]
     packages = (torch, transformers, trl, peft, accelerate, datasets, numpy)
     result = {
         "steps": steps,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(plan["device"]),
         "threads": torch.get_num_threads(),
         "versions": {package.__name__: package.__version__ for package in packages},
     }

@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py                              # true shapes, makes the classic environment first
     python benchmarks/step_time.py --classic_python ENV/bin/python --models DIR
+    python benchmarks/step_time.py --device cuda --dtypes bfloat16 --batch_size 256 --mini_batch_size 64    # on a GPU
     python benchmarks/step_time.py --short                      # small shapes, for CI
 
 FLAN-T5-base and RoBERTa-base with random weights, batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
@@ -12,7 +13,7 @@ step of a process warms it up and is not counted. The classic trainer is used as
 classic_trainer.py.
 
 Both children have the same threads. The share of the peak is the arithmetic of the step over its seconds and over the
-speed of a 2048 x 2048 torch.mm that is measured beside each round. That arithmetic is what the step needs (see
+speed of a large square torch.mm that is measured beside each round. That arithmetic is what the step needs (see
 step_flop), counted from shapes and real tokens: neither padding nor a repeated pass of the encoder earns a share. A
 second row credits both sides with an encoder pass for sampling and another for the log-probabilities.
 
@@ -61,8 +62,8 @@ def stop(message):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def glued_dialogues(count, tokenizer, seed):
-    """Dialogues glued from the bundled ones, as long in tokens as DialogSum's."""
+def glued_dialogues(count, tokenizer, seed, prompt_tokens=None):
+    """Dialogues glued from the bundled ones: as long in tokens as DialogSum's, or all of one length."""
     import numpy as np
 
     import detox_ppo
@@ -72,7 +73,8 @@ def glued_dialogues(count, tokenizer, seed):
     # Evenly spaced quantiles in random order: a few dozen draws would miss the mean by several tokens.
     quantiles = np.random.default_rng(seed).permutation((np.arange(count) + 0.5) / count)
     dialogues = []
-    for length in np.interp(quantiles, np.linspace(0, 1, len(PROMPT_TOKENS)), PROMPT_TOKENS):
+    tokens = [prompt_tokens] if prompt_tokens else PROMPT_TOKENS
+    for length in np.interp(quantiles, np.linspace(0, 1, len(tokens)), tokens):
         chosen = [next(words)]
         # Every word is at least a token, so adding as many words as tokens are missing ends at the length.
         while (missing := int(length) - len(tokenizer(detox_ppo.build_prompt(" ".join(chosen))).input_ids)) > 0:
@@ -115,7 +117,7 @@ def our_arguments(options, models, dataset, output_dir, dtype):
         "eval_max_new_tokens": 1,
         "compare_samples": 1,
         "seed": options.seed,
-        "device": "cpu",
+        "device": options.device,
         "dtype": dtype,
     }
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
@@ -139,7 +141,7 @@ def make_plan(options, models, scratch):
     if options.dialogues:
         dialogues = read_dialogues(options.dialogues, count, options.seed)
     else:
-        dialogues = glued_dialogues(count, tokenizer, options.seed)
+        dialogues = glued_dialogues(count, tokenizer, options.seed, options.prompt_tokens)
     dataset = scratch / "dialogues.jsonl"
     rows = [json.dumps({"dialogue": dialogue, "summary": "-"}) for dialogue in dialogues]
     dataset.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -222,8 +224,15 @@ def step_flop(shapes, prompts, responses, classified, encoder_passes=3):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def peak_memory():
-    """Peak resident memory of this process in bytes. getrusage would count what the parent had before exec, too."""
+def peak_memory(device):
+    """Peak memory in bytes: the GPU's, or the resident one of this process.
+
+    getrusage would count what the parent had before exec, too.
+    """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -284,24 +293,27 @@ def ours(plan):
         steps.append({"seconds": seconds, "responses": lengths, "classified": noted["classified"]})
     return {
         "steps": steps,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(config.device),
         "threads": torch.get_num_threads(),
         "versions": {name: environment[name] for name in ("torch", "transformers", "peft", "numpy")},
     }
 
 
 def matrix_peak(plan):
-    """Floating-point operations a second of the fastest of several 2048 x 2048 products."""
+    """Floating-point operations a second of the fastest of several square products, larger on a GPU to fill it."""
     import torch
 
-    size = 2048
-    a, b = (torch.randn(size, size).to(getattr(torch, plan["dtype"])) for _ in range(2))
+    size = 2048 if plan["device"] == "cpu" else 8192
+    synchronize = torch.cuda.synchronize if plan["device"] != "cpu" else lambda: None
+    a, b = (torch.randn(size, size).to(plan["device"], getattr(torch, plan["dtype"])) for _ in range(2))
     out = torch.mm(a, b)
+    synchronize()
     times = []
     # At least five, and more for half a second: one may meet another process or a clock not yet raised.
     while len(times) < 5 or sum(times) < 0.5:
         started = time.perf_counter()
         torch.mm(a, b, out=out)
+        synchronize()
         times.append(time.perf_counter() - started)
     return {"peak": 2 * size**3 / min(times)}
 
@@ -423,7 +435,7 @@ def print_table(dtype, sides, peaks):
     rows = [(f"{phase}, s", phase, 1, 3) for phase in PHASES]
     rows += [("response tokens a second", "tokens_per_second", 1, 2), ("share of peak, %", "peak_share", 100, 1)]
     rows += [("the same, 4 encoder passes", "peak_share_four_encoder_passes", 100, 1)]
-    rows += [("peak resident memory, MiB", "peak_memory", 2**-20, 0)]
+    rows += [("peak memory, MiB", "peak_memory", 2**-20, 0)]
     for title, key, scale, digits in rows:
         line = f"{title:<28}"
         for name in names:
@@ -458,6 +470,10 @@ def parse_options():
         help="csv or jsonl with dialogues, for --models that were made from them: another tokenizer would change "
         "their lengths (default: glued from the bundled ones)",
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU's phases overlap, only steps are exact")
+    parser.add_argument("--batch_size", type=int, help="prompts a step (default 16)")
+    parser.add_argument("--mini_batch_size", type=int, help="responses an update; divides the batch (default 4)")
+    parser.add_argument("--prompt_tokens", type=int, help="one length for all prompts (default: DialogSum's spread)")
     parser.add_argument("--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="caps (default 25 70)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, caps and batches")
@@ -472,12 +488,15 @@ def parse_options():
         help="for CI: the bundled small models, batch 4, one step, one round; ours alone without --classic_python",
     )
     options = parser.parse_args()
-    options.batch_size, options.mini_batch_size = (4, 2) if options.short else (16, 4)
+    options.batch_size = options.batch_size or (4 if options.short else 16)
+    options.mini_batch_size = options.mini_batch_size or (2 if options.short else 4)
     if options.short:
         options.steps = options.rounds = 1
     options.response_lengths = options.response_lengths or ([8, 12] if options.short else [25, 70])
     if min(options.steps, options.rounds, options.threads) < 1:
         parser.error("--steps, --rounds and --threads must be at least 1")
+    if options.prompt_tokens and options.dialogues:
+        parser.error("--prompt_tokens is for glued dialogues, not for those of --dialogues")
     if not 5 <= options.response_lengths[0] < options.response_lengths[1]:
         parser.error("--response_lengths: MIN must be at least 5 (the notebooks' min_length) and below MAX")
     # In the order of the product, each once, whatever the order of the arguments.
@@ -504,14 +523,16 @@ def main():
         source = options.dialogues or "glued from the bundled dialogues to DialogSum's lengths"
         print(f"prompts: {source}; mean {statistics.mean(lengths):.0f}, {min(lengths)} to {max(lengths)} tokens")
         print(f"responses: caps of mean {statistics.mean(caps):.1f}, {min(caps)} to {max(caps)} tokens")
-        print(f"batch {options.batch_size}, minibatches of {options.mini_batch_size}, LoRA r={LORA_R}")
+        print(
+            f"batch {options.batch_size}, minibatches of {options.mini_batch_size}, LoRA r={LORA_R}, {options.device}"
+        )
         if not classic_python:
             print("no environment for the classic trainer (--classic_python): ours alone, the ratios are null")
 
         child = [sys.executable, str(Path(__file__).resolve()), "--child"]
         for dtype in options.dtypes:
             runs, peaks = {"ours": [], "classic": []}, []
-            plan = {"dtype": dtype, "steps": steps, "lora_r": LORA_R, **models}
+            plan = {"dtype": dtype, "device": options.device, "steps": steps, "lora_r": LORA_R, **models}
             plan |= {"batch_size": options.batch_size, "mini_batch_size": options.mini_batch_size}
             plan["arguments"] = our_arguments(options, models, dataset, scratch / "run", dtype)
             for number in range(1, options.rounds + 1):
