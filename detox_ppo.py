@@ -33,8 +33,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# oneDNN keeps the code it generates for each shape it met, half a megabyte apiece, and every batch brings new shapes:
-# its default of 1,024 grows to as much memory as the base model. It is read when torch first uses oneDNN.
+# oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
+# this when torch first uses it.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 import datasets
@@ -482,6 +482,14 @@ def attention_for(device: torch.device) -> str:
     return "eager" if device.type == "cpu" else "sdpa"
 
 
+def padded_width(lengths: Iterable[int]) -> int:
+    """The width to which rows of these lengths are padded: the longest, rounded up to a multiple of 16.
+
+    oneDNN generates code for every new shape and never frees it all, so unrounded widths would make memory grow.
+    """
+    return -(-max(map(int, lengths)) // 16) * 16
+
+
 def micro_batches(lengths: list[int], rows: Iterable[int], model) -> list[list[int]]:
     """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
 
@@ -734,7 +742,9 @@ class HateClassifier:
         encoded = plain_token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length)
         logits = torch.empty(len(texts), len(self.labels))
         for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
-            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
+            batch = {"input_ids": [encoded[i] for i in rows]}
+            width = min(padded_width(map(len, batch["input_ids"])), self.max_length)
+            batch = self.tokenizer.pad(batch, padding="max_length", max_length=width, return_tensors="pt")
             logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
         return logits
 
@@ -862,16 +872,16 @@ class Responses:
     def select(self, rows: list[int]) -> "Responses":
         """Some of the responses, padded no wider than they need."""
         lengths = self.lengths[rows]
-        width = int(lengths.max())
+        width = padded_width(lengths)
         prompts = [self.prompts[i] for i in rows]
         support = None if self.support is None else self.support[rows, :width]
-        states = None if self.encoder_states is None else self.encoder_states[rows, : max(map(len, prompts))]
+        states = None if self.encoder_states is None else self.encoder_states[rows, : padded_width(map(len, prompts))]
         return Responses(prompts, self.tokens[rows, :width], lengths, self.finished[rows], support, states)
 
 
 def pad_prompts(policy: Policy, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists to (B, S) ids and attention mask, padded on the right."""
-    width = max(len(prompt) for prompt in prompts)
+    width = padded_width(map(len, prompts))
     pad = policy.base.config.pad_token_id
     ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts], device=policy.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)
@@ -885,7 +895,7 @@ def encode_prompts(policy: Policy, prompts: list[list[int]]) -> torch.Tensor:
     for rows in micro_batches([len(prompt) for prompt in prompts], range(len(prompts)), policy.base):
         encoded = policy.encode(*pad_prompts(policy, [prompts[i] for i in rows]))
         if states is None:
-            states = encoded.new_zeros(len(prompts), max(map(len, prompts)), encoded.shape[-1])
+            states = encoded.new_zeros(len(prompts), padded_width(map(len, prompts)), encoded.shape[-1])
         states[rows, : encoded.shape[1]] = encoded
     return states
 
@@ -909,7 +919,7 @@ def sample_responses(
     _, attention_mask = pad_prompts(policy, prompts)
     encoder_states = encode_prompts(policy, prompts)  # (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-    tokens = torch.full((count, width), pad, device=device)  # (B, T)
+    tokens = torch.full((count, padded_width(limits)), pad, device=device)  # (B, T)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     running = torch.ones(count, dtype=torch.bool, device=device)
@@ -935,8 +945,10 @@ def sample_responses(
             cache.batch_select_indices(kept)
             rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
         last = tokens[rows, position, None]
-    tokens = tokens[:, : int(lengths.max())]
-    support = torch.stack(supports, dim=1) if supports else None
+    tokens = tokens[:, : padded_width(lengths)]
+    support = None
+    if supports:
+        support = nn.functional.pad(torch.stack(supports, dim=1), (0, 0, 0, tokens.shape[1] - len(supports)))
     return Responses(prompts, tokens, lengths, finished, support, encoder_states)
 
 
@@ -967,8 +979,9 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
     values = torch.zeros_like(logprobs)
     prompt_lengths = [len(prompt) for prompt in responses.prompts]
     for rows in micro_batches(prompt_lengths, range(len(prompt_lengths)), policy.base):
-        width = int(responses.lengths[rows].max())
-        logprobs[rows, :width], values[rows, :width] = score_responses(policy, responses.select(rows))
+        part = responses.select(rows)
+        width = part.tokens.shape[1]
+        logprobs[rows, :width], values[rows, :width] = score_responses(policy, part)
     return logprobs, values
 
 
@@ -1309,9 +1322,10 @@ def run(config: DetoxConfig) -> dict:
                 optimizer.zero_grad()
                 update = Counter()
                 for rows in micro_batches(prompt_lengths, mb, policy.base):
-                    width = int(responses.lengths[rows].max())
+                    part = responses.select(rows)
+                    width = part.tokens.shape[1]
                     rows_mask = mask[rows, :width]
-                    logprobs, values = score_responses(policy, responses.select(rows))
+                    logprobs, values = score_responses(policy, part)
                     pg_loss, stats = policy_loss(
                         logprobs, old_logprobs[rows, :width], advantages[rows, :width], rows_mask, config.cliprange
                     )

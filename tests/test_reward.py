@@ -44,7 +44,7 @@ def read(classifier, monkeypatch):
     class Spy(SimpleNamespace):
         __call__ = staticmethod(spy)
 
-    monkeypatch.setattr(classifier, "model", Spy(config=model.config, device=model.device))
+    monkeypatch.setattr(classifier, "model", Spy(config=model.config, device=model.device, dtype=model.dtype))
 
     def read(text):
         seen.clear()

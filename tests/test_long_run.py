@@ -1,0 +1,65 @@
+"""Thirty steps: nothing grows, and the frozen base is still what was loaded, bit for bit."""
+
+import gc
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import detox_ppo
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def watched(small_config, tmp_path_factory):
+    """A run whose tensors, resident memory (MiB) and open files are noted in every step."""
+    notes, load, rewards = [], detox_ppo.load_policy, detox_ppo.compute_rewards
+    kept = {}
+
+    def keep_policy(*args):
+        kept["policy"], tokenizer = load(*args)
+        return kept["policy"], tokenizer
+
+    def note(*args):
+        gc.collect()
+        tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        memory = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+        notes.append(SimpleNamespace(tensors=tensors, memory=memory, files=len(os.listdir("/proc/self/fd"))))
+        return rewards(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detox_ppo, "load_policy", keep_policy)
+        patch.setattr(detox_ppo, "compute_rewards", note)
+        detox_ppo.run(small_config(max_ppo_steps=STEPS, eval_samples=1, output_dir=tmp_path_factory.mktemp("long")))
+    assert len(notes) == STEPS
+    return notes, kept["policy"]
+
+
+def test_nothing_grows_from_step_to_step(watched):
+    notes, _ = watched
+    # Adam's state comes with the first update.
+    assert len({step.tensors for step in notes[2:]}) == 1
+    assert len({step.files for step in notes}) == 1
+    # A batch's tensors are half a MiB here; the allocator's pages settle in the first steps.
+    assert notes[-1].memory - notes[9].memory < 5
+
+
+def test_the_base_is_what_was_loaded_bit_for_bit(watched, tiny):
+    _, policy = watched
+    stored = load_file(tiny / "base" / "model.safetensors")
+    frozen = {
+        name.replace(".base_layer", "").removeprefix("model.base_model.model."): parameter
+        for name, parameter in policy.named_parameters()
+        if "lora_" not in name and not name.startswith("value_head")
+    }
+    assert set(stored) <= set(frozen)
+    for name, tensor in stored.items():
+        assert torch.equal(frozen[name], tensor), name
+    moved = dict(policy.named_parameters())
+    pairs = [(name, name.replace(".default.", ".reference.")) for name in moved if ".default." in name]
+    assert all(not torch.equal(moved[trained], moved[reference]) for trained, reference in pairs)
