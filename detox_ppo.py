@@ -129,7 +129,8 @@ class DetoxConfig:
         "query_response", "What is scored: dialogue + summary, or summary alone (sharper where dialogues are toxic)."
     )
     # evaluation
-    eval_samples: int = option(100, "Test prompts to evaluate, exactly. More gives a narrower interval.")
+    eval_samples: int = option(100, "Test prompts to evaluate, exactly; -1: all. More gives a narrower interval.")
+    eval_samples_per_prompt: int = option(1, "Summaries sampled for each. More average out the sampling's luck.")
     eval_max_new_tokens: int = option(100, "Longest summary in the evaluation, in tokens.")
     compare_samples: int = option(20, "Evaluated prompts written side by side to comparison.csv (at most all).")
     # run
@@ -213,7 +214,7 @@ def check_config(config: DetoxConfig) -> None:
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
 
     at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon"
-    at_least_1 += " output_min_length eval_samples eval_max_new_tokens"
+    at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens"
     at_least_0 = "input_min_text_length max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
@@ -226,6 +227,7 @@ def check_config(config: DetoxConfig) -> None:
     require("top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
     require("test_size", 0 < config.test_size < 1, "above 0 and below 1")
     require("seed", config.seed < 2**64, "below 2**64")
+    require("eval_samples", config.eval_samples == -1 or config.eval_samples >= 1, "at least 1, or -1 for all")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
     require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
     for kind in ("input_{}_text_length", "output_{}_length"):
@@ -429,6 +431,8 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
     print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     if len(splits["train"]) < config.batch_size:
         raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
+    if config.eval_samples == -1:
+        config.eval_samples = len(splits["test"])
     if len(splits["test"]) < config.eval_samples:
         raise UserError(f"--eval_samples {config.eval_samples} is more than the {len(splits['test'])} test rows")
     return splits
@@ -545,12 +549,13 @@ class Policy(nn.Module):
 
     @contextmanager
     def adapter(self, name: str):
-        """Run with another adapter, frozen; the trained one is active and trainable again afterwards."""
+        """Run with another adapter, frozen; the one before is active again afterwards, trainable if it was."""
+        before = self.model.active_adapter
         self.model.set_adapter(name, inference_mode=True)
         try:
             yield
         finally:
-            self.model.set_adapter("default")
+            self.model.set_adapter(before, inference_mode=before != "default")
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, S) prompts to (B, S, d) encoder states."""
@@ -748,6 +753,10 @@ class HateClassifier:
             logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
         return logits
 
+    def toxicity(self, logits: torch.Tensor, toxic_label: str) -> list[float]:
+        """Probabilities of the toxic label from logits (N, labels)."""
+        return torch.softmax(logits.double(), dim=-1)[:, self.labels.index(toxic_label)].tolist()
+
     def scores(self, texts: list[str]) -> np.ndarray:
         """The reward of each text, (N,): the raw logit of the reward label."""
         return self.logits(texts)[:, self.reward_index].double().numpy()
@@ -775,8 +784,7 @@ class Toxicity(evaluate.Measurement):
     def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
         if toxic_label not in self.classifier.labels:
             raise ValueError(f"toxic_label {toxic_label!r} is not one of {self.classifier.labels}")
-        probabilities = torch.softmax(self.classifier.logits(predictions).double(), dim=-1)
-        toxicity = probabilities[:, self.classifier.labels.index(toxic_label)].tolist()
+        toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
         if aggregation == "ratio":
             return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
         if aggregation == "maximum":
@@ -1075,44 +1083,102 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
 
 
+def health(history: list[dict], config: DetoxConfig) -> tuple[str, dict[str, str]]:
+    """The newest of the steps' metrics in plain words, and warnings by kind, each with its cause and the way out."""
+    now, warned = history[-1], {}
+    kl, score = now["objective/kl"], [step["ppo/mean_scores"] for step in history]
+    recent = (np.mean(score[-10:-5]) if len(score) > 5 else score[0], np.mean(score[-5:]))
+    # The noise of a mean of five steps' scores, twice over.
+    noise = 2 * now["ppo/std_scores"] / (5 * config.batch_size) ** 0.5
+    trend = "rising" if recent[1] > recent[0] + noise else "falling" if recent[1] < recent[0] - noise else "steady"
+    far = kl > 3 * config.target_kl
+    distance = "far from" if far else "moving away from" if kl > config.target_kl else "close to"
+    if far:
+        warned["kl"] = f"objective/kl {kl:.1f} is above three times target_kl {config.target_kl:g}: the policy leaves "
+        warned["kl"] += "the summarizer it was. Raise init_kl_coef or lower learning_rate."
+    if kl < -1:
+        warned["negative kl"] = (
+            f"objective/kl is {kl:.1f}, which only few samples can make: it is positive on average. "
+        )
+        warned["negative kl"] += "Raise batch_size; if it stays so, lower learning_rate."
+    if now["ppo/skipped_minibatches"]:
+        warned["skipped"] = f"{now['ppo/skipped_minibatches']} minibatches were skipped, their mean ratio was above "
+        warned["skipped"] += f"ratio_threshold {config.ratio_threshold:g}. Lower learning_rate or ppo_epochs."
+    entropy = [step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now)]
+    if entropy[1] < 0.1 * entropy[0]:
+        warned["entropy"] = (
+            f"entropy fell from {entropy[0]:.3f} to {entropy[1]:.3f} nats a token: the policy says nearly "
+        )
+        warned["entropy"] += "the same whatever it is asked. Raise init_kl_coef or lower learning_rate."
+    if len(score) >= 50:
+        early, late = score[:25], score[-25:]
+        spread = (np.var(early) + np.var(late)) ** 0.5 / 5
+        if np.mean(late) - np.mean(early) <= 2 * spread:
+            warned["flat"] = f"the score has not risen in {len(score)} steps ({np.mean(early):.2f} to "
+            warned["flat"] += f"{np.mean(late):.2f}). Raise learning_rate, or batch_size where scores are noisy."
+    if now["tokens/finished_share"] < 0.5:
+        warned["cut"] = (
+            f"{1 - now['tokens/finished_share']:.0%} of the responses were cut at their cap before they ended: "
+        )
+        warned["cut"] += "half sentences are scored. Raise output_min_length and output_max_length."
+    ended = f"{now['tokens/finished_share']:.0%} of summaries end by themselves"
+    return f"score {trend}, {distance} the reference, {ended}", warned
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation: the same prompts and random numbers, before and after
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def evaluate_policy(
-    policy: Policy, tokenizer, classifier: HateClassifier, test, config: DetoxConfig, desc: str
+    policy: Policy, tokenizer, classifier: HateClassifier, rows, config: DetoxConfig, desc: str
 ) -> dict:
-    """Sample a summary of each of the first eval_samples test prompts with the active adapter, and score it.
+    """Sample eval_samples_per_prompt summaries of each row's dialogue with the active adapter, and score them.
 
     Returns:
-        lists in the order of the test rows: response, length (tokens), reward, toxicity, summary_toxicity.
+        lists in the order of the rows. Of each row's first summary: response. Means over each row's summaries:
+        length (tokens), reward, toxicity, summary_toxicity, kl (nats a summary, to the reference). Of all summaries:
+        responses, finished (ended before the cap) and the row each belongs to, as sample_rows.
     """
-    rows = test.select(range(config.eval_samples))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    texts, lengths = [""] * len(rows), [0] * len(rows)
+    repeats = config.eval_samples_per_prompt
+    # Sorted by length, so that a batch is padded little.
+    prompts = list(rows["input_ids"])
+    order = sorted(((i, k) for i in range(len(rows)) for k in range(repeats)), key=lambda pair: len(prompts[pair[0]]))
+    found = {}
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
-    with tqdm(total=len(rows), desc=desc, unit="prompt", disable=None) as bar:
+    with tqdm(total=len(order), desc=desc, unit="summary", disable=None) as bar:
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
-            batch = rows.select(chosen)
-            generators = [random_stream(config.seed, EVALUATION, row) for row in batch["row"]]
-            responses = sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
-            decoded = tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
-            for i, text, length in zip(chosen, decoded, responses.lengths.tolist(), strict=True):
-                texts[i], lengths[i] = text.strip(), length
+            generators = [random_stream(config.seed, EVALUATION, rows["row"][i], k) for i, k in chosen]
+            responses = sample_responses(policy, [prompts[i] for i, _ in chosen], generators, caps, config)
+            logprobs, _ = score_batch(policy, responses)
+            responses.encoder_states = None  # the reference has its own
+            with policy.adapter("reference"):
+                kl = (logprobs - score_batch(policy, responses)[0]).sum(dim=1)
+            texts = tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
+            measured = zip(texts, responses.lengths.tolist(), responses.finished.tolist(), kl.tolist(), strict=True)
+            found |= zip(chosen, measured, strict=True)
             bar.update(len(chosen))
-    joined = [classifier.join(dialogue, text) for dialogue, text in zip(rows["dialogue"], texts, strict=True)]
-    measure = Toxicity(classifier)
-    toxicity = measure.compute(predictions=joined, toxic_label=config.toxic_label)["toxicity"]
-    summary_toxicity = measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
-    reward = classifier.scores(joined if config.score_text == "query_response" else texts).tolist()
+    texts, lengths, finished, kl = zip(*(found[pair] for pair in sorted(found)), strict=True)
+    texts = [text.strip() for text in texts]
+    sample_rows = [i for i, _ in sorted(found)]
+    joined = [classifier.join(rows["dialogue"][i], text) for i, text in zip(sample_rows, texts, strict=True)]
+    logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
+    scored = logits if config.score_text == "query_response" else summary_logits
+
+    def row_means(values):
+        return np.asarray(values, dtype=float).reshape(len(rows), repeats).mean(axis=1).tolist()
+
     return {
-        "response": texts,
-        "length": lengths,
-        "reward": reward,
-        "toxicity": toxicity,
-        "summary_toxicity": summary_toxicity,
+        "response": texts[::repeats],
+        "length": row_means(lengths),
+        "reward": row_means(scored[:, classifier.reward_index].tolist()),
+        "toxicity": row_means(classifier.toxicity(logits, config.toxic_label)),
+        "summary_toxicity": row_means(classifier.toxicity(summary_logits, config.toxic_label)),
+        "kl": row_means(kl),
+        "responses": texts,
+        "finished": finished,
+        "sample_rows": sample_rows,
     }
 
 
@@ -1122,25 +1188,31 @@ def paired_statistics(before: list[float], after: list[float], seed: int, resamp
     Returns:
         before and after {mean, std, n}; reduction_percent {mean, std} (positive: fell; None where before is 0);
         paired_difference {mean, ci_low, ci_high, p_value} of after - before: a 95% percentile bootstrap interval
-        (Efron, 1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935).
+        (Efron, 1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935); verdict {change,
+        better, worse, detectable}: in words, the shares of prompts that fell and rose, and the smallest mean change
+        that this many prompts would show with 80% power at the 5% level (Cohen, 1988).
     """
     before, after = np.asarray(before), np.asarray(after)
-    difference = after - before
+    difference, count = after - before, len(before)
     generator = random_stream(seed, STATISTICS)
     means, extreme = [], 0
     for _ in range(resamples):
-        means.append(difference[generator.integers(len(difference), size=len(difference))].mean())
-        flipped = (difference * generator.choice((-1, 1), size=len(difference))).mean()
+        means.append(difference[generator.integers(count, size=count)].mean())
+        flipped = (difference * generator.choice((-1, 1), size=count)).mean()
         # The tolerance counts a flip that reproduces the data, whatever the order of summation did.
         extreme += abs(flipped) >= abs(difference.mean()) - 1e-12
     low, high = np.percentile(means, [2.5, 97.5])
+    p_value = float((extreme + 1) / (resamples + 1))
 
     def summary(values):
-        return {"mean": float(values.mean()), "std": float(values.std()), "n": len(values)}
+        return {"mean": float(values.mean()), "std": float(values.std()), "n": count}
 
     def reduction(statistic):
         return float(100 * (1 - statistic(after) / statistic(before))) if statistic(before) > 0 else None
 
+    change = "no detectable change"
+    if p_value < 0.05 and (low > 0 or high < 0):
+        change = "less toxic" if high < 0 else "more toxic"
     return {
         "before": summary(before),
         "after": summary(after),
@@ -1149,16 +1221,53 @@ def paired_statistics(before: list[float], after: list[float], seed: int, resamp
             "mean": float(difference.mean()),
             "ci_low": float(low),
             "ci_high": float(high),
-            "p_value": (extreme + 1) / (resamples + 1),
+            "p_value": p_value,
+        },
+        "verdict": {
+            "change": change,
+            "better": float((difference < 0).mean()),
+            "worse": float((difference > 0).mean()),
+            "detectable": float((1.960 + 0.842) * difference.std(ddof=1) / count**0.5) if count > 1 else None,
         },
     }
 
 
-def rouge(responses: list[str], summaries: list[str]) -> dict[str, float]:
-    """Mean ROUGE-1, -2 and -L F-measures (0 to 1, stemmed) of the responses against the human summaries."""
+def summary_quality(found: dict, summaries: list[str]) -> dict[str, float]:
+    """What toxicity can't see of an evaluation's summaries: are they still summaries?
+
+    Returns:
+        ROUGE-1, -2 and -L F-measures against the human summaries (means, 0 to 1, stemmed); distinct_2, the share of
+        different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the mean share of a
+        summary's triples of words that it has said before; the shares of empty and of unfinished (no end token)
+        summaries; kl, to the reference in nats a summary.
+    """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(summary, text) for summary, text in zip(summaries, responses, strict=True)]
-    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in scorer.rouge_types}
+    references = [summaries[i] for i in found["sample_rows"]]
+    scores = [scorer.score(*pair) for pair in zip(references, found["responses"], strict=True)]
+    words = [text.lower().split() for text in found["responses"]]
+    pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+    triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
+    return {
+        **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scorer.rouge_types},
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
+        "empty": float(np.mean([not text for text in words])),
+        "unfinished": float(1 - np.mean(found["finished"])),
+        "kl": float(np.mean(found["kl"])),
+    }
+
+
+def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """What got worse in the summaries, in words, from two results of summary_quality; empty if they are still good."""
+    found = []
+    if after["rougeL"] < 0.9 * before["rougeL"]:
+        found.append(f"ROUGE-L fell from {before['rougeL']:.3f} to {after['rougeL']:.3f}")
+    if after["distinct_2"] < 0.5 * before["distinct_2"]:
+        found.append(f"distinct-2 fell from {before['distinct_2']:.3f} to {after['distinct_2']:.3f}")
+    for name, what in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
+        if after[name] > before[name] + 0.1:
+            found.append(f"{after[name]:.0%} {what} ({before[name]:.0%} before)")
+    return found
 
 
 def change_in_words(percent: float | None) -> str:
@@ -1173,6 +1282,10 @@ def print_verdict(name: str, statistics: dict) -> None:
     print(f"{name}: mean {change_in_words(percent['mean'])}, std {change_in_words(percent['std'])}; ", end="")
     interval = f"[{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
     print(f"paired difference {paired['mean']:+.4f}, 95% interval {interval}, p = {paired['p_value']:.4f}")
+    verdict, count = statistics["verdict"], statistics["before"]["n"]
+    shares = f"{verdict['better']:.0%} of {count} prompts fell, {verdict['worse']:.0%} rose"
+    least = "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}"
+    print(f"  verdict: {verdict['change']}; {shares}; a change of {least} would have been detected (80% power)")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1265,16 +1378,24 @@ def run(config: DetoxConfig) -> dict:
     timings["load"] = time.perf_counter() - started
 
     started_part = time.perf_counter()
-    before = evaluate_policy(policy, tokenizer, classifier, test, config, "evaluating before")
+    evaluated = test.select(range(config.eval_samples))
+    before = evaluate_policy(policy, tokenizer, classifier, evaluated, config, "evaluating before")
+    measure, floor = Toxicity(classifier), {}
+    human = [classifier.join(*pair) for pair in zip(evaluated["dialogue"], evaluated["summary"], strict=True)]
+    for key, texts in (("toxicity", human), ("summary_toxicity", list(evaluated["summary"]))):
+        floor[key] = measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
+    dialogues = measure.compute(predictions=list(evaluated["dialogue"]), toxic_label=config.toxic_label)["toxicity"]
     timings["evaluate_before"] = time.perf_counter() - started_part
     for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
         print(f"{name} [mean, std] before detox: [{np.mean(before[key]):.4f}, {np.std(before[key]):.4f}]")
+        print(f"{name} [mean, std] of the human summaries: [{np.mean(floor[key]):.4f}, {np.std(floor[key]):.4f}]")
 
     started_part = time.perf_counter()
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
     kl_coef = config.init_kl_coef
     steps_per_epoch = len(train) // config.batch_size
+    history, warned = [], {}
     metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
     bar = tqdm(range(1, config.max_ppo_steps + 1), desc="PPO", unit="step", disable=None)
     for step in bar:
@@ -1387,6 +1508,12 @@ def run(config: DetoxConfig) -> dict:
         bar.set_postfix({name: f"{metrics[name]:.4f}" for name in published})
         line = " | ".join(f"{name} {metrics[name]:8.4f}" for name in (*published, "ppo/mean_scores"))
         tqdm.write(f"step {step:>4}/{config.max_ppo_steps} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
+        history.append(metrics)
+        words, found = health(history, config)
+        tqdm.write(f"  {words}", file=sys.stdout)
+        for kind in found.keys() - warned.keys():
+            tqdm.write(f"  warning, step {step}: {found[kind]}", file=sys.stdout)
+            warned[kind] = f"step {step}: {found[kind]}"
         if config.adaptive_kl:
             kl_coef = adapted_kl_coef(kl_coef, objective_kl, config.target_kl, config.kl_horizon, config.batch_size)
     metrics_file.close()
@@ -1397,7 +1524,7 @@ def run(config: DetoxConfig) -> dict:
     policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
     started_part = time.perf_counter()
     with policy.adapter("trained"):
-        after = evaluate_policy(policy, tokenizer, classifier, test, config, "evaluating after")
+        after = evaluate_policy(policy, tokenizer, classifier, evaluated, config, "evaluating after")
     timings["evaluate_after"] = time.perf_counter() - started_part
 
     results = {"config": dataclasses.asdict(config)}
@@ -1407,16 +1534,36 @@ def run(config: DetoxConfig) -> dict:
         print(f"{name} [mean, std] after detox: [{np.mean(after[key]):.4f}, {np.std(after[key]):.4f}]")
     for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
         print_verdict(name, results[key])
-    evaluated = test.select(range(config.eval_samples))
-    results["rouge"] = {
-        "before": rouge(before["response"], evaluated["summary"]),
-        "after": rouge(after["response"], evaluated["summary"]),
+    results["human"] = {
+        key: {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values)}
+        for key, values in floor.items()
     }
+    toxic = [i for i, value in enumerate(dialogues) if value > 0.5]
+    results["toxic_dialogues"] = {"n": len(toxic)}
+    for key in floor if toxic else ():
+        part = paired_statistics([before[key][i] for i in toxic], [after[key][i] for i in toxic], config.seed)
+        results["toxic_dialogues"][key] = part
+        means = f"{part['before']['mean']:.4f} before, {part['after']['mean']:.4f} after"
+        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {means}, {part['verdict']['change']}")
     for key in ("length", "reward"):
         results[key] = {"before": {"mean": float(np.mean(before[key]))}, "after": {"mean": float(np.mean(after[key]))}}
         print(f"{key}: mean {np.mean(before[key]):.2f} before, {np.mean(after[key]):.2f} after")
-    for name in results["rouge"]["before"]:
-        print(f"{name}: {results['rouge']['before'][name]:.4f} before, {results['rouge']['after'][name]:.4f} after")
+    quality = {
+        name: summary_quality(found, evaluated["summary"]) for name, found in (("before", before), ("after", after))
+    }
+    for name in quality["before"]:
+        print(f"{name}: {quality['before'][name]:.4f} before, {quality['after'][name]:.4f} after")
+    results["rouge"] = {
+        when: {name: value for name, value in found.items() if name.startswith("rouge")}
+        for when, found in quality.items()
+    }
+    results["quality"] = quality
+    worse = degradation(quality["before"], quality["after"])
+    if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
+        warned["reward hacking"] = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
+        warned["reward hacking"] += ". Raise init_kl_coef, lower learning_rate or stop earlier."
+        print(f"warning: {warned['reward hacking']}")
+    results["warnings"] = warned
     compared = test.select(range(min(config.compare_samples, config.eval_samples)))
     comparison = build_comparison(compared, before, after)
     comparison.to_csv(output_dir / "comparison.csv", index=False)

@@ -12,6 +12,7 @@ import sys
 import typing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -59,6 +60,7 @@ DEFAULTS = {
     "top_p": 1,
     "score_text": "query_response",
     "eval_samples": 100,
+    "eval_samples_per_prompt": 1,
     "eval_max_new_tokens": 100,
     "compare_samples": 20,
     "seed": 0,
@@ -94,7 +96,8 @@ RANGES = {
     "output_max_length": ([100, 0], [101]),
     "top_k": ([-1], [0, 1]),
     "top_p": ([0, -0.1, 1.01], [0.01, 1]),
-    "eval_samples": ([0, -1], [1]),
+    "eval_samples": ([0, -2], [1, -1]),
+    "eval_samples_per_prompt": ([0, -1], [1]),
     "eval_max_new_tokens": ([0], [1]),
     "compare_samples": ([-1], [0]),
     "seed": ([-1, 2**64], [0, 2**32]),
@@ -434,6 +437,8 @@ def test_results(results):
             assert 0 <= block[when]["mean"] <= 1
         assert set(block["reduction_percent"]) == {"mean", "std"}
         assert set(block["paired_difference"]) == {"mean", "ci_low", "ci_high", "p_value"}
+        assert set(block["verdict"]) == {"change", "better", "worse", "detectable"}
+        assert results["human"][name]["n"] == 4 and 0 <= results["human"][name]["mean"] <= 1
         difference = block["after"]["mean"] - block["before"]["mean"]
         assert block["paired_difference"]["mean"] == pytest.approx(difference, abs=1e-9)
     for when in ("before", "after"):
@@ -498,8 +503,16 @@ def test_training_changed_the_saved_adapter(runs, tiny):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_without_steps_nothing_changes(small_config, tmp_path):
-    results = detox_ppo.run(small_config(output_dir=tmp_path, max_ppo_steps=0))
+def test_without_steps_nothing_changes(small_config, tmp_path, classifier):
+    results = detox_ppo.run(small_config(output_dir=tmp_path, max_ppo_steps=0, eval_samples=24))
+    # The slice of prompts whose dialogue insults somebody itself, counted again from the file.
+    texts = pd.read_csv(Path(results["config"]["dataset_name"]) / "train.csv")["dialogue"][1600:1624]
+    toxic = int((classifier.logits(list(texts)).softmax(dim=-1)[:, 1] > 0.5).sum())
+    assert 0 < toxic < 24 and results["toxic_dialogues"]["n"] == toxic
+    assert results["toxic_dialogues"]["toxicity"]["before"]["n"] == toxic
+    assert results["toxic_dialogues"]["toxicity"]["before"]["mean"] > 0.5
+    assert results["quality"]["before"] == results["quality"]["after"] and results["warnings"] == {}
+    assert results["rouge"]["after"]["rougeL"] == results["quality"]["after"]["rougeL"]
     for name in ("toxicity", "summary_toxicity"):
         assert results[name]["paired_difference"] == {"mean": 0, "ci_low": 0, "ci_high": 0, "p_value": 1}
     assert results["reward"]["before"] == results["reward"]["after"]

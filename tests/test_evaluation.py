@@ -14,10 +14,12 @@ from detox_ppo import (
     Toxicity,
     build_comparison,
     change_in_words,
+    degradation,
     evaluate_policy,
+    health,
     paired_statistics,
     print_verdict,
-    rouge,
+    summary_quality,
     variance_explained,
 )
 
@@ -26,7 +28,7 @@ from detox_ppo import (
 def evaluate(small, classifier, splits):
     def evaluate(rows=None, policy=small.policy, **options):
         config = type(small.config)(**(vars(small.config) | {"eval_max_new_tokens": 24} | options))
-        test = splits["test"] if rows is None else splits["test"].select(rows)
+        test = splits["test"].select(range(config.eval_samples) if rows is None else rows)
         return evaluate_policy(policy, small.tokenizer, classifier, test, config, "evaluating")
 
     return evaluate
@@ -39,6 +41,7 @@ def test_nothing_changed():
     values = [0.1, 0.5, 0.3, 0.9]
     result = paired_statistics(values, values, seed=0)
     assert result["paired_difference"] == {"mean": 0, "ci_low": 0, "ci_high": 0, "p_value": 1}
+    assert result["verdict"] == {"change": "no detectable change", "better": 0, "worse": 0, "detectable": 0}
     assert result["reduction_percent"] == {"mean": 0, "std": 0}
     assert result["before"] == result["after"]
 
@@ -81,6 +84,32 @@ def test_p_value_is_never_zero_and_needs_no_sign():
     rose = paired_statistics(after, before, seed=0)["paired_difference"]
     assert 0 < fell["p_value"] < 0.001 and 0 < rose["p_value"] < 0.001
     assert fell["mean"] == pytest.approx(-rose["mean"])
+
+
+def test_shares_and_the_smallest_change_by_hand():
+    verdict = paired_statistics([0.5] * 5, [0.1, 0.2, 0.5, 0.7, 0.3], seed=0)["verdict"]
+    assert (verdict["better"], verdict["worse"]) == (0.6, 0.2)
+    # differences -0.4, -0.3, 0, 0.2, -0.2: variance 0.058; quantiles of the normal for 5% (two-sided) and 80%
+    assert verdict["detectable"] == pytest.approx((1.95996 + 0.84162) * (0.058 / 5) ** 0.5, rel=1e-3)
+    assert paired_statistics([0.5], [0.1], seed=0)["verdict"]["detectable"] is None
+
+
+def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
+    generator = np.random.default_rng(0)
+    size = paired_statistics([0.0] * 50, list(generator.normal(0, 0.1, 50)), seed=0)["verdict"]["detectable"]
+    runs = [list(generator.normal(-size, 0.1, 50)) for _ in range(150)]
+    found = [paired_statistics([0.0] * 50, run, seed=0, resamples=400)["verdict"]["change"] for run in runs]
+    assert found.count("less toxic") / 150 == pytest.approx(0.8, abs=0.12)
+    assert "more toxic" not in found
+
+
+def test_verdict_in_words(capsys):
+    before = list(np.linspace(0.3, 0.5, 20))
+    for shift, change in ((-0.1, "less toxic"), (0.1, "more toxic"), (0, "no detectable change")):
+        statistics = paired_statistics(before, [value + shift for value in before], seed=0)
+        assert statistics["verdict"]["change"] == change
+        print_verdict("toxicity", statistics)
+        assert f"verdict: {change}; " in capsys.readouterr().out
 
 
 def test_pairs_matter():
@@ -142,7 +171,16 @@ def test_words_for_a_change():
     ]
 
 
-# ROUGE
+# Still a summary?
+
+
+def quality(texts, summaries, finished=None, kl=0.0):
+    found = {"responses": texts, "sample_rows": list(range(len(texts))), "kl": [kl] * len(texts)}
+    return summary_quality(found | {"finished": finished or [True] * len(texts)}, summaries)
+
+
+def rouge(texts, summaries):
+    return {name: value for name, value in quality(texts, summaries).items() if name.startswith("rouge")}
 
 
 def test_rouge_by_hand():
@@ -159,14 +197,115 @@ def test_rouge_by_hand():
     assert rouge([""], ["a summary"])["rouge1"] == 0
 
 
+def test_quality_by_hand():
+    texts = ["a b a b a b", "", "a b c", "one"]
+    found = quality(texts, ["a"] * 4, finished=[True, True, False, True], kl=1.5)
+    # pairs: ab ba ab ba ab, ab bc: of 7 three are different; triples of the first: aba bab aba bab
+    assert found["distinct_2"] == pytest.approx(3 / 7)
+    assert found["repeated_3"] == pytest.approx((2 / 4) / 4)
+    assert (found["empty"], found["unfinished"], found["kl"]) == (0.25, 0.25, 1.5)
+    # several summaries of one row are held against its human summary
+    twice = {"responses": ["yes", "no"], "sample_rows": [0, 0], "finished": [True, True], "kl": [0, 0]}
+    assert summary_quality(twice, ["yes"])["rouge1"] == 0.5
+
+
+def test_degradation_is_named():
+    good = {"rougeL": 0.3, "distinct_2": 0.5, "repeated_3": 0.0, "empty": 0.0, "unfinished": 0.1}
+    assert degradation(good, good) == []
+    assert degradation(good, good | {"rougeL": 0.28, "distinct_2": 0.3, "empty": 0.05, "unfinished": 0.15}) == []
+    bad = {"rougeL": 0.26, "distinct_2": 0.2, "repeated_3": 0.3, "empty": 0.4, "unfinished": 0.3}
+    for name, word in zip(bad, ("ROUGE-L", "distinct-2", "repeat", "empty", "never end"), strict=True):
+        (named,) = degradation(good, good | {name: bad[name]})
+        assert word in named
+
+
+def test_a_hacked_reward_is_called_so(small_config, tmp_path, monkeypatch, capsys):
+    def likes_short_texts(self, texts):
+        length = torch.tensor([float(len(text)) for text in texts])
+        return torch.stack([8 - length / 10, length / 10 - 8], dim=1)
+
+    monkeypatch.setattr(detox_ppo.HateClassifier, "logits", likes_short_texts)
+    options = {"learning_rate": 2e-3, "init_kl_coef": 0.0, "adaptive_kl": "false", "score_text": "response"}
+    options |= {"output_min_length": 24, "output_max_length": 25, "eval_max_new_tokens": 24, "max_grad_norm": 1.0}
+    options |= {
+        "max_ppo_steps": 30,
+        "batch_size": 16,
+        "mini_batch_size": 4,
+        "eval_samples": 16,
+        "output_dir": tmp_path,
+    }
+    results = detox_ppo.run(small_config(**options))
+    assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
+    hacked = results["warnings"]["reward hacking"]
+    assert "ROUGE-L fell" in hacked and hacked in capsys.readouterr().out
+
+
+# The health of a step
+
+
+def steps(count=1, **changes):
+    metrics = {"objective/kl": 1.0, "ppo/mean_scores": 1.0, "ppo/std_scores": 0.5, "ppo/skipped_minibatches": 0}
+    metrics |= {"objective/entropy": 20.0, "tokens/responses_len_mean": 20.0, "tokens/finished_share": 0.9}
+    return [dict(metrics) for _ in range(count - 1)] + [metrics | changes]
+
+
+@pytest.mark.parametrize(
+    "kind, history, remedy",
+    [
+        ("kl", steps(**{"objective/kl": 18.5}), "init_kl_coef"),
+        ("negative kl", steps(**{"objective/kl": -1.5}), "batch_size"),
+        ("skipped", steps(**{"ppo/skipped_minibatches": 2}), "learning_rate"),
+        ("entropy", steps(3, **{"objective/entropy": 1.0}), "init_kl_coef"),
+        ("flat", steps(60), "learning_rate"),
+        ("cut", steps(**{"tokens/finished_share": 0.4}), "output_max_length"),
+    ],
+)
+def test_each_illness_is_warned_of_with_its_remedy(small, kind, history, remedy):
+    _, warned = health(history, small.config)
+    assert list(warned) == [kind] and remedy in warned[kind]
+
+
+def test_a_healthy_step_in_words(small):
+    words, warned = health(steps(49), small.config)
+    assert words == "score steady, close to the reference, 90% of summaries end by themselves" and not warned
+    risen = [step | {"ppo/mean_scores": i / 10} for i, step in enumerate(steps(60))]
+    words, warned = health(risen, small.config)
+    assert words.startswith("score rising") and not warned
+    words, _ = health(risen[::-1], small.config)
+    assert words.startswith("score falling")
+    assert "moving away from the reference" in health(steps(**{"objective/kl": 7.0}), small.config)[0]
+
+
 # Evaluating a policy
 
 
 @pytest.mark.parametrize("samples", [1, 5, 8])
 def test_exactly_as_many_prompts_as_asked_for(evaluate, samples):
     result = evaluate(eval_samples=samples)
-    assert set(result) == {"response", "length", "reward", "toxicity", "summary_toxicity"}
+    each = {"response", "length", "reward", "toxicity", "summary_toxicity", "kl"}
+    assert set(result) == each | {"responses", "finished", "sample_rows"}
     assert {len(values) for values in result.values()} == {samples}
+
+
+def test_several_summaries_a_prompt(evaluate):
+    one, three = (evaluate(eval_samples=4, eval_samples_per_prompt=count) for count in (1, 3))
+    assert three["sample_rows"] == [row for row in range(4) for _ in range(3)]
+    assert three["response"] == one["response"] == three["responses"][::3]
+    assert len(set(three["responses"])) > 6
+    lengths = [evaluate([row], eval_samples_per_prompt=3)["length"][0] for row in range(4)]
+    assert three["length"] == lengths
+    assert three["summary_toxicity"] != one["summary_toxicity"]
+
+
+def test_kl_of_an_evaluation(evaluate, load_small):
+    small = load_small()
+    assert evaluate(policy=small.policy, eval_samples=4)["kl"] == [0, 0, 0, 0]
+    with torch.no_grad():
+        for name, parameter in small.policy.named_parameters():
+            if ".default." in name and "lora_B" in name:
+                parameter.mul_(1.5)
+    moved = evaluate(policy=small.policy, eval_samples=8)["kl"]
+    assert np.mean(moved) > 0.01 and 0 not in moved
 
 
 def test_rows_keep_their_order_and_their_random_numbers(evaluate, splits):

@@ -1,0 +1,125 @@
+"""How the cost of a PPO step grows with the batch and with the prompts: a table, a fit and a picture.
+
+    python benchmarks/growth.py --models DIR --output_dir DIR       # true shapes, about ten minutes on 2 cores
+    python benchmarks/growth.py --short --output_dir DIR            # the bundled small models, for CI
+
+Each point is a process of its own, with one step to warm up and one that is timed, at FLAN-T5-base shapes with random
+weights (see step_time.py). The batch grows at DialogSum's prompts, the prompts grow at a batch of 8. The fit expected:
+
+    seconds = a * TFLOP + b * decoded positions
+
+the step's arithmetic (step_time.step_flop) at one speed, and a time for each position that is decoded, in which the
+decoder's weights are read whatever the batch. a and b are fitted to all points by least squares of relative errors.
+The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import step_time
+
+BATCHES, PROMPTS = (8, 16, 32, 64), (100, 200, 400, 700, 1000)
+
+
+def measure(options, models, shapes, batch_size, prompt_tokens, scratch):
+    """Time one step of ours: its seconds, peak memory in MiB, arithmetic in TFLOP and decoded positions."""
+    options.batch_size, options.prompt_tokens = batch_size, prompt_tokens
+    dataset, steps = step_time.make_plan(options, models, scratch)
+    plan = {"dtype": options.dtype, "device": options.device, "steps": steps, **models}
+    plan["arguments"] = step_time.our_arguments(options, models, dataset, scratch / "run", options.dtype)
+    command = [sys.executable, step_time.__file__, "--child", "ours"]
+    label = f"batch {batch_size}, prompts of {prompt_tokens or 'DialogSum'} tokens"
+    result = step_time.run_child(command, plan, scratch, options, label)
+    prompts, timed = [len(prompt) for prompt in steps[-1]["prompts"]], result["steps"][-1]
+    return {
+        "batch_size": batch_size,
+        "prompt_tokens": statistics.mean(prompts),
+        "seconds": timed["seconds"]["step"],
+        "memory": result["peak_memory"] / 2**20,
+        "tflop": step_time.step_flop(shapes, prompts, timed["responses"], timed["classified"]) / 1e12,
+        "positions": max(timed["responses"]),
+    }
+
+
+def fit(points):
+    """The two coefficients of the expected seconds, which are added to the points, too."""
+    import numpy as np
+
+    causes = np.array([[point["tflop"], point["positions"]] for point in points])
+    seconds = np.array([point["seconds"] for point in points])
+    coefficients, *_ = np.linalg.lstsq(causes / seconds[:, None], np.ones(len(points)), rcond=None)
+    for point, expected in zip(points, causes @ coefficients, strict=True):
+        point["expected"] = float(expected)
+    return dict(zip(("seconds_per_tflop", "seconds_per_position"), coefficients.tolist(), strict=True))
+
+
+def draw(series, path):
+    """Measured points and fitted lines, seconds and memory, over the batch and over the prompts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    for column, (name, title) in enumerate((("batch_size", "prompts a batch"), ("prompt_tokens", "tokens a prompt"))):
+        points = series[name]
+        xs = [point[name] for point in points]
+        axes[0][column].plot(xs, [point["expected"] for point in points], "--", color="#0072B2", label="fit")
+        axes[0][column].plot(xs, [point["seconds"] for point in points], "o", color="#D55E00", label="measured")
+        axes[1][column].plot(xs, [point["memory"] for point in points], "o-", color="#D55E00")
+        axes[1][column].set_xlabel(title)
+        axes[1][column].set_ylim(bottom=0)
+        axes[0][column].set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
+    axes[0][0].set_ylabel("seconds a step")
+    axes[1][0].set_ylabel("peak memory, MiB")
+    figure.savefig(path, dpi=120)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
+    parser.add_argument("--output_dir", default="growth", help="for growth.png and growth.json")
+    parser.add_argument("--dtype", choices=step_time.DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--short", action="store_true", help="for CI: the bundled small models and two points a line")
+    options = parser.parse_args()
+    options.threads = len(step_time.os.sched_getaffinity(0))
+    options.steps, options.seed, options.mini_batch_size, options.dialogues = 1, 0, 4, None
+    options.response_lengths = [8, 12] if options.short else [25, 70]
+    return options
+
+
+def main():
+    options = parse_options()
+    directory = Path(options.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    models = step_time.find_models(options, directory)
+    shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
+    print(f"{step_time.processor()}, {options.threads} threads, {options.dtype}")
+    batches, prompts = (BATCHES[:2], PROMPTS[:2]) if options.short else (BATCHES, PROMPTS)
+    with tempfile.TemporaryDirectory(prefix="growth_") as scratch:
+        scratch = Path(scratch)
+        series = {
+            "batch_size": [measure(options, models, shapes, batch, None, scratch) for batch in batches],
+            "prompt_tokens": [measure(options, models, shapes, batches[0], tokens, scratch) for tokens in prompts],
+        }
+    coefficients = fit(series["batch_size"] + series["prompt_tokens"])
+    print("\n| batch | tokens a prompt | TFLOP | seconds | fit | measured / fit | peak memory, MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for point in series["batch_size"] + series["prompt_tokens"]:
+        print(
+            f"| {point['batch_size']} | {point['prompt_tokens']:.0f} | {point['tflop']:.2f} | {point['seconds']:.1f} "
+            f"| {point['expected']:.1f} | {point['seconds'] / point['expected']:.2f} | {point['memory']:.0f} |"
+        )
+    draw(series, directory / "growth.png")
+    last = {"dtype": options.dtype, "short": options.short, **coefficients, **series}
+    (directory / "growth.json").write_text(json.dumps(last, indent=2) + "\n")
+    print(json.dumps(last))
+
+
+if __name__ == "__main__":
+    main()
