@@ -1,13 +1,15 @@
-"""How much of a response's score can any value head read off the decoder's last hidden state?
+"""How much of a response's score can any linear value head read off the decoder's states?
 
     python benchmarks/value_probe.py [--responses 1200] [--adapter DIR] [options of detox_ppo.py]
 
-Samples responses of the policy, fits the best linear function (ridge regression) from the hidden state before each
-token to the response's final score on two thirds of the responses, and prints the share of variance it explains on
-the rest. It is the ceiling for a linear value head with this input, however long it is trained.
+Samples responses of the policy, fits the best linear function (ridge regression) from the state before each token to
+the response's final score on two thirds of the responses, and prints the share of variance it explains on the rest:
+the ceiling for a linear value head with this input, however long it is trained. Inputs are the states after each of
+the decoder's layers (0: its embeddings), each as it is, as its mean over the tokens so far, and as its sum over them.
 """
 
 import argparse
+from collections import defaultdict
 
 import torch
 
@@ -26,8 +28,8 @@ def explained(features: torch.Tensor, target: torch.Tensor, fitted: torch.Tensor
 
 @torch.no_grad()
 def sample_states(policy, tokenizer, classifier, train, config, count: int):
-    """Hidden states (N, d) before every token of `count` responses, their score (N,), position and response."""
-    states, scores, positions, owners = [], [], [], []
+    """Inputs by name (N, d) before every token of `count` responses, their score (N,), position and response."""
+    states, scores, positions, owners = defaultdict(list), [], [], []
     caps = (config.output_min_length, config.output_max_length)
     for start in range(0, count, config.batch_size):
         batch = train.select(range(start, min(start + config.batch_size, count)))
@@ -39,13 +41,23 @@ def sample_states(policy, tokenizer, classifier, train, config, count: int):
         _, attention_mask = detox_ppo.pad_prompts(policy, responses.prompts)
         first = torch.full_like(responses.tokens[:, :1], policy.base.config.decoder_start_token_id)
         inputs = torch.cat([first, responses.tokens[:, :-1]], dim=1)
-        hidden = policy.decode(inputs, responses.encoder_states, attention_mask).float()  # (B, T, d)
+        decoded = policy.base.get_decoder()(
+            input_ids=inputs,
+            encoder_hidden_states=responses.encoder_states,
+            encoder_attention_mask=attention_mask,
+            output_hidden_states=True,
+        )
         mask = detox_ppo.response_mask(responses.lengths, inputs.shape[1])
-        states.append(hidden[mask])
+        so_far = torch.arange(1, inputs.shape[1] + 1)[:, None]
+        for layer, hidden in enumerate(decoded.hidden_states):  # each (B, T, d)
+            total = hidden.float().cumsum(dim=1)
+            for name, kind in (("state", hidden.float()), ("mean so far", total / so_far), ("sum so far", total)):
+                states[f"layer {layer}, {name}"].append(kind[mask])
         scores.append(torch.from_numpy(classifier.scores(texts)).repeat_interleave(responses.lengths))
         positions.append(torch.arange(inputs.shape[1]).expand(mask.shape)[mask])
         owners.append((start + torch.arange(len(batch))).repeat_interleave(responses.lengths))
-    return torch.cat(states), torch.cat(scores), torch.cat(positions), torch.cat(owners)
+    states = {name: torch.cat(parts) for name, parts in states.items()}
+    return states, torch.cat(scores), torch.cat(positions), torch.cat(owners)
 
 
 def main():
@@ -66,11 +78,11 @@ def main():
         policy, tokenizer, classifier, train, config, arguments.responses
     )
     fitted = owners % 3 != 0
-    print(
-        f"{len(states):,} tokens of {arguments.responses:,} responses; score {scores.mean():.2f} ± {scores.std():.2f}"
-    )
-    print(f"hidden state: length {states.norm(dim=1).mean():.1f}, {states.shape[1]} numbers")
-    print(f"explained by the hidden state: {explained(states, scores, fitted):.3f}")
+    score = f"score {scores.mean():.2f}, std {scores.std():.2f}"
+    print(f"{len(scores):,} tokens of {arguments.responses:,} responses; {score}")
+    for name, features in states.items():
+        length = features.norm(dim=1).mean()
+        print(f"explained by {name} (length {length:.1f}): {explained(features, scores, fitted):.3f}")
     print(f"explained by the position alone: {explained(positions[:, None].float(), scores, fitted):.3f}")
 
 
