@@ -10,7 +10,8 @@ again, on the same prompts and with the same random numbers.
     python detox_ppo.py --help                                   # every option, its unit and why to change it
 
 It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv and adapter/ in --output_dir.
-Without --adapter_name the summarizer is the bare model with a new LoRA. One process, on the CPU or on one GPU.
+Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes it on the human summaries
+first. One process, on the CPU or on one GPU.
 """
 
 import bisect
@@ -91,7 +92,9 @@ class DetoxConfig:
     lora_r: int = option(32, "Rank of a new LoRA. Lower saves memory and learns less; a loaded adapter keeps its own.")
     lora_alpha: int = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r. Raise it to amplify updates.")
     lora_dropout: float = option(0.05, "Dropout of a new LoRA, a share, kept in its configuration. PPO runs without.")
-    lora_target_modules: list[str] = option(["q", "v"], "Layers a new LoRA adapts. Other families name others.")
+    lora_target_modules: list[str] | None = option(
+        None, "Layers a new LoRA adapts. None: PEFT's for the model's family, such as q and v of a T5."
+    )
     reward_model_name: str = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
         "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
@@ -103,12 +106,19 @@ class DetoxConfig:
     input_min_text_length: int = option(200, "Keep dialogues longer than this, in characters: short ones say little.")
     input_max_text_length: int = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
     test_size: float = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
+    # tuning
+    sft_steps: int = option(0, "Steps that tune the LoRA on the human summaries before PPO. 0: none.")
+    sft_learning_rate: float = option(
+        1e-3, "AdamW's step size in the tuning; it falls to 0. Lower it if the loss jumps."
+    )
+    sft_batch_size: int = option(16, "Dialogues a tuning step. Lower saves memory.")
+    sft_max_target_length: int = option(128, "Human summaries are learned up to this, in tokens. Lower saves memory.")
     # PPO
     learning_rate: float = option(1.41e-5, "Adam's step size. Raise it to learn in fewer steps; watch objective/kl.")
     batch_size: int = option(16, "Prompts a PPO step. Larger gives steadier steps for more time each.")
     mini_batch_size: int = option(4, "Responses per optimizer update; divides batch_size. Lower saves memory.")
     ppo_epochs: int = option(1, "Passes over each batch. More squeezes a batch harder and moves further from it.")
-    max_ppo_steps: int = option(10, "PPO steps to run. 10 is the notebooks' demonstration; more detoxifies more.")
+    max_ppo_steps: int = option(10, "PPO steps to run. The notebooks' 10 only show it; more detoxify more. 0: none.")
     init_kl_coef: float = option(0.2, "Price of a nat of KL to the reference, in score. Raise it to stay closer.")
     adaptive_kl: bool = option(True, "Steer the KL coefficient towards target_kl; off keeps init_kl_coef.")
     target_kl: float = option(6.0, "Where the adaptive coefficient steers objective/kl, in nats a response.")
@@ -202,7 +212,7 @@ def check_config(config: DetoxConfig) -> None:
             require(name, type(None) in allowed, "set")
         elif typing.get_origin(annotation) is typing.Literal:
             require(name, value in typing.get_args(annotation), f"one of {', '.join(typing.get_args(annotation))}")
-        elif annotation == list[str]:
+        elif list[str] in allowed:
             holds = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
             require(name, holds, "one or more names")
         elif float in allowed:
@@ -214,12 +224,12 @@ def check_config(config: DetoxConfig) -> None:
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
 
     at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon"
-    at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens"
-    at_least_0 = "input_min_text_length max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
+    at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens sft_batch_size sft_max_target_length"
+    at_least_0 = "input_min_text_length sft_steps max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             require(name, getattr(config, name) >= least, f"at least {least}")
-    for name in ("learning_rate", "target_kl", "cliprange", "cliprange_value"):
+    for name in ("learning_rate", "sft_learning_rate", "target_kl", "cliprange", "cliprange_value"):
         require(name, getattr(config, name) > 0, "greater than 0")
     for name in ("gamma", "lam"):
         require(name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
@@ -627,6 +637,12 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     return model
 
 
+def copy_to_reference(model: peft.PeftModel) -> None:
+    """Make the reference what the trained adapter is now."""
+    starting = peft.get_peft_model_state_dict(model, adapter_name="default")
+    peft.set_peft_model_state_dict(model, starting, adapter_name="reference")
+
+
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load tokenizer and base, put on the starting adapter twice (to train, and frozen as reference).
 
@@ -673,9 +689,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         except ValueError as error:
             raise UserError(f"--lora_target_modules: {one_line(error)}") from error
         print("adapter: a new LoRA, which starts as the identity")
-    starting = peft.get_peft_model_state_dict(model, adapter_name="default")
     model.add_adapter("reference", model.peft_config["default"])
-    peft.set_peft_model_state_dict(model, starting, adapter_name="reference")
+    copy_to_reference(model)
     model.set_adapter("default")
     use_fast_layers(model)
     return Policy(model).to(device), tokenizer
@@ -994,6 +1009,81 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Tuning: the adapter learns the human summaries, before PPO
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TuningProgress(transformers.TrainerCallback):
+    """A bar and lines like those of PPO, in place of the Trainer's own."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc="tuning", unit="step", disable=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            line = f"tuning step {state.global_step:>4}/{state.max_steps} | loss {logs['loss']:.4f}"
+            tqdm.write(line, file=sys.stdout)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Mean of minus the log-probability of labels (B, T) in nats, -100 left out; in float32 whatever the base's."""
+    mask = labels != -100
+    return -token_logprobs(outputs.logits[mask], labels[mask]).mean()
+
+
+def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
+    """Tune the trained adapter for sft_steps on prompts and human summaries, and make it the reference too.
+
+    Dropout is on meanwhile. A summary over sft_max_target_length loses its EOS with its end, so that none teaches
+    to stop in mid-sentence.
+    """
+    pairs = train.map(
+        lambda texts: {"labels": [i[: config.sft_max_target_length] for i in plain_token_ids(tokenizer, texts)]},
+        input_columns="summary",
+        batched=True,
+        remove_columns=[name for name in train.column_names if name != "input_ids"],
+        desc="Tokenizing",
+    )
+    arguments = transformers.Seq2SeqTrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.sft_steps,
+        learning_rate=config.sft_learning_rate,
+        per_device_train_batch_size=config.sft_batch_size,
+        train_sampling_strategy="group_by_length",
+        seed=config.seed % 2**32,  # NumPy takes no more
+        use_cpu=policy.device.type == "cpu",
+        dataloader_pin_memory=policy.device.type == "cuda",
+        label_names=["labels"],
+        logging_steps=math.ceil(config.sft_steps / 10),
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+    )
+    if policy.device.type == "cuda":
+        # The Trainer would go to the first GPU, and to all others beside it.
+        arguments._n_gpu, arguments.__dict__["_setup_devices"] = 1, policy.device
+        torch.cuda.set_device(policy.device)
+    trainer = transformers.Seq2SeqTrainer(
+        policy.model,
+        arguments,
+        transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),
+        pairs,
+        compute_loss_func=tuning_loss,
+        callbacks=[TuningProgress()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    policy.eval()
+    copy_to_reference(policy.model)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8).
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1182,6 +1272,11 @@ def evaluate_policy(
     }
 
 
+def mean_and_std(values) -> dict:
+    """Mean, standard deviation (uncorrected, as the notebooks print it) and n of a list of numbers."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values)}
+
+
 def paired_statistics(before: list[float], after: list[float], seed: int, resamples: int = 10000) -> dict:
     """Compare the same prompts before and after.
 
@@ -1204,9 +1299,6 @@ def paired_statistics(before: list[float], after: list[float], seed: int, resamp
     low, high = np.percentile(means, [2.5, 97.5])
     p_value = float((extreme + 1) / (resamples + 1))
 
-    def summary(values):
-        return {"mean": float(values.mean()), "std": float(values.std()), "n": count}
-
     def reduction(statistic):
         return float(100 * (1 - statistic(after) / statistic(before))) if statistic(before) > 0 else None
 
@@ -1214,8 +1306,8 @@ def paired_statistics(before: list[float], after: list[float], seed: int, resamp
     if p_value < 0.05 and (low > 0 or high < 0):
         change = "less toxic" if high < 0 else "more toxic"
     return {
-        "before": summary(before),
-        "after": summary(after),
+        "before": mean_and_std(before),
+        "after": mean_and_std(after),
         "reduction_percent": {"mean": reduction(np.mean), "std": reduction(np.std)},
         "paired_difference": {
             "mean": float(difference.mean()),
@@ -1316,10 +1408,15 @@ def print_comparison(table: pd.DataFrame, rows: int = 5) -> None:
         print(f"{row.response_before[:50]:<50}  {row.response_after[:50]:<50}  {row.reward_diff:+.3f}")
 
 
-def save_adapter(policy: Policy, directory: Path) -> None:
-    """Write the trained adapter in PEFT's format and the value head beside it, under TRL's key names."""
+def save_lora(policy: Policy, directory: Path) -> None:
+    """Write the trained adapter in PEFT's format."""
     # Without save_embedding_layers=False PEFT asks the hub whether the vocabulary was resized.
     policy.model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)
+
+
+def save_adapter(policy: Policy, directory: Path) -> None:
+    """Write the trained adapter and the value head beside it, under TRL's key names."""
+    save_lora(policy, directory)
     head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
     save_file(head, directory / "value_head.safetensors")
 
@@ -1346,10 +1443,11 @@ def environment(config: DetoxConfig, device, dtype, commits: dict, fingerprint: 
 
 
 def run(config: DetoxConfig) -> dict:
-    """Load, evaluate, train by PPO, load the adapter back, evaluate again, and write everything to output_dir.
+    """Load, tune if asked to, evaluate, train by PPO, load the adapter back, evaluate again, and write everything.
 
     Returns:
-        the contents of results.json.
+        the contents of results.json; "base" in it is the start before the tuning, and without PPO steps there is
+        no "after".
     """
     timings, started = {}, time.perf_counter()
     output_dir = Path(config.output_dir)
@@ -1377,18 +1475,30 @@ def run(config: DetoxConfig) -> dict:
     fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
     timings["load"] = time.perf_counter() - started
 
-    started_part = time.perf_counter()
     evaluated = test.select(range(config.eval_samples))
-    before = evaluate_policy(policy, tokenizer, classifier, evaluated, config, "evaluating before")
-    measure, floor = Toxicity(classifier), {}
+    measure, floor, evaluations = Toxicity(classifier), {}, {}
     human = [classifier.join(*pair) for pair in zip(evaluated["dialogue"], evaluated["summary"], strict=True)]
     for key, texts in (("toxicity", human), ("summary_toxicity", list(evaluated["summary"]))):
         floor[key] = measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
     dialogues = measure.compute(predictions=list(evaluated["dialogue"]), toxic_label=config.toxic_label)["toxicity"]
-    timings["evaluate_before"] = time.perf_counter() - started_part
-    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
-        print(f"{name} [mean, std] before detox: [{np.mean(before[key]):.4f}, {np.std(before[key]):.4f}]")
-        print(f"{name} [mean, std] of the human summaries: [{np.mean(floor[key]):.4f}, {np.std(floor[key]):.4f}]")
+
+    def evaluate_now(when):
+        started_part = time.perf_counter()
+        found = evaluate_policy(policy, tokenizer, classifier, evaluated, config, f"evaluating {when}")
+        evaluations[when], timings[f"evaluate_{when}"] = found, time.perf_counter() - started_part
+        for key, human in floor.items():
+            name, what = key.replace("_", " "), "before tuning" if when == "base" else f"{when} detox"
+            print(f"{name} [mean, std] {what}: [{np.mean(found[key]):.4f}, {np.std(found[key]):.4f}]")
+            if when == "before":
+                print(f"{name} [mean, std] of the human summaries: [{np.mean(human):.4f}, {np.std(human):.4f}]")
+
+    if config.sft_steps:
+        evaluate_now("base")
+        started_part = time.perf_counter()
+        tune(policy, tokenizer, train, config)
+        save_lora(policy, output_dir / "sft_adapter")
+        timings["tuning"] = time.perf_counter() - started_part
+    evaluate_now("before")
 
     started_part = time.perf_counter()
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -1519,59 +1629,62 @@ def run(config: DetoxConfig) -> dict:
     metrics_file.close()
     timings["ppo"] = time.perf_counter() - started_part
 
-    # What is measured is what a user will load: the files on disk, not the weights in memory.
-    save_adapter(policy, output_dir / "adapter")
-    policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
-    started_part = time.perf_counter()
-    with policy.adapter("trained"):
-        after = evaluate_policy(policy, tokenizer, classifier, evaluated, config, "evaluating after")
-    timings["evaluate_after"] = time.perf_counter() - started_part
+    if config.max_ppo_steps:
+        # What is measured is what a user will load: the files on disk, not the weights in memory.
+        save_adapter(policy, output_dir / "adapter")
+        policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
+        with policy.adapter("trained"):
+            evaluate_now("after")
+
+    def compare(key, rows):
+        values = {when: [found[key][i] for i in rows] for when, found in evaluations.items()}
+        told = {when: mean_and_std(values[when]) for when in values}
+        return told | paired_statistics(values["before"], values["after"], config.seed) if after else told
 
     results = {"config": dataclasses.asdict(config)}
     results["environment"] = environment(config, device, dtype, commits, fingerprint)
-    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
-        results[key] = paired_statistics(before[key], after[key], config.seed)
-        print(f"{name} [mean, std] after detox: [{np.mean(after[key]):.4f}, {np.std(after[key]):.4f}]")
-    for name, key in (("toxicity", "toxicity"), ("summary toxicity", "summary_toxicity")):
-        print_verdict(name, results[key])
-    results["human"] = {
-        key: {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values)}
-        for key, values in floor.items()
-    }
+    before, after = evaluations["before"], evaluations.get("after")
+    for key in floor:
+        results[key] = compare(key, range(config.eval_samples))
+        if after:
+            print_verdict(key.replace("_", " "), results[key])
+    results["human"] = {key: mean_and_std(values) for key, values in floor.items()}
     toxic = [i for i, value in enumerate(dialogues) if value > 0.5]
     results["toxic_dialogues"] = {"n": len(toxic)}
     for key in floor if toxic else ():
-        part = paired_statistics([before[key][i] for i in toxic], [after[key][i] for i in toxic], config.seed)
-        results["toxic_dialogues"][key] = part
-        means = f"{part['before']['mean']:.4f} before, {part['after']['mean']:.4f} after"
-        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {means}, {part['verdict']['change']}")
+        part = results["toxic_dialogues"][key] = compare(key, toxic)
+        told = [f"{part[when]['mean']:.4f} {when}" for when in evaluations]
+        told += [part["verdict"]["change"]] if after else []
+        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {', '.join(told)}")
     for key in ("length", "reward"):
-        results[key] = {"before": {"mean": float(np.mean(before[key]))}, "after": {"mean": float(np.mean(after[key]))}}
-        print(f"{key}: mean {np.mean(before[key]):.2f} before, {np.mean(after[key]):.2f} after")
-    quality = {
-        name: summary_quality(found, evaluated["summary"]) for name, found in (("before", before), ("after", after))
-    }
+        results[key] = {when: {"mean": float(np.mean(found[key]))} for when, found in evaluations.items()}
+        print(f"{key}: mean " + ", ".join(f"{told['mean']:.2f} {when}" for when, told in results[key].items()))
+    quality = {when: summary_quality(found, evaluated["summary"]) for when, found in evaluations.items()}
     for name in quality["before"]:
-        print(f"{name}: {quality['before'][name]:.4f} before, {quality['after'][name]:.4f} after")
+        print(f"{name}: " + ", ".join(f"{told[name]:.4f} {when}" for when, told in quality.items()))
     results["rouge"] = {
         when: {name: value for name, value in found.items() if name.startswith("rouge")}
         for when, found in quality.items()
     }
-    results["quality"] = quality
-    worse = degradation(quality["before"], quality["after"])
-    if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
-        warned["reward hacking"] = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
-        warned["reward hacking"] += ". Raise init_kl_coef, lower learning_rate or stop earlier."
-        print(f"warning: {warned['reward hacking']}")
-    results["warnings"] = warned
-    compared = test.select(range(min(config.compare_samples, config.eval_samples)))
-    comparison = build_comparison(compared, before, after)
-    comparison.to_csv(output_dir / "comparison.csv", index=False)
-    print_comparison(comparison)
+    results["quality"], results["warnings"] = quality, warned
+    left = ["results.json", *(["sft_adapter/"] if config.sft_steps else [])]
+    if after:
+        worse = degradation(quality["before"], quality["after"])
+        if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
+            warned["reward hacking"] = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(
+                worse
+            )
+            warned["reward hacking"] += ". Raise init_kl_coef, lower learning_rate or stop earlier."
+            print(f"warning: {warned['reward hacking']}")
+        compared = test.select(range(min(config.compare_samples, config.eval_samples)))
+        comparison = build_comparison(compared, before, after)
+        comparison.to_csv(output_dir / "comparison.csv", index=False)
+        print_comparison(comparison)
+        left += ["metrics.jsonl", "comparison.csv", "adapter/"]
     timings["total"] = time.perf_counter() - started
     results["timings"] = timings
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{timings['total']:.0f} s in all; results.json, metrics.jsonl, comparison.csv, adapter/ in {output_dir}")
+    print(f"\n{timings['total']:.0f} s in all; {', '.join(left)} in {output_dir}")
     return results
 
 
