@@ -91,7 +91,9 @@ class DetoxConfig:
     adapter_name: str | None = option(None, "LoRA to start from, hub id or directory. None or empty: a new one.")
     lora_r: int = option(32, "Rank of a new LoRA. Lower saves memory and learns less; a loaded adapter keeps its own.")
     lora_alpha: int = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r. Raise it to amplify updates.")
-    lora_dropout: float = option(0.05, "Dropout of a new LoRA, a share, kept in its configuration. PPO runs without.")
+    lora_dropout: float = option(
+        0.05, "Dropout of a new LoRA, a share, for its tuning. PPO and the evaluation run without."
+    )
     lora_target_modules: list[str] | None = option(
         None, "Layers a new LoRA adapts. None: PEFT's for the model's family, such as q and v of a T5."
     )
@@ -1031,6 +1033,15 @@ class TuningProgress(transformers.TrainerCallback):
         self.bar.close()
 
 
+class TuningTrainer(transformers.Seq2SeqTrainer):
+    """Has no dropout on but the LoRA's: the frozen base is to compute what it will in PPO."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        for name, module in model.named_modules():
+            module.training = "lora_dropout" in name  # the Trainer has just turned all on
+        return super().compute_loss(model, *args, **kwargs)
+
+
 def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Mean of minus the log-probability of labels (B, T) in nats, -100 left out; in float32 whatever the base's."""
     mask = labels != -100
@@ -1040,8 +1051,7 @@ def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch
 def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
     """Tune the trained adapter for sft_steps on prompts and human summaries, and make it the reference too.
 
-    Dropout is on meanwhile. A summary over sft_max_target_length loses its EOS with its end, so that none teaches
-    to stop in mid-sentence.
+    A summary over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
     """
     pairs = train.map(
         lambda texts: {"labels": [i[: config.sft_max_target_length] for i in plain_token_ids(tokenizer, texts)]},
@@ -1069,7 +1079,7 @@ def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
         # The Trainer would go to the first GPU, and to all others beside it.
         arguments._n_gpu, arguments.__dict__["_setup_devices"] = 1, policy.device
         torch.cuda.set_device(policy.device)
-    trainer = transformers.Seq2SeqTrainer(
+    trainer = TuningTrainer(
         policy.model,
         arguments,
         transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),

@@ -102,11 +102,29 @@ def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits):
         assert parameter.requires_grad == (".default." in name or name.startswith("value_head.")), name
 
 
-def test_the_tuned_adapter_is_the_reference_and_dropout_is_off_again(load_small, splits):
-    small = load_small(sft_steps=2, lora_dropout=0.5)
+def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits):
+    small = load_small(adapter_name="", sft_steps=2, lora_dropout=0.5)
+    training = []
+
+    def record(model, *_):
+        training.append({name for name, module in model.named_modules() if module.training})
+
+    small.policy.model.register_forward_pre_hook(record)
+    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    assert len(training) == 2
+    assert (
+        training[0]
+        == training[1]
+        == {n for n, _ in small.policy.model.named_modules() if "lora_dropout" in n}
+        != set()
+    )
+    assert not any(module.training for module in small.policy.modules())
+
+
+def test_the_tuned_adapter_is_the_reference(load_small, splits):
+    small = load_small(sft_steps=2)
     tune(small.policy, small.tokenizer, splits["train"], small.config)
     assert same(adapter_of(small.policy), adapter_of(small.policy, "reference"))
-    assert not any(module.training for module in small.policy.modules())
     loss = target_loss(small.policy, small.tokenizer, splits["train"])
     with small.policy.adapter("reference"):
         assert target_loss(small.policy, small.tokenizer, splits["train"]) == loss
