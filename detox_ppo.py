@@ -1681,10 +1681,8 @@ def run(config: DetoxConfig) -> dict:
     if after:
         worse = degradation(quality["before"], quality["after"])
         if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
-            warned["reward hacking"] = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(
-                worse
-            )
-            warned["reward hacking"] += ". Raise init_kl_coef, lower learning_rate or stop earlier."
+            hacked = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
+            warned["reward hacking"] = hacked + ". Raise init_kl_coef, lower learning_rate or stop earlier."
             print(f"warning: {warned['reward hacking']}")
         compared = test.select(range(min(config.compare_samples, config.eval_samples)))
         comparison = build_comparison(compared, before, after)
