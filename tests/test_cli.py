@@ -67,6 +67,8 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "output_dir": "checkpoints/run",
+    "report_to": "none",
+    "dynamodb_table": None,
 }
 
 # Values just outside and just inside the range of every number; whole numbers step by one.
