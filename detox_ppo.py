@@ -35,7 +35,6 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from importlib.util import find_spec
 from pathlib import Path
 
 # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
@@ -53,6 +52,7 @@ import torch
 import transformers
 import trl
 import yaml
+from accelerate.tracking import get_available_trackers
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
@@ -1409,7 +1409,7 @@ def measures(results: dict, prefix: str = "") -> dict:
     """What a run measured, on one level: {"toxicity": {"after": {"mean": x}}} becomes {"toxicity/after/mean": x}."""
     found = {}
     for name, value in results.items():
-        if isinstance(value, dict) and name not in ("config", "environment", "timings"):
+        if isinstance(value, dict) and name not in ("config", "environment", "warnings", "timings"):
             found |= measures(value, f"{prefix}{name}/")
         elif prefix:
             found[prefix + name] = value
@@ -1452,7 +1452,7 @@ def card_data(config: DetoxConfig, results: dict) -> ModelCardData:
             metric_value=round(value, 4),
         )
         for path, value in found.items()
-        if re.fullmatch(r"(summary_)?toxicity/after/mean|\w+/after/rouge\w+", path)
+        if re.fullmatch(r"(summary_)?toxicity/after/mean|rouge/after/\w+", path)
     ]
     return ModelCardData(
         model_name=card_name(config.output_dir),
@@ -1471,12 +1471,11 @@ def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> 
     rows = {}
     for path, value in measures(results).items():
         name, when = re.subn(r"(^|/)(before|after)(?=/|$)", "", path)
-        column = re.search(r"before|after", path)[0] if when else "change"
+        column = re.search(r"before|after", path)[0] if when else "other"
         rows.setdefault(name, {})[column] = value
-    columns = ["before", "after", "change"]
+    columns = ["before", "after", "other"]
     figures = markdown_table(
-        ["measure", "before", "after", "compared"],
-        ([name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items()),
+        ["measure", *columns], ([name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items())
     )
     head, tail = build_prompt("{}").split("{}")
     examples = markdown_table(
@@ -1486,6 +1485,7 @@ def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> 
     toxicity = results["summary_toxicity"]
     paired = toxicity["paired_difference"]
     interval = f"[{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
+    warned = "\n".join(f"- **Warning:** {escape(text, 1000)}" for text in results["warnings"].values())
     settings = {name: results[name] for name in ("config", "environment")}
     card = f"""---
 {card_data(config, results).to_yaml()}
@@ -1493,10 +1493,11 @@ def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> 
 
 # {escape(card_name(config.output_dir))}: a LoRA adapter for summaries that are not toxic
 
-**Verdict: the mean {change_in_words(toxicity["reduction_percent"]["mean"])}.** The summaries' toxicity was
-{toxicity["before"]["mean"]:.4f} before and is {toxicity["after"]["mean"]:.4f} after in the mean of the same
-{toxicity["before"]["n"]} held-out prompts: difference {paired["mean"]:+.4f}, 95% interval {interval},
-p = {paired["p_value"]:.4f}.
+**Verdict: {toxicity["verdict"]["change"]}.** The summaries' toxicity was {toxicity["before"]["mean"]:.4f} before
+and is {toxicity["after"]["mean"]:.4f} after in the mean of the same {toxicity["before"]["n"]} held-out prompts:
+difference {paired["mean"]:+.4f}, 95% interval {interval}, p = {paired["p_value"]:.4f}.
+
+{warned}
 
 ![Toxicity of the summaries before and after](toxicity.png)
 
@@ -1561,7 +1562,7 @@ def start_tracker(config: DetoxConfig) -> accelerate.Accelerator | None:
     """
     if config.report_to == "none":
         return None
-    if not find_spec(config.report_to):
+    if config.report_to not in map(str, get_available_trackers()):
         raise UserError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
     options = {name: value if value is None else str(value) for name, value in dataclasses.asdict(config).items()}
     try:

@@ -170,6 +170,7 @@ def test_card_tells_the_run(finished):
     page = html(ModelCard(card).text)
     text = " ".join("".join(page.itertext()).split())
     paired = results["summary_toxicity"]["paired_difference"]
+    assert text.startswith("some-run") and f"Verdict: {results['summary_toxicity']['verdict']['change']}." in text
     assert f"difference {paired['mean']:+.4f}, 95% interval [{paired['ci_low']:+.4f}" in text
     assert [image.get("src") for image in page.iter("img")] == ["toxicity.png", "training.png"]
     figures, examples = page.findall("./table")
@@ -203,12 +204,14 @@ def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path
         config, output_dir=str(tmp_path), adapter_name="<b>x</b>\n---", reward_label="```", toxic_label="|x|"
     )
     later = {"quality": {"before": {"empty": 0.25}, "after": {"empty": 0.5}}, "slice": {"n": 7, "share": None}}
+    later |= {"warnings": {"reward hacking": "reward hacking: <b>summaries</b> are empty"}}
     detox_ppo.write_card(changed, results | later | {"config": dataclasses.asdict(changed)}, table)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "base"
     page = html(card.text)
     figures, examples = page.findall("./table")
     rows = {row[0].text: [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
+    assert page.find("./ul")[0].find("strong").tail == " reward hacking: <b>summaries</b> are empty"
     assert rows["quality/empty"] == ["0.25", "0.5", ""] and rows["slice/n"] == ["", "", "7"]
     assert len(examples.findall("./tbody/tr")) == 10 and all(len(row) == 5 for row in examples.iter("tr"))
     assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))

@@ -47,7 +47,7 @@ def test_starting_a_tracker_moves_nothing(small_config, tmp_path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed(small_config, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(detox_ppo, "find_spec", lambda module: None)
+    monkeypatch.setattr(detox_ppo, "get_available_trackers", list)
     monkeypatch.setattr(detox_ppo, "load_dialogues", lambda *_: pytest.fail("it loads first"))
     with pytest.raises(UserError) as error:
         run(small_config(output_dir=tmp_path, report_to=name))
