@@ -1468,12 +1468,11 @@ def card_data(config: DetoxConfig, results: dict) -> ModelCardData:
 
 def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
     """Write README.md to output_dir, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
-    rows = {}
+    rows, columns = {}, ["before", "after", "human", "other"]
     for path, value in measures(results).items():
-        name, when = re.subn(r"(^|/)(before|after)(?=/|$)", "", path)
-        column = re.search(r"before|after", path)[0] if when else "other"
-        rows.setdefault(name, {})[column] = value
-    columns = ["before", "after", "other"]
+        parts = path.split("/")
+        column = next((part for part in parts if part in columns), "other")
+        rows.setdefault("/".join(part for part in parts if part != column), {})[column] = value
     figures = markdown_table(
         ["measure", *columns], ([name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items())
     )

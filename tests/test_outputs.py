@@ -178,7 +178,8 @@ def test_card_tells_the_run(finished):
     for name in ("toxicity", "summary_toxicity", "length", "reward"):
         assert rows[f"{name}/mean"][:2] == [f"{results[name][when]['mean']:.4g}" for when in ("before", "after")]
     assert rows["summary_toxicity/n"][:2] == ["4", "4"]
-    assert rows["summary_toxicity/paired_difference/ci_low"][2] == f"{paired['ci_low']:.4g}"
+    assert rows["summary_toxicity/paired_difference/ci_low"][3] == f"{paired['ci_low']:.4g}"
+    assert rows["summary_toxicity/mean"][2] == f"{results['human']['summary_toxicity']['mean']:.4g}"
     assert rows["rouge/rougeL"][1] == f"{results['rouge']['after']['rougeL']:.4g}"
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     shown = [["".join(cell.itertext()) for cell in row] for row in examples.findall("./tbody/tr")]
@@ -212,7 +213,7 @@ def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path
     figures, examples = page.findall("./table")
     rows = {row[0].text: [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
     assert page.find("./ul")[0].find("strong").tail == " reward hacking: <b>summaries</b> are empty"
-    assert rows["quality/empty"] == ["0.25", "0.5", ""] and rows["slice/n"] == ["", "", "7"]
+    assert rows["quality/empty"] == ["0.25", "0.5", "", ""] and rows["slice/n"] == ["", "", "", "7"]
     assert len(examples.findall("./tbody/tr")) == 10 and all(len(row) == 5 for row in examples.iter("tr"))
     assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))
     assert [title.text for title in page.iter("h2")] == [
