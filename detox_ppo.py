@@ -9,9 +9,9 @@ again, on the same prompts and with the same random numbers.
     python detox_ppo.py --config checkpoints/tiny/config.yaml    # the bundled small world, no network, minutes
     python detox_ppo.py --help                                   # every option, its unit and why to change it
 
-It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv and adapter/ in --output_dir.
-Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes it on the human summaries
-first. One process, on the CPU or on one GPU.
+It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv, adapter/ and a model card with two
+pictures in --output_dir. Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes
+it on the human summaries first. One process, on the CPU or on one GPU.
 """
 
 import bisect
@@ -23,6 +23,8 @@ import math
 import os
 import pickle
 import platform
+import re
+import shlex
 import sys
 import time
 import types
@@ -32,12 +34,14 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
 # this when torch first uses it.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
+import accelerate
 import datasets
 import evaluate
 import huggingface_hub
@@ -48,9 +52,11 @@ import torch
 import transformers
 import trl
 import yaml
-from huggingface_hub import HfApi
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
+from matplotlib.figure import Figure
 from rouge_score import rouge_scorer
 from safetensors.torch import save_file
 from torch import nn
@@ -152,6 +158,10 @@ class DetoxConfig:
         "auto", "Type of the frozen base; the rest is float32. auto: bfloat16 where the chip computes in it."
     )
     output_dir: str = option("checkpoints/run", "Directory for everything the run leaves.")
+    report_to: typing.Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none", "Tracker that shows the steps while they run; it has to be installed. none: files only."
+    )
+    dynamodb_table: str | None = option(None, "DynamoDB table that the comparison goes to at the end, by awswrangler.")
 
 
 class OptionParser(trl.TrlParser):
@@ -1431,6 +1441,270 @@ def save_adapter(policy: Policy, directory: Path) -> None:
     save_file(head, directory / "value_head.safetensors")
 
 
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+def draw_training(metrics: list[dict]) -> Figure:
+    """What happened over the PPO steps, a panel a measure, from the lines of metrics.jsonl."""
+    panels = {
+        "ppo/mean_scores": "score (logit), mean of the batch",
+        "objective/kl": "KL to the reference (nats a response)",
+        "ppo/returns/mean": "return (score less the price of KL), mean",
+        "objective/entropy": "entropy (nats a response)",
+        "tokens/responses_len_mean": "response length (tokens), mean",
+        "ppo/val/var_explained": "share of the returns' variance that values explain",
+    }
+    steps = [line["step"] for line in metrics]
+    window = max(1, len(steps) // 20)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    grid = figure.subplots(3, 2, sharex=True)
+    for axes, (name, title) in zip(grid.flat, panels.items(), strict=True):
+        values = pd.Series([line[name] for line in metrics], dtype=float)
+        axes.plot(steps, values, color=BLUE, alpha=0.35, marker="." if window == 1 else "", label="each step")
+        means = values.rolling(window, min_periods=1).mean()
+        axes.plot(steps, means, color=BLUE, linewidth=2, label=f"mean of the last {window}")
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.grid(alpha=0.3)
+        axes.spines["top"].set_visible(False)
+    grid[0, 0].legend(frameon=False)
+    price = grid[0, 1].twinx()
+    price.plot(steps, [line["objective/kl_coef"] for line in metrics], color=ORANGE, linestyle="--", linewidth=2)
+    price.set_ylim(0, 1.2 * max((line["objective/kl_coef"] for line in metrics), default=0) or 1)
+    price.set_ylabel("KL coefficient (dashed)", color=ORANGE)
+    price.tick_params(axis="y", colors=ORANGE)
+    for axes in grid[-1]:
+        axes.set_xlabel("PPO step")
+    return figure
+
+
+def draw_toxicity(before: list[float], after: list[float], paired: dict) -> Figure:
+    """The summaries' toxicity, prompt by prompt, before and after; paired: see paired_statistics."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    shares, changes = figure.subplots(1, 2)
+    bins = np.linspace(0, max(*before, *after), 11)
+    shares.hist([before, after], bins, color=[ORANGE, BLUE], label=["before", "after"])
+    shares.set(xlabel="toxicity of the summary, P(toxic)", ylabel="prompts", title=f"The same {len(before)} prompts")
+    shares.legend(frameon=False)
+    difference = np.sort(np.subtract(after, before))
+    # Filled steps, not bars: a thousand bars take seconds to draw.
+    edges = np.arange(len(difference) + 1) + 0.5
+    for colour, part, label in ((GREEN, difference.clip(max=0), "fell"), (PURPLE, difference.clip(min=0), "rose")):
+        changes.stairs(part, edges, fill=True, color=colour, label=f"{label}: {np.count_nonzero(part)}")
+    changes.axhspan(paired["ci_low"], paired["ci_high"], color="black", alpha=0.25, linewidth=0)
+    mean = f"mean {paired['mean']:+.3f}, 95% interval [{paired['ci_low']:+.3f}, {paired['ci_high']:+.3f}]"
+    changes.axhline(paired["mean"], color="black", label=mean)
+    changes.axhline(0, color="grey", linewidth=0.8)
+    highest = abs(difference).max() or 1
+    changes.set_ylim(-1.1 * highest, 1.7 * highest)  # room for the legend
+    changes.set(xlabel="prompts, by change", ylabel="after - before", title="Change of each prompt's toxicity")
+    changes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def write_pictures(output_dir: Path, before: dict, after: dict, results: dict) -> None:
+    """Write training.png from metrics.jsonl, and toxicity.png from two evaluations and their statistics."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    draw_training([json.loads(line) for line in lines]).savefig(output_dir / "training.png", dpi=120)
+    key = "summary_toxicity"
+    figure = draw_toxicity(before[key], after[key], results[key]["paired_difference"])
+    figure.savefig(output_dir / "toxicity.png", dpi=120)
+
+
+def measures(results: dict, prefix: str = "") -> dict:
+    """What a run measured, on one level: {"toxicity": {"after": {"mean": x}}} becomes {"toxicity/after/mean": x}."""
+    found = {}
+    for name, value in results.items():
+        if isinstance(value, dict) and name not in ("config", "environment", "warnings", "timings"):
+            found |= measures(value, f"{prefix}{name}/")
+        elif prefix:
+            found[prefix + name] = value
+    return found
+
+
+def escape(text: str, longest: int = 300) -> str:
+    """Text for the card, shown as it is: no mark-up, HTML, link, line break or invisible sign in it works."""
+    text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    live = r"[&<>|\\`*\[\]~$@]|[.:](?=\S)|(?<![^\W_])_|_(?![^\W_])"  # _ inside a word is none
+    return re.sub(live, lambda sign: f"&#{ord(sign[0])};", text)
+
+
+def markdown_table(header: list[str], rows: Iterable[list]) -> str:
+    """A table; floats get four digits, texts are escaped."""
+    shown = [[f"{cell:.4g}" if isinstance(cell, float) else escape(str(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *shown])
+
+
+def card_name(name: str) -> str:
+    """A hub id as it is; a local path as its last part, spelt so that it is a valid repository name."""
+    if not Path(name).exists():
+        return name
+    return re.sub(r"[^0-9A-Za-z]+", "-", Path(name).resolve().name)[:96].strip("-") or "local"
+
+
+def card_data(config: DetoxConfig, results: dict) -> ModelCardData:
+    """The card's metadata: what was trained on what, and the figures after as a model index."""
+    found, dataset = measures(results), card_name(config.dataset_name)
+    evaluations = [
+        EvalResult(
+            task_type="summarization",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="train",  # the held-out end of it
+            dataset_revision=results["environment"]["commits"].get("dataset_name"),
+            metric_type="rouge" if "rouge" in path else "toxicity",
+            metric_name=f"{path} (before: {found[path.replace('after', 'before')]:.4f})",
+            metric_value=round(value, 4),
+        )
+        for path, value in found.items()
+        if re.fullmatch(r"(summary_)?toxicity/after/mean|rouge/after/\w+", path)
+    ]
+    return ModelCardData(
+        model_name=card_name(config.output_dir),
+        base_model=card_name(config.model_name),
+        library_name="peft",
+        pipeline_tag="summarization",
+        datasets=[dataset],
+        metrics=["toxicity", "rouge"],
+        tags=["lora", "ppo", "detoxification"],
+        eval_results=evaluations,
+    )
+
+
+def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
+    """Write README.md to output_dir, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
+    found = {path: path.split("/") for path in measures(results)}
+    columns = [name for name in ("base", "before", "after", "human") if any(name in parts for parts in found.values())]
+    columns, rows = [*columns, "other"], {}
+    for path, value in measures(results).items():
+        parts = found[path]
+        column = next((part for part in parts if part in columns), "other")
+        rows.setdefault("/".join(part for part in parts if part != column), {})[column] = value
+    figures = markdown_table(
+        ["measure", *columns], ([name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items())
+    )
+    head, tail = build_prompt("{}").split("{}")
+    examples = markdown_table(
+        ["dialogue", "before", "after", "reward before", "reward after"],
+        ([row[0].removeprefix(head).removesuffix(tail), *row[1:5]] for row in comparison.head(10).to_numpy().tolist()),
+    )
+    toxicity = results["summary_toxicity"]
+    paired = toxicity["paired_difference"]
+    interval = f"[{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
+    warned = "\n".join(f"- **Warning:** {escape(text, 1000)}" for text in results["warnings"].values())
+    settings = {name: results[name] for name in ("config", "environment")}
+    card = f"""---
+{card_data(config, results).to_yaml()}
+---
+
+# {escape(card_name(config.output_dir))}: a LoRA adapter for summaries that are not toxic
+
+**Verdict: {toxicity["verdict"]["change"]}.** The summaries' toxicity was {toxicity["before"]["mean"]:.4f} before
+and is {toxicity["after"]["mean"]:.4f} after in the mean of the same {toxicity["before"]["n"]} held-out prompts:
+difference {paired["mean"]:+.4f}, 95% interval {interval}, p = {paired["p_value"]:.4f}.
+
+{warned}
+
+![Toxicity of the summaries before and after](toxicity.png)
+
+The adapter started from {escape(config.adapter_name or "a new LoRA")} on {escape(config.model_name)}. PPO trained it
+to raise the "{escape(config.reward_label)}" logit of {escape(config.reward_model_name)}. Toxicity is that classifier's
+probability of "{escape(config.toxic_label)}": of dialogue and summary together (toxicity), or of the summary alone
+(summary_toxicity).
+
+## Results
+
+{figures}
+
+## Training
+
+![Score, KL, returns, entropy, response length and value head over the steps](training.png)
+
+## Examples
+
+The test prompts whose reward rose most; comparison.csv has more. Some may offend.
+
+{examples}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({config.model_name!r})
+base = AutoModelForSeq2SeqLM.from_pretrained({config.model_name!r})
+model = PeftModel.from_pretrained(base, {f"{config.output_dir}/adapter"!r}).eval()
+
+dialogue = "#Person1#: Did you book the room? #Person2#: Yes, for Tuesday at nine."
+prompt = {build_prompt("{}")!r}.format(dialogue)
+summary = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens={config.eval_max_new_tokens})
+print(tokenizer.decode(summary[0], skip_special_tokens=True))
+```
+
+## Limits
+
+- Toxicity is what one classifier says, the one that the adapter was trained against: the training could not remove
+  what it does not see, and may have learned its blind spots.
+- The default classifier reads English only; text in other languages passes as harmless.
+- The score does not see whether a summary is true to its dialogue, complete or useful. ROUGE, the lengths and the
+  examples only hint at it.
+- The figures hold for sampled summaries of these prompts, which are the end of one file.
+
+## Configuration
+
+```json
+{json.dumps(settings, indent=2)}
+```
+"""
+    ModelCard(card).save(Path(config.output_dir) / "README.md")
+
+
+def start_tracker(config: DetoxConfig) -> accelerate.Accelerator | None:
+    """Start the tracker that report_to names; the accelerator moves no model, seed or device.
+
+    Raises:
+        UserError: the tracker isn't installed, or doesn't start.
+    """
+    if config.report_to == "none":
+        return None
+    if config.report_to not in map(str, get_available_trackers()):
+        raise UserError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
+    options = {name: value if value is None else str(value) for name, value in dataclasses.asdict(config).items()}
+    try:
+        tracker = accelerate.Accelerator(log_with=config.report_to, project_dir=config.output_dir)
+        tracker.init_trackers("detox_ppo", options, {"wandb": {"dir": config.output_dir}})
+    except Exception as error:  # each tracker has its own
+        raise UserError(f"--report_to {config.report_to}: can't be started: {one_line(error)}") from error
+    return tracker
+
+
+def upload_comparison(table: str, directory: str | Path) -> None:
+    """Put comparison.csv of a run's directory into a DynamoDB table, conversation_id from 1.
+
+    Raises:
+        UserError: awswrangler, the table, the region or the credentials are missing, or the service refuses; with the
+            command that tries again.
+    """
+    code = f"import detox_ppo; detox_ppo.upload_comparison({json.dumps(table)}, {json.dumps(str(directory))})"
+    retry = f"Everything is saved in {directory}. To retry the upload alone: python -c {shlex.quote(code)}"
+    try:
+        import awswrangler
+    except ImportError as error:
+        raise UserError(f"--dynamodb_table {table}: pip install awswrangler. {retry}") from error
+    # Read as text, so that numbers reach Decimal digit by digit.
+    rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False).astype(object)
+    for name in ("reward_before", "reward_after"):
+        rows[name] = rows[name].map(Decimal)
+    rows.insert(0, "conversation_id", range(1, len(rows) + 1))
+    try:
+        awswrangler.dynamodb.put_df(rows.drop(columns="reward_diff"), table)
+    except Exception as error:  # as in hub_commit
+        raise UserError(f"--dynamodb_table {table}: {one_line(error)}. {retry}") from error
+    print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
+
+
 def environment(config: DetoxConfig, device, dtype, commits: dict, fingerprint: str) -> dict:
     """What the figures depend on beside the options."""
     packages = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
@@ -1456,8 +1730,8 @@ def run(config: DetoxConfig) -> dict:
     """Load, tune if asked to, evaluate, train by PPO, load the adapter back, evaluate again, and write everything.
 
     Returns:
-        the contents of results.json; "base" in it is the start before the tuning, and without PPO steps there is
-        no "after".
+        the contents of results.json; "base" in it is the start before the tuning. Without PPO steps "after" is
+        "before", which is not measured twice.
     """
     timings, started = {}, time.perf_counter()
     output_dir = Path(config.output_dir)
@@ -1467,6 +1741,7 @@ def run(config: DetoxConfig) -> dict:
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from error
     device, dtype = resolve_device(config)
+    tracker = start_tracker(config)
     print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
 
@@ -1624,6 +1899,8 @@ def run(config: DetoxConfig) -> dict:
         }
         metrics_file.write(json.dumps(metrics) + "\n")
         metrics_file.flush()
+        if tracker:
+            tracker.log(metrics, step=step)
         published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean")
         bar.set_postfix({name: f"{metrics[name]:.4f}" for name in published})
         line = " | ".join(f"{name} {metrics[name]:8.4f}" for name in (*published, "ppo/mean_scores"))
@@ -1639,33 +1916,34 @@ def run(config: DetoxConfig) -> dict:
     metrics_file.close()
     timings["ppo"] = time.perf_counter() - started_part
 
+    save_adapter(policy, output_dir / "adapter")
     if config.max_ppo_steps:
         # What is measured is what a user will load: the files on disk, not the weights in memory.
-        save_adapter(policy, output_dir / "adapter")
         policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
         with policy.adapter("trained"):
             evaluate_now("after")
+    else:
+        evaluations["after"] = evaluations["before"]
 
     def compare(key, rows):
         values = {when: [found[key][i] for i in rows] for when, found in evaluations.items()}
         told = {when: mean_and_std(values[when]) for when in values}
-        return told | paired_statistics(values["before"], values["after"], config.seed) if after else told
+        return told | paired_statistics(values["before"], values["after"], config.seed)
 
     results = {"config": dataclasses.asdict(config)}
     results["environment"] = environment(config, device, dtype, commits, fingerprint)
-    before, after = evaluations["before"], evaluations.get("after")
+    before, after = evaluations["before"], evaluations["after"]
     for key in floor:
         results[key] = compare(key, range(config.eval_samples))
-        if after:
-            print_verdict(key.replace("_", " "), results[key])
+        print_verdict(key.replace("_", " "), results[key])
     results["human"] = {key: mean_and_std(values) for key, values in floor.items()}
     toxic = [i for i, value in enumerate(dialogues) if value > 0.5]
     results["toxic_dialogues"] = {"n": len(toxic)}
     for key in floor if toxic else ():
         part = results["toxic_dialogues"][key] = compare(key, toxic)
         told = [f"{part[when]['mean']:.4f} {when}" for when in evaluations]
-        told += [part["verdict"]["change"]] if after else []
-        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {', '.join(told)}")
+        told = f"{', '.join(told)}, {part['verdict']['change']}"
+        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {told}")
     for key in ("length", "reward"):
         results[key] = {when: {"mean": float(np.mean(found[key]))} for when, found in evaluations.items()}
         print(f"{key}: mean " + ", ".join(f"{told['mean']:.2f} {when}" for when, told in results[key].items()))
@@ -1677,22 +1955,28 @@ def run(config: DetoxConfig) -> dict:
         for when, found in quality.items()
     }
     results["quality"], results["warnings"] = quality, warned
-    left = ["results.json", *(["sft_adapter/"] if config.sft_steps else [])]
-    if after:
-        worse = degradation(quality["before"], quality["after"])
-        if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
-            hacked = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
-            warned["reward hacking"] = hacked + ". Raise init_kl_coef, lower learning_rate or stop earlier."
-            print(f"warning: {warned['reward hacking']}")
-        compared = test.select(range(min(config.compare_samples, config.eval_samples)))
-        comparison = build_comparison(compared, before, after)
-        comparison.to_csv(output_dir / "comparison.csv", index=False)
-        print_comparison(comparison)
-        left += ["metrics.jsonl", "comparison.csv", "adapter/"]
+    worse = degradation(quality["before"], quality["after"])
+    if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
+        hacked = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
+        warned["reward hacking"] = hacked + ". Raise init_kl_coef, lower learning_rate or stop earlier."
+        print(f"warning: {warned['reward hacking']}")
+    comparison = build_comparison(test.select(range(min(config.compare_samples, config.eval_samples))), before, after)
+    comparison.to_csv(output_dir / "comparison.csv", index=False)
+    print_comparison(comparison)
     timings["total"] = time.perf_counter() - started
     results["timings"] = timings
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{timings['total']:.0f} s in all; {', '.join(left)} in {output_dir}")
+    write_pictures(output_dir, before, after, results)
+    write_card(config, results, comparison)
+    if tracker:
+        final = {name: value for name, value in measures(results).items() if isinstance(value, (int, float))}
+        tracker.log({f"final/{name}": value for name, value in final.items()}, step=config.max_ppo_steps)
+        tracker.end_training()
+    left = "results.json, README.md with pictures, metrics.jsonl, comparison.csv, adapter/"
+    left += ", sft_adapter/" if config.sft_steps else ""
+    print(f"\n{timings['total']:.0f} s in all; {left} in {output_dir}")
+    if config.dynamodb_table:
+        upload_comparison(config.dynamodb_table, output_dir)
     return results
 
 

@@ -71,6 +71,8 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "output_dir": "checkpoints/run",
+    "report_to": "none",
+    "dynamodb_table": None,
 }
 
 # Values just outside and just inside the range of every number; whole numbers step by one.
@@ -520,12 +522,15 @@ def test_without_steps_a_run_only_evaluates(small_config, tmp_path, classifier):
     assert results["toxic_dialogues"]["toxicity"]["before"]["n"] == toxic
     assert results["toxic_dialogues"]["toxicity"]["before"]["mean"] > 0.5
     assert results["rouge"]["before"]["rougeL"] == results["quality"]["before"]["rougeL"]
-    for name in ("toxicity", "summary_toxicity", "rouge", "quality", "length", "reward"):
-        assert set(results[name]) == {"before"}
+    for name in ("toxicity", "summary_toxicity"):
+        assert results[name]["paired_difference"] == {"mean": 0, "ci_low": 0, "ci_high": 0, "p_value": 1}
+    for name in ("rouge", "quality", "length", "reward"):
+        assert results[name]["before"] == results[name]["after"]
     assert results["summary_toxicity"]["before"]["n"] == 24 and results["warnings"] == {}
+    assert "evaluate_after" not in results["timings"]  # nothing is measured twice
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "metrics.jsonl"}
+    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 3
 
 
 def test_what_is_measured_after_is_what_was_saved(small_config, tmp_path, monkeypatch):

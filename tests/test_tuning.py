@@ -197,7 +197,7 @@ def test_a_run_that_tunes(small_config, jsonl, rows, tmp_path, capsys):
 
     # the base of a run that tunes is what a run without it starts from
     bare = detox_ppo.run(small_config(output_dir=tmp_path / "bare", max_ppo_steps=0, **options | {"sft_steps": 0}))
-    assert bare["rouge"] == {"before": results["rouge"]["base"]}
+    assert bare["rouge"]["before"] == results["rouge"]["base"]
     assert not (tmp_path / "bare" / "sft_adapter").exists()
 
     # and the next run can start from what it left, as anything else can that knows PEFT

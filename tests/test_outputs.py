@@ -1,0 +1,344 @@
+"""What a run leaves to look at and to hand on: pictures, the model card, the DynamoDB table."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+from markdown_it import MarkdownIt
+from matplotlib.image import imread
+
+import detox_ppo
+from detox_ppo import UserError, card_name, draw_toxicity, draw_training, escape, paired_statistics, run
+
+ROOT = Path(__file__).resolve().parent.parent
+NASTY = [
+    "a | b\n| c | d |\n---\nbase_model: evil\n---",
+    "<script>alert(1)</script> <img src=x onerror=alert(1)> <!-- -->",
+    "``` \n~~~\n# title\n- item\n> quote\n1. one",
+    "**bold** _it_ __it__ a_b ~~gone~~ `code` $x$ \\| \\\\| &lt; &#124; &amp;",
+    "[link](https://evil.example) ![i](x.png) <https://evil.example> www.evil.example a@b.example https://evil.example",
+    "hidden \u202e\u200b\u0000\u2028\x1b[31m signs, emoji \N{GRINNING FACE} and Korean \uc548\ub155",
+    "{{ jinja }} {% for x in y %} {0} %s \\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(small_config, tmp_path_factory):
+    """A small run, with its configuration, directory and results."""
+    directory = tmp_path_factory.mktemp("outputs") / "some run"
+    config = small_config(output_dir=directory)
+    return config, directory, run(config)
+
+
+def metrics_lines(steps):
+    names = ("ppo/mean_scores", "objective/kl", "objective/kl_coef", "ppo/returns/mean", "objective/entropy")
+    names += ("tokens/responses_len_mean", "ppo/val/var_explained")
+    return [{"step": step} | {name: step + i for i, name in enumerate(names)} for step in range(1, steps + 1)]
+
+
+# Pictures
+
+
+def test_pictures_of_a_run(finished):
+    for name in ("training.png", "toxicity.png"):
+        pixels = imread(finished[1] / name)
+        assert pixels.shape[0] >= 400 and pixels.shape[1] >= 1000
+        assert (pixels[:5] == 1).all()  # a white page
+        assert pixels.std() > 0.05  # with something on it
+
+
+def test_training_picture_shows_the_metrics():
+    metrics = metrics_lines(100)
+    figure = draw_training(metrics)
+    panels, price = figure.axes[:6], figure.axes[6]
+    expected = {
+        "score": "ppo/mean_scores",
+        "KL": "objective/kl",
+        "return": "ppo/returns/mean",
+        "entropy": "objective/entropy",
+        "length": "tokens/responses_len_mean",
+        "variance": "ppo/val/var_explained",
+    }
+    for axes, (word, name) in zip(panels, expected.items(), strict=True):
+        assert word in axes.get_title(loc="left")
+        each, mean = axes.get_lines()
+        np.testing.assert_array_equal(each.get_xdata(), np.arange(1, 101))
+        np.testing.assert_array_equal(each.get_ydata(), [line[name] for line in metrics])
+        # the mean of the last five of 96..100 is 98
+        assert mean.get_ydata()[-1] == pytest.approx(metrics[97][name])
+        assert mean.get_label() == "mean of the last 5"
+    np.testing.assert_array_equal(price.get_lines()[0].get_ydata(), [line["objective/kl_coef"] for line in metrics])
+    assert "coefficient" in price.get_ylabel()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_training_picture_of_hardly_a_run(steps, tmp_path):
+    draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png")
+
+
+def test_toxicity_picture_shows_the_pairs():
+    before, after = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.1, 0.5]
+    paired = paired_statistics(before, after, 0)["paired_difference"]
+    shares, changes = draw_toxicity(before, after, paired).axes
+    heights = [[bar.get_height() for bar in bars] for bars in shares.containers]
+    assert [sum(bars) for bars in heights] == [4, 4]
+    fell, rose = (part.get_data().values for part in changes.patches[:2])
+    np.testing.assert_allclose(fell, [-0.8, -0.6, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(rose, [0, 0, 0, 0.3], atol=1e-9)
+    band = changes.patches[2]
+    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([paired["ci_low"], paired["ci_high"]])
+    assert changes.get_lines()[0].get_ydata()[0] == pytest.approx(-0.275)
+    told = [text.get_text() for text in changes.get_legend().get_texts()]
+    assert told[:2] == ["fell: 2", "rose: 1"] and "-0.275" in told[2]
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1.0, 1.0], list(np.linspace(0, 1, 2000))])
+def test_toxicity_picture_without_a_change(values, tmp_path):
+    paired = paired_statistics(values, values, 0, resamples=10)["paired_difference"]
+    draw_toxicity(values, values, paired).savefig(tmp_path / "toxicity.png")
+
+
+# The model card
+
+
+def html(markdown):
+    """The page that a renderer which lets HTML through makes of it, parsed."""
+    page = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    return ElementTree.fromstring(f"<page>{page}</page>")
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_escaped_text_is_shown_as_it_is(text):
+    page = html(f"| a | b |\n| --- | --- |\n| {escape(text)} | end |\n\nIn a line: {escape(text)} end\n")
+    (row,) = page.findall("./table/tbody/tr")
+    visible = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    assert ["".join(cell.itertext()) for cell in row] == [visible, "end"]
+    assert not list(row[0])  # no element in it: no link, picture, emphasis or code
+    (line,) = page.findall("./p")
+    assert " ".join("".join(line.itertext()).split()) == " ".join(f"In a line: {visible} end".split()) and not list(
+        line
+    )
+    # what GitHub makes links of even without mark-up
+    assert not re.search(r"https?://|www\.|\w@\w", escape(text))
+
+
+def test_long_texts_are_cut_before_they_are_escaped():
+    assert escape("|" * 301) == "&#124;" * 299 + "…"
+    assert escape("|" * 300) == "&#124;" * 300
+
+
+def test_card_metadata(finished):
+    config, directory, results = finished
+    data = ModelCard.load(directory / "README.md").data
+    assert data.library_name == "peft" and data.metrics == ["toxicity", "rouge"]
+    assert (data.base_model, data.datasets, data.model_name) == ("base", ["dialogues"], "some-run")
+    found = {result.metric_name.split(" ")[0]: result for result in data.eval_results}
+    for path, told in {
+        "toxicity/after/mean": results["toxicity"]["after"]["mean"],
+        "summary_toxicity/after/mean": results["summary_toxicity"]["after"]["mean"],
+    }.items():
+        assert found[path].metric_value == pytest.approx(told, abs=1e-4) and found[path].metric_type == "toxicity"
+    assert {path.split("/")[-1] for path in found} == {"mean", "rouge1", "rouge2", "rougeL"}
+    assert all(result.dataset_name == "dialogues" for result in data.eval_results)
+
+
+def test_names_in_the_metadata(tmp_path):
+    assert card_name("google/flan-t5-base") == "google/flan-t5-base"
+    for name in ("a b..c--d", "-x-", "---", "n" * 200, "train.csv", "a: [b] # c"):
+        (tmp_path / name).mkdir()
+        found = card_name(str(tmp_path / name))
+        validate_repo_id(found)
+        assert "/" not in found
+    assert card_name(str(tmp_path / "a b..c--d" / "..")) == card_name(str(tmp_path))
+
+
+def test_card_tells_the_run(finished):
+    config, directory, results = finished
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    page = html(ModelCard(card).text)
+    text = " ".join("".join(page.itertext()).split())
+    paired = results["summary_toxicity"]["paired_difference"]
+    assert text.startswith("some-run") and f"Verdict: {results['summary_toxicity']['verdict']['change']}." in text
+    assert f"difference {paired['mean']:+.4f}, 95% interval [{paired['ci_low']:+.4f}" in text
+    assert [image.get("src") for image in page.iter("img")] == ["toxicity.png", "training.png"]
+    figures, examples = page.findall("./table")
+    rows = {"".join(row[0].itertext()): [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
+    for name in ("toxicity", "summary_toxicity", "length", "reward"):
+        assert rows[f"{name}/mean"][:2] == [f"{results[name][when]['mean']:.4g}" for when in ("before", "after")]
+    assert rows["summary_toxicity/n"][:2] == ["4", "4"]
+    assert rows["summary_toxicity/paired_difference/ci_low"][3] == f"{paired['ci_low']:.4g}"
+    assert rows["summary_toxicity/mean"][2] == f"{results['human']['summary_toxicity']['mean']:.4g}"
+    assert rows["rouge/rougeL"][1] == f"{results['rouge']['after']['rougeL']:.4g}"
+    comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
+    shown = [["".join(cell.itertext()) for cell in row] for row in examples.findall("./tbody/tr")]
+    assert len(shown) == len(comparison) == 3
+    for row, told in zip(shown, comparison.itertuples(), strict=True):
+        assert row[1:3] == [" ".join(told.response_before.split()), " ".join(told.response_after.split())]
+        assert row[0][:100] in " ".join(told.query.split()) and not row[0].startswith("Summarize")
+    assert json.loads(re.search(r"```json\n(.*?)\n```", card, re.DOTALL)[1])["config"] == results["config"]
+    for word in ("English", "does not see", "comparison.csv"):
+        assert word in text
+    assert str(Path.home()) + "/" not in card.replace(str(directory), "").replace(str(ROOT), "")
+
+
+def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path):
+    """Measures that come later show up; names and dialogues that are mark-up stay text; ten examples at most."""
+    config, _, results = finished
+    texts = (NASTY * 2)[:12]
+    rewards = np.arange(12.0)
+    found = {"response": texts, "reward": rewards}
+    queries = Dataset.from_dict({"query": list(map(detox_ppo.build_prompt, texts))})
+    table = detox_ppo.build_comparison(queries, found, found)
+    changed = dataclasses.replace(
+        config, output_dir=str(tmp_path), adapter_name="<b>x</b>\n---", reward_label="```", toxic_label="|x|"
+    )
+    later = {"quality": {"before": {"empty": 0.25}, "after": {"empty": 0.5}}, "slice": {"n": 7, "share": None}}
+    later |= {"warnings": {"reward hacking": "reward hacking: <b>summaries</b> are empty"}}
+    detox_ppo.write_card(changed, results | later | {"config": dataclasses.asdict(changed)}, table)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "base"
+    page = html(card.text)
+    figures, examples = page.findall("./table")
+    rows = {row[0].text: [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
+    assert page.find("./ul")[0].find("strong").tail == " reward hacking: <b>summaries</b> are empty"
+    assert rows["quality/empty"] == ["0.25", "0.5", "", ""] and rows["slice/n"] == ["", "", "", "7"]
+    assert len(examples.findall("./tbody/tr")) == 10 and all(len(row) == 5 for row in examples.iter("tr"))
+    assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))
+    assert [title.text for title in page.iter("h2")] == [
+        *("Results", "Training", "Examples", "Use", "Limits", "Configuration")
+    ]
+    assert len(list(page.iter("pre"))) == 2
+
+
+def test_the_card_s_code_loads_the_adapter(finished, capsys, monkeypatch):
+    card = (finished[1] / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    assert "lora" in str(names["model"]).lower()
+    assert names["prompt"] == detox_ppo.build_prompt(names["dialogue"])
+    assert capsys.readouterr().out.strip()
+
+
+# DynamoDB
+
+
+@pytest.fixture(scope="module")
+def dynamodb():
+    """A client of moto's HTTP server, with the table "summaries" in it."""
+    pytest.importorskip("awswrangler")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    patch = pytest.MonkeyPatch()
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "eu-west-1"}
+    settings |= {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "EC2_METADATA_DISABLED": "true"}
+    for name, value in settings.items():
+        patch.setenv(f"AWS_{name}", value)
+    patch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    patch.delenv("AWS_PROFILE", raising=False)
+    client = boto3.client("dynamodb")
+    client.create_table(
+        TableName="summaries",
+        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    yield client
+    server.stop()
+    patch.undo()
+
+
+def test_rows_in_the_table(dynamodb, finished, capsys):
+    directory = finished[1]
+    detox_ppo.upload_comparison("summaries", directory)
+    assert "3 rows" in capsys.readouterr().out
+    comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False, dtype=str)
+    items = sorted(dynamodb.scan(TableName="summaries")["Items"], key=lambda item: int(item["conversation_id"]["N"]))
+    assert len(items) == 3
+    for number, (item, row) in enumerate(zip(items, comparison.itertuples(), strict=True), start=1):
+        texts = {name: {"S": getattr(row, name)} for name in ("query", "response_before", "response_after")}
+        rewards = {name: item[name] for name in ("reward_before", "reward_after")}
+        assert item == {"conversation_id": {"N": str(number)}} | texts | rewards
+        for name, value in rewards.items():
+            assert Decimal(value["N"]) == Decimal(getattr(row, name))
+
+
+def test_difficult_rows(dynamodb, tmp_path):
+    table = pd.DataFrame({"query": NASTY, "response_before": "NA", "response_after": ""})
+    table["reward_before"], table["reward_after"], table["reward_diff"] = 1e-17, -1 / 3, 0.0
+    table.to_csv(tmp_path / "comparison.csv", index=False)
+    detox_ppo.upload_comparison("summaries", str(tmp_path))
+    items = {int(item["conversation_id"]["N"]): item for item in dynamodb.scan(TableName="summaries")["Items"]}
+    assert [items[i]["query"]["S"] for i in range(1, len(NASTY) + 1)] == NASTY
+    assert items[1]["response_before"] == {"S": "NA"} and items[1]["response_after"] == {"S": ""}
+    assert float(items[1]["reward_before"]["N"]) == 1e-17 and float(items[1]["reward_after"]["N"]) == -1 / 3
+    table.head(0).to_csv(tmp_path / "comparison.csv", index=False)
+    detox_ppo.upload_comparison("summaries", tmp_path)
+
+
+def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_path):
+    options = {"max_ppo_steps": 0, "eval_samples": 2, "eval_max_new_tokens": 4, "compare_samples": 2}
+    config = small_config(output_dir=tmp_path / "run", dynamodb_table="missing", **options)
+    with pytest.raises(UserError) as error:
+        run(config)
+    for name in ("results.json", "comparison.csv", "README.md", "toxicity.png", "adapter/adapter_config.json"):
+        assert (tmp_path / "run" / name).is_file()
+    message = str(error.value)
+    assert "--dynamodb_table missing" in message and "\n" not in message and "ResourceNotFound" in message
+    # the command in the message, run as it is by a shell, once the table is there
+    command = message.split("retry the upload alone: ")[1]
+    assert command.startswith('python -c \'import detox_ppo; detox_ppo.upload_comparison("missing", ')
+    dynamodb.create_table(
+        TableName="missing",
+        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    command = command.replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert dynamodb.scan(TableName="missing")["Count"] == 2
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"AWS_DEFAULT_REGION": None, "AWS_REGION": None}, "region"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "credentials"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
+    ],
+)
+def test_what_can_miss_for_an_upload(dynamodb, finished, monkeypatch, settings, word):
+    import boto3
+
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers credentials
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError) as error:
+        detox_ppo.upload_comparison("summaries", finished[1])
+    assert word in str(error.value) and "retry the upload alone: python -c" in str(error.value)
+
+
+def test_upload_without_its_package(finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "awswrangler", None)
+    with pytest.raises(UserError, match="pip install awswrangler") as error:
+        detox_ppo.upload_comparison("summaries", finished[1])
+    assert "--dynamodb_table summaries" in str(error.value) and "python -c" in str(error.value)

@@ -1,0 +1,65 @@
+"""Trackers: what they are told is what the files say, and telling them changes nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import detox_ppo
+from detox_ppo import UserError, run, start_tracker
+
+OPTIONS = {"max_ppo_steps": 2, "eval_samples": 2, "compare_samples": 1}
+
+
+def test_tensorboard_holds_every_metric_and_the_results(small_config, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    results = run(small_config(output_dir=tmp_path / "told", report_to="tensorboard", **OPTIONS))
+    events = accumulator.EventAccumulator(str(tmp_path / "told" / "detox_ppo"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    for name in lines[0]:
+        points = events.Scalars(name)
+        assert [point.step for point in points] == [1, 2]
+        assert [point.value for point in points] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    (final,) = events.Scalars("final/summary_toxicity/after/mean")
+    assert final.step == 2 and final.value == pytest.approx(results["summary_toxicity"]["after"]["mean"], rel=1e-6)
+    assert "final/rouge/after/rougeL" in events.Tags()["scalars"]
+
+    untold = run(small_config(output_dir=tmp_path / "untold", **OPTIONS))
+    assert untold["reward"] == results["reward"]
+    first, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("told", "untold")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "untold" / "detox_ppo").exists()
+
+
+def test_starting_a_tracker_moves_nothing(small_config, tmp_path):
+    pytest.importorskip("tensorboard")
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    tracker = start_tracker(small_config(output_dir=tmp_path, report_to="tensorboard"))
+    tracker.end_training()
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert torch.get_default_device() == torch.device("cpu") and torch.get_default_dtype() == torch.float32
+    assert start_tracker(small_config(output_dir=tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(small_config, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(detox_ppo, "get_available_trackers", list)
+    monkeypatch.setattr(detox_ppo, "load_dialogues", lambda *_: pytest.fail("it loads first"))
+    with pytest.raises(UserError) as error:
+        run(small_config(output_dir=tmp_path, report_to=name))
+    assert f"--report_to {name}" in str(error.value) and f"pip install {name}" in str(error.value)
+
+
+def test_a_tracker_that_does_not_start(small_config, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+
+    def refuse(*_):
+        raise RuntimeError("no key\nfor it")
+
+    monkeypatch.setattr(detox_ppo.accelerate.Accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to tensorboard: can't be started: no key for it"):
+        start_tracker(small_config(output_dir=tmp_path, report_to="tensorboard"))
