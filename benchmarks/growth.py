@@ -15,6 +15,7 @@ The last line of the output is one JSON object.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -86,8 +87,8 @@ def parse_options():
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--short", action="store_true", help="for CI: the bundled small models and two points a line")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     options = parser.parse_args()
-    options.threads = len(step_time.os.sched_getaffinity(0))
     options.steps, options.seed, options.mini_batch_size, options.dialogues = 1, 0, 4, None
     options.response_lengths = [8, 12] if options.short else [25, 70]
     return options

@@ -55,3 +55,18 @@ def test_the_arithmetic_counted_for_the_full_shapes(monkeypatch):
     assert (frozen, adapted) == (2 * matrices, 2 * 3_538_944)
     # Twelve encoder layers and twice twelve decoder ones, each with one pair of tokens.
     assert attention == 36 * 4 * 768
+
+
+def test_growth_is_measured_fitted_and_drawn(tmp_path):
+    command = [sys.executable, "benchmarks/growth.py", "--short", "--threads", "1", "--output_dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    last = json.loads(run.stdout.splitlines()[-1])
+    assert last == json.loads((tmp_path / "growth.json").read_text())
+    assert [point["batch_size"] for point in last["batch_size"]] == [8, 16]
+    assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([100, 200], abs=3)
+    for point in last["batch_size"] + last["prompt_tokens"]:
+        assert min(point["seconds"], point["memory"], point["tflop"], point["positions"]) > 0
+        fitted = point["tflop"] * last["seconds_per_tflop"] + point["positions"] * last["seconds_per_position"]
+        assert point["expected"] == pytest.approx(fitted)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -217,11 +217,12 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
     config = small_config(output_dir=tmp_path, max_ppo_steps=1, score_text=score_text, output_max_length=40)
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
-    # the two examples; before and after: joined, alone, rewards; the batch of the one step between
-    evaluated = 3 * config.eval_samples
-    assert len(scored) == 2 + 2 * evaluated + config.batch_size
+    # the two examples; before and after: joined and alone, each once; the batch of the one step between; and of what
+    # does not change, once: human summaries joined and alone, dialogues
+    count = config.eval_samples
+    assert len(scored) == 2 + 2 * count + 3 * count + config.batch_size + 2 * count
     assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
-    batch = scored[2 + evaluated : 2 + evaluated + config.batch_size]
+    batch = scored[-2 * count - config.batch_size : -2 * count]
     assert all(text.startswith("#Person1#: ") == (score_text == "query_response") for text in batch)
     assert not [text for text in batch if "Summarize the following" in text]
 
