@@ -1,0 +1,351 @@
+"""Does PPO learn better here than in the classic trainer? The small world over five seeds, side by side.
+
+    python benchmarks/learning_curve.py                             # makes the classic environment first
+    python benchmarks/learning_curve.py --classic_python ENV/bin/python --jobs 2
+    python benchmarks/learning_curve.py --short                     # two seeds, three steps: a smoke test
+
+About 15 minutes a seed on one core of an AMD EPYC (Zen 5).
+
+Three sides train on the same prompts with the same response caps, from the same adapter, against the same
+classifier, with the hyperparameters of checkpoints/tiny/config.yaml; other options of detox_ppo.py may follow and
+hold for all:
+
+    ours              detox_ppo.py
+    classic           TRL 0.8.0's PPOTrainer as the published notebooks use it: see classic_learning.py
+    classic, mended   the same, paid the logit of the label "nothate" instead of the first of a sorted list
+
+All are judged by one instrument: the adapter that a run saved is loaded back here and summarizes the held-out
+prompts, with the same random numbers on every side. Its KL is measured to the starting adapter and to the bare base
+model, in nats a response. The curves' score is the true nothate logit of the training responses, whatever the
+trainer was paid. The classic sides sample these with dropout, which costs them score; the broken lines are what the
+same policies scored on the same prompts without it, and "samples to 3" is taken from them. The curves' KL in the
+JSON is what each trainer itself reports: ours to the starting adapter, the classic ones to the bare base, without the
+first token.
+
+What the small world can't show: its bare base names the slots and does not insult, so that the classic trainer's
+pull towards the bare base is a cure of its own here, even with the wrong reward. "KL to base" shows it.
+
+Every run and its log stay in output_dir; a run with a result.json is not repeated, so an interrupted benchmark goes
+on where it stopped. Each child has one thread. Seconds are those of the steps, without loading and evaluation.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import step_time  # puts the repository on sys.path
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+ROOT, TINY = step_time.ROOT, step_time.TINY
+sys.path.insert(0, str(TINY))
+from slot_accuracy import slot_accuracy, slots_by_dialogue  # noqa: E402
+
+START = "start"  # the starting adapter, evaluated only
+NAMES = {START: "start", "ours": "ours", "classic": "classic", "mended": "classic, mended"}
+COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okabe and Ito's
+SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
+REACHED = 3.0  # of a score of 0 at the start and of 4 where nobody is insulted
+
+
+def stop(message):
+    sys.exit(f"learning_curve.py: error: {message}")
+
+
+def run_arguments(options, seed, directory):
+    """A command line of detox_ppo.py for a seed."""
+    values = {"seed": seed, "max_ppo_steps": options.max_ppo_steps, "output_dir": directory, "device": "cpu"}
+    flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    return ["--config", "checkpoints/tiny/config.yaml", *options.others, *flags]
+
+
+def load_splits(config):
+    """Train and test prompts, as detox_ppo.py makes them."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    import detox_ppo
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    with contextlib.redirect_stdout(io.StringIO()):  # counts of rows
+        return detox_ppo.build_dataset(*detox_ppo.load_dialogues(config.dataset_name), tokenizer, config)
+
+
+def plan_steps(config, train):
+    """The rows and caps of every step, drawn as detox_ppo.py draws them."""
+    import detox_ppo
+
+    steps, size, caps = [], config.batch_size, (config.output_min_length, config.output_max_length)
+    for step in range(1, config.max_ppo_steps + 1):
+        epoch, index = divmod(step - 1, len(train) // size)
+        shuffled = detox_ppo.random_stream(config.seed, detox_ppo.SHUFFLE, epoch).permutation(len(train))
+        rows = shuffled[index * size : (index + 1) * size].tolist()
+        keys = [(config.seed, detox_ppo.TRAINING, step, row) for row in train.select(rows)["row"]]
+        drawn = [int(detox_ppo.random_stream(*key).integers(*caps, endpoint=True)) for key in keys]
+        steps.append({"rows": rows, "caps": drawn})
+    return steps
+
+
+def kl_divergences(plan):
+    """In a child: KL of an adapter to the starting one and to the bare base, from samples of its own, in nats."""
+    import detox_ppo
+
+    config = detox_ppo.parse_config(plan["arguments"])
+    device, dtype = detox_ppo.resolve_device(config)
+    policy, _ = detox_ppo.load_policy(config, device, dtype)
+    policy.model.load_adapter(plan["adapter"], adapter_name="trained", torch_device=str(device))
+    rows = load_splits(config)["test"].select(range(plan["eval_samples"]))
+    caps, sums = (config.eval_max_new_tokens, config.eval_max_new_tokens), {"kl_start": 0.0, "kl_base": 0.0}
+    for first in range(0, len(rows), config.batch_size):
+        batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
+        generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
+        with policy.adapter("trained"):
+            responses = detox_ppo.sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
+            logprobs, _ = detox_ppo.score_batch(policy, responses)
+        responses.encoder_states = None  # the others' differ
+        for name, other in (("kl_start", policy.adapter("reference")), ("kl_base", policy.model.disable_adapter())):
+            with other:
+                sums[name] += (logprobs - detox_ppo.score_batch(policy, responses)[0]).sum().item()
+    return {name: total / len(rows) for name, total in sums.items()}
+
+
+def evaluate(options, arguments, adapter, directory, label):
+    """Measure a saved adapter by what detox_ppo.py says of it before it trains, and its KL."""
+    count = options.eval_samples
+    sizes = {"max_ppo_steps": 0, "eval_samples": count, "compare_samples": count, "adapter_name": adapter}
+    # argparse takes the last of an option that is given twice
+    flags = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+    judged, plan, kl = (directory / name for name in ("evaluation", "evaluation.json", "kl.json"))
+    label = f"evaluating {label}"
+    run_child([sys.executable, "detox_ppo.py", *arguments, *flags, "--output_dir", str(judged)], directory, label)
+    plan.write_text(json.dumps({"arguments": arguments, "adapter": str(adapter), "eval_samples": count}))
+    run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(plan), str(kl)], directory, label)
+    results = json.loads((judged / "results.json").read_text(encoding="utf-8"))
+    with open(judged / "comparison.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    slots = slots_by_dialogue(TINY / "dialogues" / "train.csv")
+    summaries = [row["response_before"] for row in rows]
+    return {
+        **{name: results[name]["before"]["mean"] for name in ("summary_toxicity", "toxicity", "reward", "length")},
+        "rougeL": results["rouge"]["before"]["rougeL"],
+        "slot_accuracy": slot_accuracy([row["query"] for row in rows], summaries, slots)[0],
+        "empty": sum(not text.strip() for text in summaries),
+        **json.loads(kl.read_text()),
+    }
+
+
+def run_child(command, directory, label):
+    """Run a child with one thread, its output in the run's log; show the end of it if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment.pop("PYTHONPATH", None)
+    with open(directory / "log.txt", "a", encoding="utf-8") as log:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        print("\n".join((directory / "log.txt").read_text(encoding="utf-8").splitlines()[-30:]), file=sys.stderr)
+        stop(f"{label} failed with exit code {code}; the end of its log is above")
+
+
+def train_ours(arguments, directory, label):
+    """Returns the curve, from detox_ppo.py's own metrics."""
+    shortest = ["--eval_samples", "1", "--compare_samples", "1"]  # all sides are evaluated afterwards
+    run_child([sys.executable, "detox_ppo.py", *arguments, *shortest], directory, label)
+    names = {name: "ppo/mean_scores" for name in ("score", "score_without_dropout", "paid")}
+    names |= {"kl": "objective/kl", "seconds": "time/step", "length": "tokens/responses_len_mean"}
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: json.loads(line)[key] for name, key in names.items()} for line in lines]
+
+
+def train_classic(python, side, config, train, directory, label):
+    """Returns the curve that classic_learning.py wrote."""
+    plan = {"config": dataclasses.asdict(config), "prompts": list(train["input_ids"])}
+    plan |= {"steps": plan_steps(config, train), "adapter": str(directory / "adapter")}
+    plan["pick"] = "position" if side == "classic" else "label"
+    (directory / "plan.json").write_text(json.dumps(plan))
+    files = [str(directory / name) for name in ("plan.json", "curve.json")]
+    run_child([python, str(HERE / "classic_learning.py"), *files], directory, label)
+    return json.loads((directory / "curve.json").read_text())["curve"]
+
+
+def run(options, train, side, seed):
+    """Train and evaluate one side with one seed, unless that was done before; returns the contents of result.json."""
+    import detox_ppo
+
+    directory = options.output_dir / side / f"seed-{seed}"
+    done, label = directory / "result.json", f"{side}, seed {seed}"
+    arguments = run_arguments(options, seed, directory)
+    asked = [part for part in arguments if part != str(directory)] + ["--eval_samples", str(options.eval_samples)]
+    if done.exists():
+        result = json.loads(done.read_text())
+        if result["asked"] != asked:
+            stop(f"{done} was made with other options, {result['asked']}: give another --output_dir")
+        return result
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "log.txt").unlink(missing_ok=True)
+    config = detox_ppo.parse_config(arguments)
+    source = hashlib.sha256((ROOT / "detox_ppo.py").read_bytes()).hexdigest()[:12]
+    adapter, curve = directory / "adapter", []
+    if side == START:
+        adapter = config.adapter_name
+    elif side == "ours":
+        curve = train_ours(arguments, directory, label)
+    else:
+        curve = train_classic(options.classic_python, side, config, train, directory, label)
+    evaluation = evaluate(options, arguments, adapter, directory, label)
+    result = {"side": side, "seed": seed, "asked": asked, "source": source, "batch_size": config.batch_size}
+    result |= {"curve": curve, "evaluation": evaluation}
+    # Last, and in one go: its presence says that the run is whole.
+    done.with_suffix(".part").write_text(json.dumps(result))
+    done.with_suffix(".part").rename(done)
+    return result
+
+
+def drawn_lines(run, score):
+    """Samples, seconds and smoothed score after every step of a run."""
+    scores, seconds = ([step[name] for step in run["curve"]] for name in (score, "seconds"))
+    smooth = [statistics.mean(scores[max(0, i - SMOOTHING) : i]) for i in range(1, len(scores) + 1)]
+    samples = [run["batch_size"] * i for i in range(1, len(scores) + 1)]
+    return samples, list(itertools.accumulate(seconds)), smooth
+
+
+def summarize(runs, starts):
+    """Mean and range over the seeds of a side's figures; one that a seed never reached is left out."""
+    figures = {name: [run["evaluation"][name] for run in runs] for name in runs[0]["evaluation"]}
+    before = figures["summary_toxicity_before"] = [start["evaluation"]["summary_toxicity"] for start in starts]
+    pairs = zip(before, figures["summary_toxicity"], strict=True)
+    figures["change_percent"] = [100 * (new / old - 1) for old, new in pairs]
+    if curves := [run["curve"] for run in runs if run["curve"]]:
+        for name in ("score", "score_without_dropout", "kl"):
+            figures[f"curve_{name}_first"] = [curve[0][name] for curve in curves]
+            ends = [[step[name] for step in curve[-SMOOTHING:]] for curve in curves]
+            figures[f"curve_{name}_last"] = [statistics.mean(end) for end in ends]
+        figures["seconds_a_step"] = [statistics.median(step["seconds"] for step in curve) for curve in curves]
+        lines = [zip(*drawn_lines(run, "score_without_dropout"), strict=True) for run in runs]
+        reached = [next((point for point in line if point[2] >= REACHED), None) for line in lines]
+        if None not in reached:
+            figures["samples_to_3"], figures["seconds_to_3"] = ([point[i] for point in reached] for i in (0, 1))
+    return {
+        name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+        for name, values in figures.items()
+    }
+
+
+def print_table(sides):
+    columns = {"summary toxicity before": ("summary_toxicity_before", 3), "after": ("summary_toxicity", 3)}
+    columns |= {"change, %": ("change_percent", 1), "ROUGE-L": ("rougeL", 3), "slot accuracy": ("slot_accuracy", 3)}
+    columns |= {"KL to start": ("kl_start", 2), "KL to base": ("kl_base", 2), "s a step": ("seconds_a_step", 3)}
+    columns |= {"samples to 3": ("samples_to_3", 0), "seconds to 3": ("seconds_to_3", 0)}
+    print(f"| side | {' | '.join(columns)} |")
+    print("|" + "---|" * (len(columns) + 1))
+    for side, figures in sides.items():
+        cells = [NAMES[side]]
+        for key, digits in columns.values():
+            spread = figures.get(key)
+            cells.append("{mean:.{n}f} ({min:.{n}f}..{max:.{n}f})".format(**spread, n=digits) if spread else "-")
+        print(f"| {' | '.join(cells)} |")
+
+
+def draw(runs, path):
+    """Score over samples and over seconds: a thin line a seed, a thick one for their mean."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    for (side, colour), score in itertools.product(COLOURS.items(), ("score", "score_without_dropout")):
+        lines = [drawn_lines(run, score) for run in runs if run["side"] == side]
+        if not lines or (side == "ours" and score != "score"):  # ours has no dropout
+            continue
+        style = {"linewidth": 2.4, "label": NAMES[side]}
+        if score != "score":
+            style = {"linewidth": 1.4, "linestyle": "--", "label": f"{NAMES[side]}, without dropout"}
+        for panel, axis in zip(panels, (0, 1), strict=True):
+            for line in lines if score == "score" else ():
+                panel.plot(line[axis], line[2], color=colour, linewidth=0.6, alpha=0.5)
+            xs, ys = (
+                [statistics.mean(at) for at in zip(*(line[i] for line in lines), strict=True)] for i in (axis, 2)
+            )
+            panel.plot(xs, ys, color=colour, **style)
+    panels[0].set(xlabel="samples", ylabel=f"score (nothate logit), running mean of {SMOOTHING} steps")
+    panels[1].set(xlabel="seconds of training")
+    for panel in panels:
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=len(labels))
+    figure.savefig(path, dpi=150)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--max_ppo_steps", type=int, help="default: the small world's")
+    parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
+    parser.add_argument("--eval_samples", type=int, default=400, help="held-out prompts to judge by")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; their seconds compare among themselves")
+    parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve, with -short if short")
+    parser.add_argument(
+        "--short", action="store_true", help="two seeds, three steps, 16 prompts; ours alone without --classic_python"
+    )
+    options, options.others = parser.parse_known_args()
+    if options.short:
+        options.seeds, options.max_ppo_steps, options.eval_samples = options.seeds[:2], 3, 16
+    default = ROOT / "checkpoints" / ("learning-curve-short" if options.short else "learning-curve")
+    options.output_dir = (options.output_dir or default).absolute()
+    if options.classic_python:
+        options.classic_python = str(Path(options.classic_python).absolute())
+    return options
+
+
+def main():
+    options = parse_options()
+    os.chdir(ROOT)  # the small world's configuration names its files from here
+    import detox_ppo
+
+    config = detox_ppo.parse_config(["--config", "checkpoints/tiny/config.yaml", *options.others])
+    options.max_ppo_steps = options.max_ppo_steps or config.max_ppo_steps
+    if not options.classic_python and not options.short:
+        options.classic_python = step_time.make_classic_environment(options.output_dir / "classic-environment")
+    sides = list(NAMES) if options.classic_python else [START, "ours"]
+    train, runs = load_splits(config)["train"], []
+    with ThreadPoolExecutor(options.jobs) as executor:
+        wanted = [(side, seed) for seed in options.seeds for side in sides]  # the sides in turns
+        for result in executor.map(lambda which: run(options, train, *which), wanted):
+            runs.append(result)
+            end, seconds = result["evaluation"], sum(step["seconds"] for step in result["curve"])
+            print(f"{result['side']}, seed {result['seed']}: {seconds:.0f} s of training, ", end="")
+            print(
+                "summary toxicity {summary_toxicity:.3f}, slot accuracy {slot_accuracy:.3f}".format(**end), flush=True
+            )
+    by_side = {side: [result for result in runs if result["side"] == side] for side in sides}
+    summary = {side: summarize(chosen, by_side[START]) for side, chosen in by_side.items()}
+
+    print(f"\n{step_time.processor()}, one thread a run; {options.max_ppo_steps} steps of {config.batch_size} samples")
+    print(f"mean (least..greatest) of {len(options.seeds)} seeds, {options.eval_samples} held-out prompts each")
+    if options.jobs > 1:
+        print(f"{options.jobs} runs at a time: the seconds compare with each other alone")
+    print_table(summary)
+    if len({result["source"] for result in runs}) > 1:
+        print("warning: detox_ppo.py changed between the runs; the older ones are repeated without their result.json")
+    picture, numbers = (options.output_dir / f"learning_curve.{ending}" for ending in ("png", "json"))
+    draw(runs, picture)
+    last = {"short": options.short, "seeds": options.seeds, "steps": options.max_ppo_steps, "jobs": options.jobs}
+    last |= {"eval_samples": options.eval_samples, "processor": step_time.processor(), "sides": summary}
+    numbers.write_text(json.dumps(last | {"runs": runs}))
+    print(f"\n{picture}, {numbers}\n{json.dumps(last)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        Path(sys.argv[3]).write_text(json.dumps(kl_divergences(json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        main()
