@@ -1197,10 +1197,14 @@ def health(history: list[dict], config: DetoxConfig) -> tuple[str, dict[str, str
     """The newest of the steps' metrics in plain words, and warnings by kind, each with its cause and the way out."""
     now, warned = history[-1], {}
     kl, score = now["objective/kl"], [step["ppo/mean_scores"] for step in history]
-    recent = (np.mean(score[-10:-5]) if len(score) > 5 else score[0], np.mean(score[-5:]))
-    # The noise of a mean of five steps' scores, twice over.
-    noise = 2 * now["ppo/std_scores"] / (5 * config.batch_size) ** 0.5
-    trend = "rising" if recent[1] > recent[0] + noise else "falling" if recent[1] < recent[0] - noise else "steady"
+    # The last ten steps against the ten before, beyond what samples and steps vary by.
+    half = max(1, min(10, len(score) // 2))
+    early, late = score[-2 * half : -half] or score[:1], score[-half:]
+    noise = (
+        2 * max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size)) ** 0.5
+    )
+    rise = np.mean(late) - np.mean(early)
+    trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
     far = kl > 3 * config.target_kl
     distance = "far from" if far else "moving away from" if kl > config.target_kl else "close to"
     if far:
