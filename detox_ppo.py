@@ -1256,14 +1256,14 @@ def evaluate_policy(
     """
     repeats = config.eval_samples_per_prompt
     # Sorted by length, so that a batch is padded little.
-    prompts = list(rows["input_ids"])
+    prompts, keys, dialogues = list(rows["input_ids"]), list(rows["row"]), list(rows["dialogue"])
     order = sorted(((i, k) for i in range(len(rows)) for k in range(repeats)), key=lambda pair: len(prompts[pair[0]]))
     found = {}
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     with tqdm(total=len(order), desc=desc, unit="summary", disable=None) as bar:
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
-            generators = [random_stream(config.seed, EVALUATION, rows["row"][i], k) for i, k in chosen]
+            generators = [random_stream(config.seed, EVALUATION, keys[i], k) for i, k in chosen]
             responses = sample_responses(policy, [prompts[i] for i, _ in chosen], generators, caps, config)
             logprobs, _ = score_batch(policy, responses)
             responses.encoder_states = None  # the reference has its own
@@ -1273,10 +1273,11 @@ def evaluate_policy(
             measured = zip(texts, responses.lengths.tolist(), responses.finished.tolist(), kl.tolist(), strict=True)
             found |= zip(chosen, measured, strict=True)
             bar.update(len(chosen))
-    texts, lengths, finished, kl = zip(*(found[pair] for pair in sorted(found)), strict=True)
+    pairs = sorted(found)
+    texts, lengths, finished, kl = zip(*(found[pair] for pair in pairs), strict=True)
     texts = [text.strip() for text in texts]
-    sample_rows = [i for i, _ in sorted(found)]
-    joined = [classifier.join(rows["dialogue"][i], text) for i, text in zip(sample_rows, texts, strict=True)]
+    sample_rows = [i for i, _ in pairs]
+    joined = [classifier.join(dialogues[i], text) for i, text in zip(sample_rows, texts, strict=True)]
     logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
     scored = logits if config.score_text == "query_response" else summary_logits
 
@@ -1912,9 +1913,10 @@ def run(config: DetoxConfig) -> dict:
         history.append(metrics)
         words, found = health(history, config)
         tqdm.write(f"  {words}", file=sys.stdout)
-        for kind in found.keys() - warned.keys():
-            tqdm.write(f"  warning, step {step}: {found[kind]}", file=sys.stdout)
-            warned[kind] = f"step {step}: {found[kind]}"
+        for kind, text in found.items():
+            if kind not in warned:
+                warned[kind] = f"step {step}: {text}"
+                tqdm.write(f"  warning, {warned[kind]}", file=sys.stdout)
         if config.adaptive_kl:
             kl_coef = adapted_kl_coef(kl_coef, objective_kl, config.target_kl, config.kl_horizon, config.batch_size)
     metrics_file.close()

@@ -24,21 +24,9 @@ import peft
 import torch
 import transformers
 import trl
+from step_time import peak_memory  # which needs the standard library alone until it is used
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
-
-
-def peak_memory(device):
-    """Peak memory in bytes: the GPU's, or the resident one of this process.
-
-    getrusage would count what the parent had before exec, too.
-    """
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
 
 
 def load_tokenizer(directory):
