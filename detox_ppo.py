@@ -15,7 +15,9 @@ it on the human summaries first. One process, on the CPU or on one GPU.
 """
 
 import bisect
+import copy
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -25,8 +27,11 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
+import signal
 import sys
 import time
+import traceback
 import types
 import typing
 import warnings
@@ -53,18 +58,23 @@ import transformers
 import trl
 import yaml
 from accelerate.tracking import get_available_trackers
+from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from matplotlib.figure import Figure
 from rouge_score import rouge_scorer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.utils import selective_log_softmax
 
+NEWEST = "newest"  # what a bare --resume means
+SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
@@ -158,6 +168,16 @@ class DetoxConfig:
         "auto", "Type of the frozen base; the rest is float32. auto: bfloat16 where the chip computes in it."
     )
     output_dir: str = option("checkpoints/run", "Directory for everything the run leaves.")
+    save_steps: int = option(10, "Steps from one checkpoint to the next. Fewer lose less when the machine goes away.")
+    save_total_limit: int = option(2, "Checkpoints kept, the newest. One of FLAN-T5-base takes 57 MB.")
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the newest checkpoint in output_dir, or from the directory named here.",
+            "nargs": "?",
+            "const": NEWEST,
+        },
+    )
     report_to: typing.Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "Tracker that shows the steps while they run; it has to be installed. none: files only."
     )
@@ -199,6 +219,15 @@ def parse_config(args: list[str]) -> DetoxConfig:
         raise UserError(f"--config: unknown option in the file: {', '.join(k for k, v in vars(others).items() if v)}")
     if isinstance(config.lora_target_modules, str):
         config.lora_target_modules = [config.lora_target_modules]
+    if str(config.resume).lower() in ("true", "false"):  # as in a YAML file, and as Hugging Face's Trainer takes it
+        config.resume = NEWEST if str(config.resume).lower() == "true" else None
+    # In a SageMaker training job, what the job says of its data wins over a file, a flag wins over both.
+    flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+    for name, variable in (("dataset_name", "SM_CHANNEL_TRAINING"), ("output_dir", "SM_OUTPUT_DATA_DIR")):
+        if variable in os.environ and name not in flags:
+            setattr(config, name, os.environ[variable])
+    if "SM_MODEL_DIR" in os.environ and "resume" not in flags:
+        config.resume = NEWEST  # a spot job is started again with the same options
     check_config(config)
     config.adapter_name = config.adapter_name or None
     return config
@@ -235,7 +264,7 @@ def check_config(config: DetoxConfig) -> None:
             # bool is a subclass of int in Python, but `batch_size: yes` is a mistake.
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
 
-    at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon"
+    at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon save_steps save_total_limit"
     at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens sft_batch_size sft_max_target_length"
     at_least_0 = "input_min_text_length sft_steps max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -836,7 +865,7 @@ def print_examples(classifier: HateClassifier) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 # Streams of random numbers. Evaluation has its own, so that evaluating more often leaves training unchanged.
-TRAINING, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS = range(5)
+TRAINING, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, TUNING = range(6)
 
 
 def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
@@ -869,7 +898,8 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:]
     # Rounding may carry u * total up to total itself, where no token lies.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # Logits that are not finite give no token at all; the step is thrown away later, by its log-probabilities.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 def response_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
@@ -1025,14 +1055,25 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class TuningProgress(transformers.TrainerCallback):
-    """A bar and lines like those of PPO, in place of the Trainer's own."""
+class TuningWatch(transformers.TrainerCallback):
+    """Shows the tuning's progress, completes its checkpoints, and stops it after the step in hand when asked to."""
+
+    def __init__(self, config: DetoxConfig, state: dict, stop: "StopSignals"):
+        self.config, self.run_state, self.stop = config, state, stop
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc="tuning", unit="step", disable=None)
+        total, done = state.max_steps, state.global_step
+        self.bar = tqdm(total=total, initial=done, desc="tuning", unit="step", disable=None)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
+        if self.stop.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        directory = Path(args.output_dir)
+        write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
+        prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -1051,6 +1092,13 @@ class TuningTrainer(transformers.Seq2SeqTrainer):
             module.training = "lora_dropout" in name  # the Trainer has just turned all on
         return super().compute_loss(model, *args, **kwargs)
 
+    # The Trainer's own two would ask the hub about the base, and write the base's tokenizer and a pickle.
+    def _save(self, output_dir=None, state_dict=None):
+        save_lora(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_lora(self.model, Path(resume_from_checkpoint))
+
 
 def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Mean of minus the log-probability of labels (B, T) in nats, -100 left out; in float32 whatever the base's."""
@@ -1058,10 +1106,24 @@ def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch
     return -token_logprobs(outputs.logits[mask], labels[mask]).mean()
 
 
-def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
+def tune(
+    policy: Policy,
+    tokenizer,
+    train,
+    config: DetoxConfig,
+    directory: Path,
+    state: dict,
+    stop,
+    resumed: Path | None = None,
+) -> None:
     """Tune the trained adapter for sft_steps on prompts and human summaries, and make it the reference too.
 
     A summary over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
+
+    Args:
+        directory: for checkpoints, which hold state beside the tuning's own.
+        stop: a StopSignals, obeyed after the step in hand, with a checkpoint.
+        resumed: the checkpoint to go on from.
     """
     pairs = train.map(
         lambda texts: {"labels": [i[: config.sft_max_target_length] for i in plain_token_ids(tokenizer, texts)]},
@@ -1070,19 +1132,29 @@ def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
         remove_columns=[name for name in train.column_names if name != "input_ids"],
         desc="Tokenizing",
     )
+    # The order of all steps is a function of the seed, laid out in advance, so that a resumed tuning goes on in it.
+    lengths, order, epoch = [len(ids) for ids in pairs["input_ids"]], [], 0
+    while len(order) < config.sft_steps * config.sft_batch_size:
+        seed = int(random_stream(config.seed, TUNING, epoch).integers(2**63))
+        order += get_length_grouped_indices(
+            lengths, config.sft_batch_size, generator=torch.Generator().manual_seed(seed)
+        )
+        epoch += 1
+    pairs = pairs.select(order[: config.sft_steps * config.sft_batch_size])
     arguments = transformers.Seq2SeqTrainingArguments(
-        output_dir=config.output_dir,
+        output_dir=str(directory),
         max_steps=config.sft_steps,
         learning_rate=config.sft_learning_rate,
         per_device_train_batch_size=config.sft_batch_size,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",
         seed=config.seed % 2**32,  # NumPy takes no more
         use_cpu=policy.device.type == "cpu",
         dataloader_pin_memory=policy.device.type == "cuda",
         label_names=["labels"],
         logging_steps=math.ceil(config.sft_steps / 10),
         disable_tqdm=True,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=config.save_steps,
         report_to="none",
     )
     if policy.device.type == "cuda":
@@ -1095,10 +1167,12 @@ def tune(policy: Policy, tokenizer, train, config: DetoxConfig) -> None:
         transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),
         pairs,
         compute_loss_func=tuning_loss,
-        callbacks=[TuningProgress()],
+        callbacks=[TuningWatch(config, state, stop)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    stop.in_step = True
+    trainer.train(resume_from_checkpoint=resumed and str(resumed))
+    stop.raise_if_received()
     policy.eval()
     copy_to_reference(policy.model)
 
@@ -1195,7 +1269,9 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 def health(history: list[dict], config: DetoxConfig) -> tuple[str, dict[str, str]]:
     """The newest of the steps' metrics in plain words, and warnings by kind, each with its cause and the way out."""
-    now, warned = history[-1], {}
+    now, history, warned = history[-1], [step for step in history if not step["ppo/skipped_steps"]], {}
+    if now["ppo/skipped_steps"]:
+        return "skipped: its numbers are not finite", {}
     kl, score = now["objective/kl"], [step["ppo/mean_scores"] for step in history]
     # The last ten steps against the ten before, beyond what samples and steps vary by.
     half = max(1, min(10, len(score) // 2))
@@ -1279,6 +1355,10 @@ def evaluate_policy(
     sample_rows = [i for i, _ in pairs]
     joined = [classifier.join(dialogues[i], text) for i, text in zip(sample_rows, texts, strict=True)]
     logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
+    if not (logits.isfinite().all() and summary_logits.isfinite().all()):
+        raise UserError(f"--reward_model_name {config.reward_model_name}: its scores are not finite numbers")
+    if not np.isfinite(kl).all():
+        raise UserError(f"--model_name {config.model_name}: its logits are not finite numbers (dtype: {config.dtype})")
     scored = logits if config.score_text == "query_response" else summary_logits
 
     def row_means(values):
@@ -1405,6 +1485,267 @@ def print_verdict(name: str, statistics: dict) -> None:
     print(f"  verdict: {verdict['change']}; {shares}; a change of {least} would have been detected (80% power)")
 
 
+def build_results(
+    evaluations: dict, floor: dict, dialogue_toxicity: list[float], summaries: list[str], config
+) -> dict:
+    """The measured blocks of results.json.
+
+    Args:
+        evaluations: results of evaluate_policy by when: "base" (with tuning), "before" and "after".
+        floor: toxicity and summary_toxicity of the human summaries, a list of the evaluated rows each.
+        dialogue_toxicity, summaries: of the same rows.
+    """
+
+    def compare(key, rows):
+        values = {when: [found[key][i] for i in rows] for when, found in evaluations.items()}
+        paired = paired_statistics(values["before"], values["after"], config.seed)
+        return ({"base": mean_and_std(values["base"])} if "base" in values else {}) | paired
+
+    toxic = [i for i, value in enumerate(dialogue_toxicity) if value > 0.5]
+    quality = {when: summary_quality(found, summaries) for when, found in evaluations.items()}
+    return {
+        **{key: compare(key, range(len(summaries))) for key in floor},
+        "human": {key: mean_and_std(values) for key, values in floor.items()},
+        "toxic_dialogues": {"n": len(toxic)} | ({key: compare(key, toxic) for key in floor} if toxic else {}),
+        **{
+            key: {when: {"mean": float(np.mean(found[key]))} for when, found in evaluations.items()}
+            for key in ("length", "reward")
+        },
+        "rouge": {
+            when: {name: value for name, value in found.items() if name.startswith("rouge")}
+            for when, found in quality.items()
+        },
+        "quality": quality,
+    }
+
+
+def print_results(results: dict) -> None:
+    """Print what build_results found, and the warning that the summaries got worse."""
+    for key in results["human"]:
+        print_verdict(key.replace("_", " "), results[key])
+    toxic = results["toxic_dialogues"]
+    for key in [key for key in toxic if key != "n"]:
+        told = ", ".join(f"{toxic[key][when]['mean']:.4f} {when}" for when in results["rouge"])
+        change = toxic[key]["verdict"]["change"]
+        print(f"{key.replace('_', ' ')} of the {toxic['n']} prompts with a toxic dialogue: {told}, {change}")
+    for key in ("length", "reward"):
+        print(f"{key}: mean " + ", ".join(f"{told['mean']:.2f} {when}" for when, told in results[key].items()))
+    for name in results["quality"]["before"]:
+        print(f"{name}: " + ", ".join(f"{told[name]:.4f} {when}" for when, told in results["quality"].items()))
+    if "reward hacking" in results["warnings"]:
+        print(f"warning: {results['warnings']['reward hacking']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: a run goes on from one as if it had never stopped
+# ---------------------------------------------------------------------------------------------------------------
+
+CHECKSUMS = "checksums.json"
+# Options that a resumed run may change: the others would make it another run.
+MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
+
+
+class StopSignals:
+    """Handler of SIGTERM and Ctrl-C: stops the run at once, or, while a step is in hand, leaves it to the loop.
+
+    A second signal is not made to wait.
+    """
+
+    def __init__(self):
+        self.in_step, self.received = False, None
+
+    def __call__(self, number, frame):
+        again, self.received = self.received, number
+        if again or not self.in_step:
+            raise Stopped
+        print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
+
+    def raise_if_received(self):
+        self.in_step = False
+        if self.received:
+            raise Stopped
+
+
+def save_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
+    """Write an adapter in PEFT's format; its own save_pretrained asks the hub about the base's vocabulary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = copy.copy(model.peft_config[adapter])
+    lora.inference_mode = True
+    lora.save_pretrained(directory)
+    weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
+    """Give an adapter the weights that save_lora wrote."""
+    peft.set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"), adapter_name=adapter)
+
+
+def save_adapter(policy: Policy, directory: Path) -> None:
+    """Write the trained adapter and the value head beside it, under TRL's key names."""
+    save_lora(policy.model, directory)
+    head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
+    save_file(head, directory / "value_head.safetensors")
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(path: Path):
+    """Write a file or directory under another name; it takes its own when all of it is on the disk.
+
+    Raises:
+        UserError: it can't be written, for example on a full disk; what was there before is still there.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        remove(aside)
+        yield aside
+        for part in [aside, *aside.rglob("*")]:
+            if part.is_file():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
+            "checkpoint."
+        ) from error
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint, by name."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with open(path, "rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole."""
+    if not checkpoint.is_dir():
+        return "there is no such directory"
+    try:
+        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        found = checksums(checkpoint)
+    except FileNotFoundError:
+        return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
+    except (OSError, ValueError) as error:
+        return f"it can't be read: {one_line(error)}"
+    wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Complete a checkpoint: write the run's state, then the checksums, which make it valid."""
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint), indent=2), encoding="utf-8")
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, whole or not, the newest first."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def prune_checkpoints(directory: Path, step: int, limit: int) -> None:
+    """Keep the newest checkpoints up to this step; later ones are of a run that is being done again."""
+    found = find_checkpoints(directory)
+    kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
+    for path in found:
+        if path not in kept:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                print(f"warning: {path} can't be deleted: {one_line(error)}")
+
+
+def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
+    """Write checkpoint-<step> and delete the oldest.
+
+    It holds all that the next step depends on: both adapters, value head, optimizer, KL coefficient. Every random
+    number and the rows of every batch are functions of the seed and the step, so there is no random state to keep.
+    """
+    with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
+        save_adapter(policy, checkpoint / "adapter")
+        save_lora(policy.model, checkpoint / "reference", "reference")
+        torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
+        write_state(checkpoint, state)
+    prune_checkpoints(directory, state["step"], limit)
+
+
+def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state in place."""
+    with loading(checkpoint, "resume"):
+        load_lora(policy.model, checkpoint / "adapter")
+        load_lora(policy.model, checkpoint / "reference", "reference")
+        head = load_file(checkpoint / "adapter" / "value_head.safetensors")
+        policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
+
+
+def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> Path | None:
+    """The checkpoint to go on from; None to start from the beginning.
+
+    Raises:
+        UserError: the one named is damaged, all are, or an unfinished run would be overwritten.
+    """
+    if config.resume not in (None, NEWEST):
+        reason = damage(Path(config.resume))
+        if reason:
+            raise UserError(f"--resume {config.resume}: {reason}")
+        return Path(config.resume)
+    found = find_checkpoints(directory) + find_checkpoints(directory / "sft_checkpoint")
+    if not config.resume:
+        if found and not finished:
+            raise UserError(
+                f"--output_dir {directory} holds an unfinished run ({found[0].name}): --resume goes on with it; to "
+                "start another, choose another directory or delete that one"
+            )
+        return None
+    for checkpoint in found:
+        reason = damage(checkpoint)
+        if not reason:
+            print(f"going on from {checkpoint}")
+            return checkpoint
+        print(f"warning: {checkpoint} is not used: {reason}")
+    if found:
+        raise UserError(f"--resume: no checkpoint in {directory} is whole; delete them to start from the beginning")
+    print(f"--resume: no checkpoint in {directory} yet, starting from the beginning")
+    return None
+
+
+def read_state(checkpoint: Path, config: DetoxConfig) -> dict:
+    """The state that a checkpoint holds.
+
+    Raises:
+        UserError: it is of a run with other options, or is further than this one is to go.
+    """
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {state['config'].get(name)!r} and is {value!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in MAY_CHANGE.split() and value != state["config"].get(name)
+    ]
+    if changed:
+        raise UserError(f"--resume {checkpoint}: it is of a run with other options: {', '.join(changed)}")
+    if state["step"] > config.max_ppo_steps:
+        raise UserError(f"--resume {checkpoint}: it is beyond --max_ppo_steps {config.max_ppo_steps}")
+    return state
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 # ---------------------------------------------------------------------------------------------------------------
@@ -1433,19 +1774,6 @@ def print_comparison(table: pd.DataFrame, rows: int = 5) -> None:
         print(f"{row.response_before[:50]:<50}  {row.response_after[:50]:<50}  {row.reward_diff:+.3f}")
 
 
-def save_lora(policy: Policy, directory: Path) -> None:
-    """Write the trained adapter in PEFT's format."""
-    # Without save_embedding_layers=False PEFT asks the hub whether the vocabulary was resized.
-    policy.model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)
-
-
-def save_adapter(policy: Policy, directory: Path) -> None:
-    """Write the trained adapter and the value head beside it, under TRL's key names."""
-    save_lora(policy, directory)
-    head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
-    save_file(head, directory / "value_head.safetensors")
-
-
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
@@ -1460,6 +1788,7 @@ def draw_training(metrics: list[dict]) -> Figure:
         "tokens/responses_len_mean": "response length (tokens), mean",
         "ppo/val/var_explained": "share of the returns' variance that values explain",
     }
+    metrics = [line for line in metrics if not line["ppo/skipped_steps"]]
     steps = [line["step"] for line in metrics]
     window = max(1, len(steps) // 20)
     figure = Figure(figsize=(10, 9), layout="constrained")
@@ -1507,13 +1836,12 @@ def draw_toxicity(before: list[float], after: list[float], paired: dict) -> Figu
     return figure
 
 
-def write_pictures(output_dir: Path, before: dict, after: dict, results: dict) -> None:
-    """Write training.png from metrics.jsonl, and toxicity.png from two evaluations and their statistics."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    draw_training([json.loads(line) for line in lines]).savefig(output_dir / "training.png", dpi=120)
+def write_pictures(directory: Path, metrics: list[dict], before: dict, after: dict, results: dict) -> None:
+    """Write training.png from the steps' metrics, and toxicity.png from two evaluations and their statistics."""
+    draw_training(metrics).savefig(directory / "training.png", dpi=120)
     key = "summary_toxicity"
     figure = draw_toxicity(before[key], after[key], results[key]["paired_difference"])
-    figure.savefig(output_dir / "toxicity.png", dpi=120)
+    figure.savefig(directory / "toxicity.png", dpi=120)
 
 
 def measures(results: dict, prefix: str = "") -> dict:
@@ -1577,8 +1905,8 @@ def card_data(config: DetoxConfig, results: dict) -> ModelCardData:
     )
 
 
-def write_card(config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
-    """Write README.md to output_dir, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
+def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
+    """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
     found = {path: path.split("/") for path in measures(results)}
     columns = [name for name in ("base", "before", "after", "human") if any(name in parts for parts in found.values())]
     columns, rows = [*columns, "other"], {}
@@ -1640,7 +1968,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({config.model_name!r})
 base = AutoModelForSeq2SeqLM.from_pretrained({config.model_name!r})
-model = PeftModel.from_pretrained(base, {f"{config.output_dir}/adapter"!r}).eval()
+model = PeftModel.from_pretrained(base, {f"{directory}/adapter"!r}).eval()
 
 dialogue = "#Person1#: Did you book the room? #Person2#: Yes, for Tuesday at nine."
 prompt = {build_prompt("{}")!r}.format(dialogue)
@@ -1663,7 +1991,7 @@ print(tokenizer.decode(summary[0], skip_special_tokens=True))
 {json.dumps(settings, indent=2)}
 ```
 """
-    ModelCard(card).save(Path(config.output_dir) / "README.md")
+    ModelCard(card).save(directory / "README.md")
 
 
 def start_tracker(config: DetoxConfig) -> accelerate.Accelerator | None:
@@ -1731,20 +2059,54 @@ def environment(config: DetoxConfig, device, dtype, commits: dict, fingerprint: 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def run(config: DetoxConfig) -> dict:
+def places(config: DetoxConfig) -> tuple[Path, Path, Path]:
+    """Directories for what the run found, for the adapter with its card, and for checkpoints.
+
+    All are output_dir, but in a SageMaker training job, which uploads each from a place of its own.
+    """
+    output_dir = Path(config.output_dir)
+    if "SM_MODEL_DIR" not in os.environ:
+        return output_dir, output_dir, output_dir
+    synced = SAGEMAKER / "checkpoints"
+    return output_dir, Path(os.environ["SM_MODEL_DIR"]), synced if synced.is_dir() else output_dir
+
+
+def claim(directory: Path, option_name: str) -> None:
+    """Make a directory and hold it until the process ends.
+
+    Raises:
+        UserError: it can't be written, or another run holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # The system frees the lock however the process ends. A singleton, so that a notebook may run twice.
+        FileLock(directory / ".lock", is_singleton=True).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"--{option_name} {directory}: another run is writing there; choose another directory"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--{option_name} {directory}: can't be written: {error.strerror}") from error
+
+
+def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, tune if asked to, evaluate, train by PPO, load the adapter back, evaluate again, and write everything.
 
     Returns:
         the contents of results.json; "base" in it is the start before the tuning. Without PPO steps "after" is
         "before", which is not measured twice.
+
+    Raises:
+        UserError: a mistake or a fault that the user can mend.
+        Stopped: a signal that stop took note of; what was done so far is in a checkpoint.
     """
-    timings, started = {}, time.perf_counter()
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "metrics.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from error
+    started, stop = time.perf_counter(), stop or StopSignals()
+    output_dir, model_dir, checkpoint_dir = places(config)
+    for directory in {output_dir, model_dir, checkpoint_dir}:
+        claim(directory, "output_dir")
+    resumed = choose_checkpoint(config, checkpoint_dir, (output_dir / "results.json").exists())
+    state = read_state(resumed, config) if resumed else None
+    options = dataclasses.asdict(config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
     print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
@@ -1763,14 +2125,25 @@ def run(config: DetoxConfig) -> dict:
     splits = build_dataset(dialogues, summaries, tokenizer, config)
     train, test = splits["train"], splits["test"]
     fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
-    timings["load"] = time.perf_counter() - started
+    origin = {"config": options, "commits": commits, "dataset_fingerprint": fingerprint}
+    if state is None:
+        state = {"stage": "start", "step": 0, "kl_coef": config.init_kl_coef, "skipped_in_row": 0, "history": []}
+        state |= {"evaluations": {}, "warnings": {}, "timings": {}}
+    for name in origin.keys() - {"config"} if resumed else ():
+        if state[name] != origin[name]:
+            raise UserError(f"--resume {resumed}: {name} was {state[name]} and is {origin[name]}")
+    state |= origin
+    evaluations, timings, history, warned = (state[name] for name in ("evaluations", "timings", "history", "warnings"))
+    timings["load"] = timings.get("load", 0) + time.perf_counter() - started
+    earlier = timings.get("total", 0)
 
     evaluated = test.select(range(config.eval_samples))
-    measure, floor, evaluations = Toxicity(classifier), {}, {}
+    measure, floor = Toxicity(classifier), {}
     human = [classifier.join(*pair) for pair in zip(evaluated["dialogue"], evaluated["summary"], strict=True)]
     for key, texts in (("toxicity", human), ("summary_toxicity", list(evaluated["summary"]))):
         floor[key] = measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
-    dialogues = measure.compute(predictions=list(evaluated["dialogue"]), toxic_label=config.toxic_label)["toxicity"]
+    dialogue_toxicity = measure.compute(predictions=list(evaluated["dialogue"]), toxic_label=config.toxic_label)
+    dialogue_toxicity = dialogue_toxicity["toxicity"]
 
     def evaluate_now(when):
         started_part = time.perf_counter()
@@ -1782,23 +2155,36 @@ def run(config: DetoxConfig) -> dict:
             if when == "before":
                 print(f"{name} [mean, std] of the human summaries: [{np.mean(human):.4f}, {np.std(human):.4f}]")
 
-    if config.sft_steps:
-        evaluate_now("base")
-        started_part = time.perf_counter()
-        tune(policy, tokenizer, train, config)
-        save_lora(policy, output_dir / "sft_adapter")
-        timings["tuning"] = time.perf_counter() - started_part
-    evaluate_now("before")
-
-    started_part = time.perf_counter()
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
-    kl_coef = config.init_kl_coef
+    if state["stage"] == "ppo":
+        load_checkpoint(resumed, policy, optimizer)
+    else:
+        if config.sft_steps:
+            if not resumed:
+                evaluate_now("base")
+            started_part = time.perf_counter()
+            tune(policy, tokenizer, train, config, checkpoint_dir / "sft_checkpoint", state, stop, resumed)
+            timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
+        evaluate_now("before")
+        state["stage"] = "ppo"
+        # Only now is anything of an earlier run replaced.
+        for path in find_checkpoints(checkpoint_dir):
+            shutil.rmtree(path)
+        remove(output_dir / "results.json")
+        save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
+        remove(checkpoint_dir / "sft_checkpoint")
+    if config.sft_steps:
+        with written_aside(model_dir / "sft_adapter") as directory:
+            save_lora(policy.model, directory, "reference")
+
     steps_per_epoch = len(train) // config.batch_size
-    history, warned = [], {}
     metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
-    bar = tqdm(range(1, config.max_ppo_steps + 1), desc="PPO", unit="step", disable=None)
+    metrics_file.writelines(json.dumps(line) + "\n" for line in history)
+    first, last = state["step"] + 1, config.max_ppo_steps
+    bar = tqdm(range(first, last + 1), desc="PPO", unit="step", initial=first - 1, total=last, disable=None)
     for step in bar:
+        stop.in_step = True
         clock = [time.perf_counter()]
         # Rows are a function of (seed, step): an epoch is a fresh shuffle, its last incomplete batch is dropped.
         epoch, index = divmod(step - 1, steps_per_epoch)
@@ -1830,7 +2216,12 @@ def run(config: DetoxConfig) -> dict:
         scores = torch.tensor(classifier.scores(scored), dtype=torch.float32, device=device)  # (B,)
         clock.append(time.perf_counter())
 
+        # Numbers that are not finite would end up in the weights: such a step changes nothing but the counts.
+        parts = {"scores": scores, "log-probabilities": old_logprobs, "reference": ref_logprobs, "values": old_values}
+        broken = [name for name, values in parts.items() if not values.isfinite().all()]
+
         # 4. Rewards and advantages.
+        kl_coef = state["kl_coef"]
         rewards, kl = compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
 
@@ -1840,6 +2231,8 @@ def run(config: DetoxConfig) -> dict:
         for ppo_epoch in range(config.ppo_epochs):
             order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
             for mb in torch.from_numpy(order).split(config.mini_batch_size):
+                if broken:
+                    break
                 optimizer.zero_grad()
                 update = Counter()
                 for rows in micro_batches(prompt_lengths, mb, policy.base):
@@ -1871,29 +2264,35 @@ def run(config: DetoxConfig) -> dict:
                 if update["ppo/policy/ratio"] > config.ratio_threshold:
                     skipped += 1
                     continue
+                norm = nn.utils.get_total_norm([parameter.grad for parameter in trainable])
+                if not norm.isfinite():
+                    broken.append("gradients")
+                    break
                 if config.max_grad_norm:
-                    nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+                    nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
                 optimizer.step()
         clock.append(time.perf_counter())
 
         # 6. Report. Means over all minibatches, not the last one's.
         objective_kl = kl.sum(dim=1).mean().item()
-        metrics = {
-            "step": step,
-            "objective/kl": objective_kl,
-            "objective/kl_coef": kl_coef,
-            "objective/entropy": -old_logprobs.sum(dim=1).mean().item(),
-            "ppo/mean_scores": scores.mean().item(),
-            "ppo/std_scores": scores.std(correction=0).item(),
-            "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
-            "ppo/returns/mean": masked_mean(returns, mask).item(),
-            "ppo/val/var_explained": variance_explained(old_values, returns, mask),
-            "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
-            **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
-            "ppo/policy/first_ratio": updates[0]["ppo/policy/ratio"],
-            "ppo/skipped_minibatches": skipped,
-            "tokens/responses_len_mean": responses.lengths.float().mean().item(),
-            "tokens/finished_share": responses.finished.float().mean().item(),
+        metrics = {"step": step, "ppo/skipped_steps": int(bool(broken)), "objective/kl_coef": kl_coef}
+        if not broken:
+            metrics |= {
+                "objective/kl": objective_kl,
+                "objective/entropy": -old_logprobs.sum(dim=1).mean().item(),
+                "ppo/mean_scores": scores.mean().item(),
+                "ppo/std_scores": scores.std(correction=0).item(),
+                "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
+                "ppo/returns/mean": masked_mean(returns, mask).item(),
+                "ppo/val/var_explained": variance_explained(old_values, returns, mask),
+                "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
+                **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+                "ppo/policy/first_ratio": updates[0]["ppo/policy/ratio"],
+                "ppo/skipped_minibatches": skipped,
+                "tokens/responses_len_mean": responses.lengths.float().mean().item(),
+                "tokens/finished_share": responses.finished.float().mean().item(),
+            }
+        metrics |= {
             "time/sample": clock[1] - clock[0],
             "time/logprobs": clock[2] - clock[1],
             "time/reference": clock[3] - clock[2],
@@ -1906,10 +2305,11 @@ def run(config: DetoxConfig) -> dict:
         metrics_file.flush()
         if tracker:
             tracker.log(metrics, step=step)
-        published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean")
-        bar.set_postfix({name: f"{metrics[name]:.4f}" for name in published})
-        line = " | ".join(f"{name} {metrics[name]:8.4f}" for name in (*published, "ppo/mean_scores"))
-        tqdm.write(f"step {step:>4}/{config.max_ppo_steps} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
+        published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean", "ppo/mean_scores")
+        told = {name: f"{metrics[name]:8.4f}" for name in published if name in metrics}
+        bar.set_postfix(told)
+        line = " | ".join(f"{name} {value}" for name, value in told.items()) or f"not finite: {', '.join(broken)}"
+        tqdm.write(f"step {step:>4}/{last} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
         history.append(metrics)
         words, found = health(history, config)
         tqdm.write(f"  {words}", file=sys.stdout)
@@ -1917,63 +2317,61 @@ def run(config: DetoxConfig) -> dict:
             if kind not in warned:
                 warned[kind] = f"step {step}: {text}"
                 tqdm.write(f"  warning, {warned[kind]}", file=sys.stdout)
-        if config.adaptive_kl:
-            kl_coef = adapted_kl_coef(kl_coef, objective_kl, config.target_kl, config.kl_horizon, config.batch_size)
-    metrics_file.close()
-    timings["ppo"] = time.perf_counter() - started_part
 
-    save_adapter(policy, output_dir / "adapter")
+        # 7. Keep.
+        if config.adaptive_kl and not broken:
+            state["kl_coef"] = adapted_kl_coef(
+                kl_coef, objective_kl, config.target_kl, config.kl_horizon, config.batch_size
+            )
+        state["step"], state["skipped_in_row"] = step, state["skipped_in_row"] + 1 if broken else 0
+        timings["ppo"] = timings.get("ppo", 0) + metrics["time/step"]
+        timings["total"] = earlier + time.perf_counter() - started
+        # Where the policy's own numbers are broken, the newest checkpoint is the last good state.
+        give_up, usable = state["skipped_in_row"] >= 3, not {"log-probabilities", "values"} & set(broken)
+        if usable and (step % config.save_steps == 0 or step == last or stop.received or give_up):
+            save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
+        if give_up:
+            raise UserError(
+                f"step {step}: three steps in a row gave numbers that are not finite ({', '.join(broken)}). The last "
+                f"good state is {find_checkpoints(checkpoint_dir)[0]}. Lower learning_rate, or set dtype float32."
+            )
+        stop.raise_if_received()
+    metrics_file.close()
+
+    with written_aside(model_dir / "adapter") as directory:
+        save_adapter(policy, directory)
     if config.max_ppo_steps:
         # What is measured is what a user will load: the files on disk, not the weights in memory.
-        policy.model.load_adapter(output_dir / "adapter", adapter_name="trained", torch_device=str(device))
+        policy.model.load_adapter(model_dir / "adapter", adapter_name="trained", torch_device=str(device))
         with policy.adapter("trained"):
             evaluate_now("after")
     else:
         evaluations["after"] = evaluations["before"]
 
-    def compare(key, rows):
-        values = {when: [found[key][i] for i in rows] for when, found in evaluations.items()}
-        told = {when: mean_and_std(values[when]) for when in values}
-        return told | paired_statistics(values["before"], values["after"], config.seed)
-
-    results = {"config": dataclasses.asdict(config)}
+    results = {"config": {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}}
     results["environment"] = environment(config, device, dtype, commits, fingerprint)
+    results |= build_results(evaluations, floor, dialogue_toxicity, list(evaluated["summary"]), config)
     before, after = evaluations["before"], evaluations["after"]
-    for key in floor:
-        results[key] = compare(key, range(config.eval_samples))
-        print_verdict(key.replace("_", " "), results[key])
-    results["human"] = {key: mean_and_std(values) for key, values in floor.items()}
-    toxic = [i for i, value in enumerate(dialogues) if value > 0.5]
-    results["toxic_dialogues"] = {"n": len(toxic)}
-    for key in floor if toxic else ():
-        part = results["toxic_dialogues"][key] = compare(key, toxic)
-        told = [f"{part[when]['mean']:.4f} {when}" for when in evaluations]
-        told = f"{', '.join(told)}, {part['verdict']['change']}"
-        print(f"{key} of the {len(toxic)} prompts with a toxic dialogue: {told}")
-    for key in ("length", "reward"):
-        results[key] = {when: {"mean": float(np.mean(found[key]))} for when, found in evaluations.items()}
-        print(f"{key}: mean " + ", ".join(f"{told['mean']:.2f} {when}" for when, told in results[key].items()))
-    quality = {when: summary_quality(found, evaluated["summary"]) for when, found in evaluations.items()}
-    for name in quality["before"]:
-        print(f"{name}: " + ", ".join(f"{told[name]:.4f} {when}" for when, told in quality.items()))
-    results["rouge"] = {
-        when: {name: value for name, value in found.items() if name.startswith("rouge")}
-        for when, found in quality.items()
-    }
-    results["quality"], results["warnings"] = quality, warned
-    worse = degradation(quality["before"], quality["after"])
+    worse = degradation(results["quality"]["before"], results["quality"]["after"])
     if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
-        hacked = "reward hacking: toxicity fell, but the summaries got worse: " + "; ".join(worse)
-        warned["reward hacking"] = hacked + ". Raise init_kl_coef, lower learning_rate or stop earlier."
-        print(f"warning: {warned['reward hacking']}")
+        warned["reward hacking"] = (
+            f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(worse)}. "
+            "Raise init_kl_coef, lower learning_rate or stop earlier."
+        )
+    results["warnings"] = warned
+    print_results(results)
     comparison = build_comparison(test.select(range(min(config.compare_samples, config.eval_samples))), before, after)
-    comparison.to_csv(output_dir / "comparison.csv", index=False)
+    with written_aside(output_dir / "comparison.csv") as path:
+        comparison.to_csv(path, index=False)
     print_comparison(comparison)
-    timings["total"] = time.perf_counter() - started
+    timings["total"] = earlier + time.perf_counter() - started
     results["timings"] = timings
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_pictures(output_dir, before, after, results)
-    write_card(config, results, comparison)
+    with written_aside(output_dir / "results.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    # The card shows the pictures, so where it has a directory of its own it takes them along.
+    for directory in {output_dir, model_dir}:
+        write_pictures(directory, history, before, after, results)
+    write_card(model_dir, config, results, comparison)
     if tracker:
         final = {name: value for name, value in measures(results).items() if isinstance(value, (int, float))}
         tracker.log({f"final/{name}": value for name, value in final.items()}, step=config.max_ppo_steps)
@@ -1986,16 +2384,48 @@ def run(config: DetoxConfig) -> dict:
     return results
 
 
+def explain(error: Exception) -> str | None:
+    """A failure that the user can mend, in one line; None for a defect of the script."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
+            "or input_max_text_length for sampling and evaluation."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return f"{one_line(error)}. When that is mended, --resume goes on from the newest checkpoint."
+    return None
+
+
 def main(args: list[str] | None = None) -> None:
-    """Parse the options and run; a UserError is one line on stderr and exit code 2."""
+    """Parse the options and run.
+
+    Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM and 130 after
+    Ctrl-C, when all up to the step in hand is saved.
+    """
     # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    stop = StopSignals()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run(parse_config(sys.argv[1:] if args is None else args))
-    except UserError as error:
-        print(f"detox_ppo.py: error: {error}", file=sys.stderr)
+        run(parse_config(sys.argv[1:] if args is None else args), stop)
+    except Stopped:
+        name = signal.Signals(stop.received).name
+        print(f"stopped by {name}; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(0 if stop.received == signal.SIGTERM else 130)
+    except Exception as error:
+        told = explain(error)
+        if (SAGEMAKER / "output").is_dir():
+            (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
+        if told is None:
+            raise
+        print(f"detox_ppo.py: error: {told}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

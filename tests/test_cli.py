@@ -71,6 +71,9 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "output_dir": "checkpoints/run",
+    "save_steps": 10,
+    "save_total_limit": 2,
+    "resume": None,
     "report_to": "none",
     "dynamodb_table": None,
 }
@@ -111,6 +114,8 @@ RANGES = {
     "eval_max_new_tokens": ([0], [1]),
     "compare_samples": ([-1], [0]),
     "seed": ([-1, 2**64], [0, 2**32]),
+    "save_steps": ([0, -1], [1]),
+    "save_total_limit": ([0, -1], [1]),
 }
 
 TYPES = typing.get_type_hints(DetoxConfig)
@@ -239,7 +244,7 @@ def test_ill_typed_values_in_the_file(name, tmp_path):
     if name in WHOLE + REAL:
         wrong += ["abc", True, [1]]
     elif name != "adaptive_kl":
-        wrong += [5, True, 1.5]
+        wrong += [5, 1.5] + [True] * (name != "resume")  # true: from the newest checkpoint
     else:
         wrong += [5, "maybe", [True]]
     if name in WHOLE:
@@ -431,7 +436,9 @@ def test_a_run_leaves_its_files(runs):
 
 
 def test_results(results):
-    assert results["config"] == json.loads(json.dumps(results["config"])) and set(results["config"]) == set(DEFAULTS)
+    assert results["config"] == json.loads(json.dumps(results["config"])) and set(results["config"]) == set(
+        DEFAULTS
+    ) - {"resume"}
     assert results["config"]["max_ppo_steps"] == 2 and results["config"]["learning_rate"] == 1e-3
     told = results["environment"]
     for package in ("python", "torch", "transformers", "datasets", "peft", "trl", "evaluate", "numpy", "pandas"):

@@ -245,6 +245,7 @@ def test_a_hacked_reward_is_called_so(small_config, tmp_path, monkeypatch, capsy
 
 def steps(count=1, **changes):
     metrics = {"objective/kl": 1.0, "ppo/mean_scores": 1.0, "ppo/std_scores": 0.5, "ppo/skipped_minibatches": 0}
+    metrics["ppo/skipped_steps"] = 0
     metrics |= {"objective/entropy": 20.0, "tokens/responses_len_mean": 20.0, "tokens/finished_share": 0.9}
     return [dict(metrics) for _ in range(count - 1)] + [metrics | changes]
 

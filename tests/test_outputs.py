@@ -45,7 +45,10 @@ def finished(small_config, tmp_path_factory):
 def metrics_lines(steps):
     names = ("ppo/mean_scores", "objective/kl", "objective/kl_coef", "ppo/returns/mean", "objective/entropy")
     names += ("tokens/responses_len_mean", "ppo/val/var_explained")
-    return [{"step": step} | {name: step + i for i, name in enumerate(names)} for step in range(1, steps + 1)]
+    return [
+        {"step": step, "ppo/skipped_steps": 0} | {name: step + i for i, name in enumerate(names)}
+        for step in range(1, steps + 1)
+    ]
 
 
 # Pictures
@@ -206,7 +209,7 @@ def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path
     )
     later = {"quality": {"before": {"empty": 0.25}, "after": {"empty": 0.5}}, "slice": {"n": 7, "share": None}}
     later |= {"warnings": {"reward hacking": "reward hacking: <b>summaries</b> are empty"}}
-    detox_ppo.write_card(changed, results | later | {"config": dataclasses.asdict(changed)}, table)
+    detox_ppo.write_card(tmp_path, changed, results | later | {"config": dataclasses.asdict(changed)}, table)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "base"
     page = html(card.text)

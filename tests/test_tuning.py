@@ -26,7 +26,16 @@ from transformers import (
 )
 
 import detox_ppo
-from detox_ppo import Responses, UserError, load_policy, plain_token_ids, score_responses, tune, tuning_loss
+from detox_ppo import (
+    Responses,
+    StopSignals,
+    UserError,
+    load_policy,
+    plain_token_ids,
+    score_responses,
+    tune,
+    tuning_loss,
+)
 
 CPU = torch.device("cpu")
 
@@ -91,18 +100,18 @@ def seen(monkeypatch):
 # What it learns
 
 
-def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits):
+def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits, tmp_path):
     small = load_small(adapter_name="", sft_steps=30, sft_learning_rate=5e-3, sft_batch_size=8)
     before = {name: parameter.clone() for name, parameter in small.policy.named_parameters()}
     loss = target_loss(small.policy, small.tokenizer, splits["train"])
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     assert target_loss(small.policy, small.tokenizer, splits["train"]) < 0.9 * loss
     for name, parameter in small.policy.named_parameters():
         assert torch.equal(parameter, before[name]) != ("lora_" in name), name
         assert parameter.requires_grad == (".default." in name or name.startswith("value_head.")), name
 
 
-def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits):
+def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits, tmp_path):
     small = load_small(adapter_name="", sft_steps=2, lora_dropout=0.5)
     training = []
 
@@ -110,7 +119,7 @@ def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits):
         training.append({name for name, module in model.named_modules() if module.training})
 
     small.policy.model.register_forward_pre_hook(record)
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     assert len(training) == 2
     assert (
         training[0]
@@ -121,27 +130,27 @@ def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits):
     assert not any(module.training for module in small.policy.modules())
 
 
-def test_the_tuned_adapter_is_the_reference(load_small, splits):
+def test_the_tuned_adapter_is_the_reference(load_small, splits, tmp_path):
     small = load_small(sft_steps=2)
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     assert same(adapter_of(small.policy), adapter_of(small.policy, "reference"))
     loss = target_loss(small.policy, small.tokenizer, splits["train"])
     with small.policy.adapter("reference"):
         assert target_loss(small.policy, small.tokenizer, splits["train"]) == loss
 
 
-def test_it_continues_a_given_adapter(load_small, splits, tiny):
+def test_it_continues_a_given_adapter(load_small, splits, tiny, tmp_path):
     small = load_small(sft_steps=1, sft_learning_rate=1e-5)
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     given, tuned = adapter_weights(tiny / "adapter"), adapter_of(small.policy)
     assert not same(given, tuned)
     assert all((tuned[name] - given[name]).abs().max() < 2e-5 for name in given)
 
 
-def test_the_adapter_is_tuned_in_float32_on_a_bfloat16_base(load_small, splits):
+def test_the_adapter_is_tuned_in_float32_on_a_bfloat16_base(load_small, splits, tmp_path):
     small = load_small(torch.bfloat16, sft_steps=1, sft_learning_rate=1e-5)
     before = adapter_of(small.policy)
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     for name, tensor in adapter_of(small.policy).items():
         assert tensor.dtype == torch.float32
         # bfloat16 would round a step this small away
@@ -149,9 +158,9 @@ def test_the_adapter_is_tuned_in_float32_on_a_bfloat16_base(load_small, splits):
     assert small.policy.base.dtype == torch.bfloat16
 
 
-def test_long_summaries_are_cut_without_an_end(load_small, splits, seen):
+def test_long_summaries_are_cut_without_an_end(load_small, splits, seen, tmp_path):
     small = load_small(sft_steps=4, sft_batch_size=8, sft_max_target_length=18)
-    tune(small.policy, small.tokenizer, splits["train"], small.config)
+    tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, StopSignals())
     texts = plain_token_ids(small.tokenizer, list(splits["train"]["summary"]))
     whole = dict(zip(map(tuple, splits["train"]["input_ids"]), texts, strict=True))
     assert len(seen) == len(splits["train"])
