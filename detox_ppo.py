@@ -11,13 +11,14 @@ again, on the same prompts and with the same random numbers.
 
 It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv, adapter/ and a model card with two
 pictures in --output_dir. Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes
-it on the human summaries first. One process, on the CPU or on one GPU.
+it on the human summaries first. On the CPU or on one GPU; on several by `accelerate launch detox_ppo.py ...`.
 """
 
 import bisect
 import copy
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -37,7 +38,7 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -57,7 +58,9 @@ import torch
 import transformers
 import trl
 import yaml
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -67,9 +70,11 @@ from rouge_score import rouge_scorer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.utils import selective_log_softmax
 
@@ -135,6 +140,9 @@ class DetoxConfig:
     learning_rate: float = option(1.41e-5, "Adam's step size. Raise it to learn in fewer steps; watch objective/kl.")
     batch_size: int = option(16, "Prompts a PPO step. Larger gives steadier steps for more time each.")
     mini_batch_size: int = option(4, "Responses per optimizer update; divides batch_size. Lower saves memory.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again for the gradients instead of keeping them: less memory, more time."
+    )
     ppo_epochs: int = option(1, "Passes over each batch. More squeezes a batch harder and moves further from it.")
     max_ppo_steps: int = option(10, "PPO steps to run. The notebooks' 10 only show it; more detoxify more. 0: none.")
     init_kl_coef: float = option(0.2, "Price of a nat of KL to the reference, in score. Raise it to stay closer.")
@@ -292,9 +300,15 @@ def check_config(config: DetoxConfig) -> None:
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     """The device to run on and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    processes, name = PartialState(), config.device
+    if processes.num_processes > 1:
+        if name not in ("auto", processes.device.type):
+            raise UserError(f"--device {name}: each of several processes takes its own {processes.device.type}")
+        name = "cpu" if processes.device.type == "cpu" else str(processes.device)
+    elif name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(best if config.device == "auto" else config.device)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
@@ -309,6 +323,62 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
         capabilities = torch.cpu.get_capabilities()
         fast_bfloat16 = any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
     return device, torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes: under `accelerate launch` each has the whole policy, and does its share of every batch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def share(rows: Iterable[int], lengths: list[int]) -> list[int]:
+    """The part of the rows that is this process's, in their order; each process gets some of every length."""
+    processes, rows = PartialState(), list(map(int, rows))
+    ordered = sorted(rows, key=lambda row: lengths[row])
+    mine = set(ordered[processes.process_index :: processes.num_processes])
+    return [row for row in rows if row in mine]
+
+
+def gather_rows(rows: list[int], *columns: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Put together what each process has of a batch: columns (b, ...) of its rows become (B, ...), padded with 0."""
+    if PartialState().num_processes == 1:
+        return list(columns)
+    mine = [column if column is None else column.cpu().contiguous() for column in columns]
+    order, *gathered = zip(*gather_object([(torch.tensor(rows), *mine)]), strict=True)
+    order = torch.cat(order).argsort()
+    whole = []
+    for column, parts in zip(columns, gathered, strict=True):
+        if column is not None and column.dim() > 1:
+            parts = nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
+        elif column is not None:
+            parts = torch.cat(parts)
+        whole.append(None if column is None else parts[order].to(column.device))
+    return whole
+
+
+def add_up(parameters: list[nn.Parameter], stats: Counter) -> Counter:
+    """Add the other processes' gradients to these parameters' own; returns the sum of all processes' stats."""
+    if PartialState().num_processes == 1:
+        return stats
+    for parameter in parameters:
+        if parameter.grad is None:  # none of the minibatch's rows was for this process
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # one message, not one a tensor
+    nn.utils.vector_to_parameters(summed, gradients)
+    total = Counter()
+    for part in gather_object([stats]):
+        total.update(part)
+    return total
+
+
+def first_to_end() -> bool:
+    """Whether this process is the first of the run to end early: the others need not tell why as well."""
+    if not torch.distributed.is_initialized():
+        return True
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("ended", 1) == 1
+    except torch.distributed.DistError:  # the process that kept the store is gone
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -532,6 +602,23 @@ def use_fast_layers(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))  # one kernel instead of seven
 
 
+def recompute_activations(model: transformers.PreTrainedModel) -> None:
+    """Keep each layer's input alone for the backward pass, which computes the layer again.
+
+    transformers' own switch works in training mode only, where dropout is on.
+    """
+
+    def recomputed(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return recompute_in_backward(forward, *args, use_reentrant=False, **kwargs)
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = functools.partial(recomputed, module.forward)
+    model.get_decoder().config.use_cache = False  # the tuning has no need of it, and each layer would fill it twice
+
+
 def attention_for(device: torch.device) -> str:
     """On CPUs plain attention beats PyTorch's fused kernel; in bfloat16 with gradients four times over."""
     return "eager" if device.type == "cpu" else "sdpa"
@@ -734,6 +821,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     copy_to_reference(model)
     model.set_adapter("default")
     use_fast_layers(model)
+    if config.gradient_checkpointing:
+        recompute_activations(base)
     return Policy(model).to(device), tokenizer
 
 
@@ -800,7 +889,7 @@ class HateClassifier:
     @torch.no_grad()
     def logits(self, texts: list[str]) -> torch.Tensor:
         """Raw logits (N, labels) in float32 on the CPU, batched by length to save padding."""
-        encoded = plain_token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length)
+        encoded = plain_token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
         logits = torch.empty(len(texts), len(self.labels))
         for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
             batch = {"input_ids": [encoded[i] for i in rows]}
@@ -1067,13 +1156,15 @@ class TuningWatch(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
-        if self.stop.received:
+        if self.stop.agreed():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        directory = Path(args.output_dir)
-        write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
-        prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
+        directory, processes = Path(args.output_dir), PartialState()
+        processes.wait_for_everyone()  # each writes its random state into the checkpoint
+        if processes.is_main_process:
+            write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
+            prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -1101,9 +1192,12 @@ class TuningTrainer(transformers.Seq2SeqTrainer):
 
 
 def tuning_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Mean of minus the log-probability of labels (B, T) in nats, -100 left out; in float32 whatever the base's."""
+    """Mean of minus the log-probability of labels (B, T) in nats, -100 left out; in float32 whatever the base's.
+
+    num_items_in_batch is what the Trainer divides by: the labels of all processes, where each has a share.
+    """
     mask = labels != -100
-    return -token_logprobs(outputs.logits[mask], labels[mask]).mean()
+    return -token_logprobs(outputs.logits[mask], labels[mask]).sum() / (num_items_in_batch or mask.sum())
 
 
 def tune(
@@ -1119,12 +1213,20 @@ def tune(
     """Tune the trained adapter for sft_steps on prompts and human summaries, and make it the reference too.
 
     A summary over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
+    Several processes share each step's rows; each has dropout of its own, so their number shows in the result.
 
     Args:
         directory: for checkpoints, which hold state beside the tuning's own.
         stop: a StopSignals, obeyed after the step in hand, with a checkpoint.
         resumed: the checkpoint to go on from.
+
+    Raises:
+        UserError: the processes can't share a step's rows evenly.
     """
+    processes = PartialState()
+    if config.sft_batch_size % processes.num_processes:
+        sizes = f"--sft_batch_size {config.sft_batch_size} is not a multiple of the processes"
+        raise UserError(f"{sizes}, {processes.num_processes}")
     pairs = train.map(
         lambda texts: {"labels": [i[: config.sft_max_target_length] for i in plain_token_ids(tokenizer, texts)]},
         input_columns="summary",
@@ -1145,12 +1247,13 @@ def tune(
         output_dir=str(directory),
         max_steps=config.sft_steps,
         learning_rate=config.sft_learning_rate,
-        per_device_train_batch_size=config.sft_batch_size,
+        per_device_train_batch_size=config.sft_batch_size // processes.num_processes,
         train_sampling_strategy="sequential",
         seed=config.seed % 2**32,  # NumPy takes no more
         use_cpu=policy.device.type == "cpu",
         dataloader_pin_memory=policy.device.type == "cuda",
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
         logging_steps=math.ceil(config.sft_steps / 10),
         disable_tqdm=True,
         save_strategy="steps",
@@ -1334,6 +1437,7 @@ def evaluate_policy(
     # Sorted by length, so that a batch is padded little.
     prompts, keys, dialogues = list(rows["input_ids"]), list(rows["row"]), list(rows["dialogue"])
     order = sorted(((i, k) for i in range(len(rows)) for k in range(repeats)), key=lambda pair: len(prompts[pair[0]]))
+    order = order[PartialState().process_index :: PartialState().num_processes]
     found = {}
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     with tqdm(total=len(order), desc=desc, unit="summary", disable=None) as bar:
@@ -1345,16 +1449,17 @@ def evaluate_policy(
             responses.encoder_states = None  # the reference has its own
             with policy.adapter("reference"):
                 kl = (logprobs - score_batch(policy, responses)[0]).sum(dim=1)
-            texts = tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
+            texts = [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
             measured = zip(texts, responses.lengths.tolist(), responses.finished.tolist(), kl.tolist(), strict=True)
             found |= zip(chosen, measured, strict=True)
             bar.update(len(chosen))
     pairs = sorted(found)
-    texts, lengths, finished, kl = zip(*(found[pair] for pair in pairs), strict=True)
-    texts = [text.strip() for text in texts]
-    sample_rows = [i for i, _ in pairs]
-    joined = [classifier.join(dialogues[i], text) for i, text in zip(sample_rows, texts, strict=True)]
-    logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
+    texts = [found[pair][0] for pair in pairs]
+    joined = [classifier.join(dialogues[i], text) for (i, _), text in zip(pairs, texts, strict=True)]
+    scored = zip(classifier.logits(joined).tolist(), classifier.logits(texts).tolist(), strict=True)
+    measured = gather_object([(pair, *found[pair], *logits) for pair, logits in zip(pairs, scored, strict=True)])
+    pairs, texts, lengths, finished, kl, *logits = zip(*sorted(measured), strict=True)
+    logits, summary_logits = map(torch.tensor, logits)
     if not (logits.isfinite().all() and summary_logits.isfinite().all()):
         raise UserError(f"--reward_model_name {config.reward_model_name}: its scores are not finite numbers")
     if not np.isfinite(kl).all():
@@ -1365,15 +1470,15 @@ def evaluate_policy(
         return np.asarray(values, dtype=float).reshape(len(rows), repeats).mean(axis=1).tolist()
 
     return {
-        "response": texts[::repeats],
+        "response": list(texts[::repeats]),
         "length": row_means(lengths),
         "reward": row_means(scored[:, classifier.reward_index].tolist()),
         "toxicity": row_means(classifier.toxicity(logits, config.toxic_label)),
         "summary_toxicity": row_means(classifier.toxicity(summary_logits, config.toxic_label)),
         "kl": row_means(kl),
-        "responses": texts,
+        "responses": list(texts),
         "finished": finished,
-        "sample_rows": sample_rows,
+        "sample_rows": [i for i, _ in pairs],
     }
 
 
@@ -1543,6 +1648,7 @@ def print_results(results: dict) -> None:
 CHECKSUMS = "checksums.json"
 # Options that a resumed run may change: the others would make it another run.
 MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
+MAY_CHANGE += " gradient_checkpointing"
 
 
 class Stopped(BaseException):
@@ -1564,9 +1670,16 @@ class StopSignals:
             raise Stopped
         print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
 
+    def agreed(self) -> bool:
+        """Whether any process got a signal, so that all stop after the same step."""
+        received = next(filter(None, gather_object([self.received])), None)
+        self.received = self.received or received  # a signal may just have come here, for the next time to tell
+        return received is not None
+
     def raise_if_received(self):
+        agreed = self.agreed()
         self.in_step = False
-        if self.received:
+        if agreed:
             raise Stopped
 
 
@@ -2047,6 +2160,7 @@ def environment(config: DetoxConfig, device, dtype, commits: dict, fingerprint: 
         **{package.__name__: package.__version__ for package in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "num_processes": PartialState().num_processes,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": config.seed,
         "commits": commits,
@@ -2102,13 +2216,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """
     started, stop = time.perf_counter(), stop or StopSignals()
     output_dir, model_dir, checkpoint_dir = places(config)
-    for directory in {output_dir, model_dir, checkpoint_dir}:
+    processes = PartialState()
+    writes = processes.is_main_process  # one process writes, for all
+    if processes.num_processes > config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size} is too few for {processes.num_processes} processes")
+    for directory in {output_dir, model_dir, checkpoint_dir} if writes else ():
         claim(directory, "output_dir")
     resumed = choose_checkpoint(config, checkpoint_dir, (output_dir / "results.json").exists())
     state = read_state(resumed, config) if resumed else None
     options = dataclasses.asdict(config)
     device, dtype = resolve_device(config)
-    tracker = start_tracker(config)
+    tracker = start_tracker(config) if writes else None
     print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
 
@@ -2133,6 +2251,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         if state[name] != origin[name]:
             raise UserError(f"--resume {resumed}: {name} was {state[name]} and is {origin[name]}")
     state |= origin
+    seen = gather_object([{**origin, "stage": state["stage"], "step": state["step"]}])
+    differ = {name for name in seen[0] for other in seen if other[name] != seen[0][name]}
+    if differ:
+        raise UserError(f"the processes differ in {', '.join(differ)}: all need the same command and the same files")
     evaluations, timings, history, warned = (state[name] for name in ("evaluations", "timings", "history", "warnings"))
     timings["load"] = timings.get("load", 0) + time.perf_counter() - started
     earlier = timings.get("total", 0)
@@ -2169,17 +2291,18 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         evaluate_now("before")
         state["stage"] = "ppo"
         # Only now is anything of an earlier run replaced.
-        for path in find_checkpoints(checkpoint_dir):
-            shutil.rmtree(path)
-        remove(output_dir / "results.json")
-        save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
-        remove(checkpoint_dir / "sft_checkpoint")
-    if config.sft_steps:
+        if writes:
+            for path in find_checkpoints(checkpoint_dir):
+                shutil.rmtree(path)
+            remove(output_dir / "results.json")
+            save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
+            remove(checkpoint_dir / "sft_checkpoint")
+    if config.sft_steps and writes:
         with written_aside(model_dir / "sft_adapter") as directory:
             save_lora(policy.model, directory, "reference")
 
     steps_per_epoch = len(train) // config.batch_size
-    metrics_file = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
+    metrics_file = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8")
     metrics_file.writelines(json.dumps(line) + "\n" for line in history)
     first, last = state["step"] + 1, config.max_ppo_steps
     bar = tqdm(range(first, last + 1), desc="PPO", unit="step", initial=first - 1, total=last, disable=None)
@@ -2190,17 +2313,20 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         epoch, index = divmod(step - 1, steps_per_epoch)
         shuffled = random_stream(config.seed, SHUFFLE, epoch).permutation(len(train))
         batch = train.select(shuffled[index * config.batch_size : (index + 1) * config.batch_size])
+        prompts = list(batch["input_ids"])
+        prompt_lengths = list(map(len, prompts))
 
-        # 1. Generate.
-        generators = [random_stream(config.seed, TRAINING, step, row) for row in batch["row"]]
+        # 1. Generate. This process's share of the batch, here and up to the score.
+        rows = share(range(config.batch_size), prompt_lengths)
+        mine = batch.select(rows)
+        generators = [random_stream(config.seed, TRAINING, step, row) for row in mine["row"]]
         caps = (config.output_min_length, config.output_max_length)
-        responses = sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
+        responses = sample_responses(policy, list(mine["input_ids"]), generators, caps, config)
         texts = [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
 
         clock.append(time.perf_counter())
 
         # 2. Log-probabilities and values of the policy that sampled, then of the reference.
-        mask = response_mask(responses.lengths, responses.tokens.shape[1])  # (B, T)
         old_logprobs, old_values = score_batch(policy, responses)
         clock.append(time.perf_counter())
         responses.encoder_states = None  # the reference's are others, and the update's need gradients
@@ -2210,24 +2336,32 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
         # 3. Score the text.
         if config.score_text == "query_response":
-            scored = [classifier.join(dialogue, text) for dialogue, text in zip(batch["dialogue"], texts, strict=True)]
+            scored = [classifier.join(dialogue, text) for dialogue, text in zip(mine["dialogue"], texts, strict=True)]
         else:
             scored = texts
-        scores = torch.tensor(classifier.scores(scored), dtype=torch.float32, device=device)  # (B,)
+        scores = torch.tensor(classifier.scores(scored), dtype=torch.float32, device=device)
+        clock.append(time.perf_counter())
+
+        # 4. Rewards and advantages, of the whole batch in every process: scores (B,), the others (B, T).
+        *sampled, old_logprobs, old_values, ref_logprobs, scores = gather_rows(
+            rows,
+            *(responses.tokens, responses.lengths, responses.finished, responses.support),
+            *(old_logprobs, old_values, ref_logprobs, scores),
+        )
+        responses = Responses(prompts, *sampled)
+        mask = response_mask(responses.lengths, responses.tokens.shape[1])  # (B, T)
         clock.append(time.perf_counter())
 
         # Numbers that are not finite would end up in the weights: such a step changes nothing but the counts.
         parts = {"scores": scores, "log-probabilities": old_logprobs, "reference": ref_logprobs, "values": old_values}
         broken = [name for name, values in parts.items() if not values.isfinite().all()]
 
-        # 4. Rewards and advantages.
         kl_coef = state["kl_coef"]
         rewards, kl = compute_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
 
         # 5. Update.
         updates, skipped = [], 0
-        prompt_lengths = [len(prompt) for prompt in responses.prompts]
         for ppo_epoch in range(config.ppo_epochs):
             order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
             for mb in torch.from_numpy(order).split(config.mini_batch_size):
@@ -2235,7 +2369,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                     break
                 optimizer.zero_grad()
                 update = Counter()
-                for rows in micro_batches(prompt_lengths, mb, policy.base):
+                for rows in micro_batches(prompt_lengths, share(mb, prompt_lengths), policy.base):
                     part = responses.select(rows)
                     width = part.tokens.shape[1]
                     rows_mask = mask[rows, :width]
@@ -2246,9 +2380,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                     vf_loss, vf_clipfrac = value_loss(
                         values, old_values[rows, :width], returns[rows, :width], rows_mask, config.cliprange_value
                     )
-                    # Weighed by its tokens, the parts' gradients add up to the minibatch's.
-                    share = rows_mask.sum() / mask[mb].sum()
-                    loss = share * (pg_loss + config.vf_coef * vf_loss)
+                    # Weighed by its tokens, the parts' gradients add up to the minibatch's, over the processes too.
+                    weight = rows_mask.sum() / mask[mb].sum()
+                    loss = weight * (pg_loss + config.vf_coef * vf_loss)
                     loss.backward()
                     update["ppo/loss/total"] += loss.item()
                     for name, value in (
@@ -2259,7 +2393,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                         ("ppo/policy/ratio", stats["ratio"]),
                         ("ppo/val/clipfrac", vf_clipfrac),
                     ):
-                        update[name] += (share * value).item()
+                        update[name] += (weight * value).item()
+                update = add_up(trainable, update)
                 updates.append(update)
                 if update["ppo/policy/ratio"] > config.ratio_threshold:
                     skipped += 1
@@ -2298,8 +2433,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             "time/reference": clock[3] - clock[2],
             "time/rollout": clock[3] - clock[0],
             "time/reward": clock[4] - clock[3],
-            "time/optimize": clock[5] - clock[4],
-            "time/step": clock[5] - clock[0],
+            "time/gather": clock[5] - clock[4],
+            "time/optimize": clock[6] - clock[5],
+            "time/step": clock[6] - clock[0],
         }
         metrics_file.write(json.dumps(metrics) + "\n")
         metrics_file.flush()
@@ -2328,18 +2464,21 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         timings["total"] = earlier + time.perf_counter() - started
         # Where the policy's own numbers are broken, the newest checkpoint is the last good state.
         give_up, usable = state["skipped_in_row"] >= 3, not {"log-probabilities", "values"} & set(broken)
-        if usable and (step % config.save_steps == 0 or step == last or stop.received or give_up):
+        due = stop.agreed() or step % config.save_steps == 0 or step == last or give_up
+        if usable and due and writes:
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
+        stop.raise_if_received()
         if give_up:
             raise UserError(
                 f"step {step}: three steps in a row gave numbers that are not finite ({', '.join(broken)}). The last "
                 f"good state is {find_checkpoints(checkpoint_dir)[0]}. Lower learning_rate, or set dtype float32."
             )
-        stop.raise_if_received()
     metrics_file.close()
 
-    with written_aside(model_dir / "adapter") as directory:
-        save_adapter(policy, directory)
+    if writes:
+        with written_aside(model_dir / "adapter") as directory:
+            save_adapter(policy, directory)
+    processes.wait_for_everyone()
     if config.max_ppo_steps:
         # What is measured is what a user will load: the files on disk, not the weights in memory.
         policy.model.load_adapter(model_dir / "adapter", adapter_name="trained", torch_device=str(device))
@@ -2359,6 +2498,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             "Raise init_kl_coef, lower learning_rate or stop earlier."
         )
     results["warnings"] = warned
+    if not writes:
+        return results
     print_results(results)
     comparison = build_comparison(test.select(range(min(config.compare_samples, config.eval_samples))), before, after)
     with written_aside(output_dir / "comparison.csv") as path:
@@ -2393,9 +2534,21 @@ def explain(error: Exception) -> str | None:
             f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
             "or input_max_text_length for sampling and evaluation."
         )
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return (
+            f"another process of this run has ended ({one_line(error).split('. ')[0]}). What accelerate or torchrun "
+            "prints below names it. The newest checkpoint is whole, --resume goes on from it."
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return f"{one_line(error)}. When that is mended, --resume goes on from the newest checkpoint."
     return None
+
+
+@contextmanager
+def silence():
+    """For all processes but one: nothing printed, and so no progress bars."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def main(args: list[str] | None = None) -> None:
@@ -2410,13 +2563,25 @@ def main(args: list[str] | None = None) -> None:
     stop = StopSignals()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run(parse_config(sys.argv[1:] if args is None else args), stop)
+        for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{way}"):
+                raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
+        processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+        with nullcontext() if processes.is_main_process else silence():
+            run(parse_config(sys.argv[1:] if args is None else args), stop)
+        processes.destroy_process_group()
     except Stopped:
         name = signal.Signals(stop.received).name
-        print(f"stopped by {name}; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+        if first_to_end():
+            print(
+                f"stopped by {name}; the same command with --resume goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
         sys.exit(0 if stop.received == signal.SIGTERM else 130)
     except Exception as error:
         told = explain(error)
+        if not first_to_end():
+            sys.exit(2)
         if (SAGEMAKER / "output").is_dir():
             (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
         if told is None:

@@ -45,6 +45,7 @@ DEFAULTS = {
     "learning_rate": 1.41e-5,
     "batch_size": 16,
     "mini_batch_size": 4,
+    "gradient_checkpointing": False,
     "ppo_epochs": 1,
     "max_ppo_steps": 10,
     "init_kl_coef": 0.2,
@@ -243,7 +244,7 @@ def test_ill_typed_values_in_the_file(name, tmp_path):
     wrong = [{"a": 1}, [[1]]]
     if name in WHOLE + REAL:
         wrong += ["abc", True, [1]]
-    elif name != "adaptive_kl":
+    elif TYPES[name] is not bool:
         wrong += [5, 1.5] + [True] * (name != "resume")  # true: from the newest checkpoint
     else:
         wrong += [5, "maybe", [True]]

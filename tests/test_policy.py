@@ -490,3 +490,45 @@ def test_model_that_does_not_say_how_its_decoder_starts(load_small, tiny, tmp_pa
 def test_policy_reads_dimensions_from_the_model(small):
     assert isinstance(small.policy, Policy)
     assert small.policy.value_head.summary.in_features == small.policy.base.config.d_model
+
+
+# Activations computed twice
+
+
+def gradients(small):
+    """Gradients of a made-up loss, and the bytes that were kept for them."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    small.policy.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, values = score_responses(small.policy, some_responses(small, prompts=12))
+    # What the model itself holds is no activation.
+    for parameter in small.policy.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    (logprobs.sum() + values.sum()).backward()
+    found = {name: p.grad.clone() for name, p in small.policy.named_parameters() if p.requires_grad}
+    return found, sum(kept.values())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(load_small):
+    expected, plain = gradients(load_small())
+    small = load_small(gradient_checkpointing=True)
+    found, kept = gradients(small)
+    assert kept < 0.3 * plain
+    assert not any(module.training for module in small.policy.modules())  # which would turn dropout on
+    for name, gradient in expected.items():
+        assert gradient.any() and torch.equal(gradient, found[name]), name
+
+
+def test_gradient_checkpointing_leaves_sampling_and_tuning_as_they_are(small_config, tmp_path):
+    options = {"sft_steps": 2, "max_ppo_steps": 1, "eval_samples": 2, "lora_dropout": 0.5, "adapter_name": ""}
+    for name, checkpointing in (("plain", False), ("again", True)):
+        config = small_config(gradient_checkpointing=checkpointing, output_dir=tmp_path / name, **options)
+        detox_ppo.run(config)
+    for name in ("sft_adapter", "adapter"):
+        plain, again = (load_file(tmp_path / run / name / "adapter_model.safetensors") for run in ("plain", "again"))
+        assert all(torch.equal(plain[key], again[key]) for key in plain)

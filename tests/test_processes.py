@@ -1,0 +1,314 @@
+"""Several processes: the same learning as one, one voice, and one end for all.
+
+The agreement over the small world's ten steps and whole test split, in three minutes on 2 cores:
+
+    python tests/test_processes.py --config checkpoints/tiny/config.yaml --max_ppo_steps 10 --eval_samples 399
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import detox_ppo  # noqa: E402
+
+# The real command line, with a note of its process and of what it sampled; FAULT is code that this test slips in.
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import detox_ppo
+
+rank = int(os.environ.get("RANK", 0))
+Path(f"process.{{rank}}").write_text(str(os.getpid()))
+sample = detox_ppo.sample_responses
+
+
+def noted(policy, prompts, *args):
+    responses = sample(policy, prompts, *args)
+    with open(f"sampled.{{rank}}.jsonl", "a") as file:
+        for prompt, tokens, length in zip(prompts, responses.tokens.tolist(), responses.lengths.tolist()):
+            print(json.dumps([prompt, tokens[:length]]), file=file)
+    return responses
+
+
+detox_ppo.sample_responses = noted
+{fault}
+detox_ppo.main()
+"""
+# On a machine without a GPU, too, --multi_gpu is how accelerate starts several processes; they use gloo there.
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --mixed_precision no"
+LAUNCH += " --dynamo_backend no --num_processes"
+
+
+def start(processes, args, directory, fault=""):
+    """Start the script in a directory of its own, which becomes its output_dir's parent."""
+    directory.mkdir(parents=True)
+    script = directory / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), fault=fault))
+    launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launch, str(script), *args, "--output_dir", str(directory / "run"), "--device", "cpu"]
+    with open(directory / "out", "w") as out, open(directory / "err", "w") as err:
+        return subprocess.Popen(command, cwd=directory, env=environment, stdout=out, stderr=err)
+
+
+def errors(directory):
+    return re.findall(r"^detox_ppo.py: error: .*", (directory / "err").read_text(), re.MULTILINE)
+
+
+def read_metrics(directory):
+    return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_sampled(directory):
+    """The responses of every prompt, in the order in which they were sampled."""
+    sampled = {}
+    for file in sorted(directory.glob("sampled.*.jsonl")):
+        for line in file.read_text().splitlines():
+            prompt, tokens = json.loads(line)
+            sampled.setdefault(tuple(prompt), []).append(tokens)
+    return sampled
+
+
+def compare(one, other):
+    """The share of equal responses, and the largest relative difference of a metric."""
+    expected, found = read_sampled(one), read_sampled(other)
+    assert {prompt: len(texts) for prompt, texts in expected.items()} == {p: len(t) for p, t in found.items()}
+    equal = [pair[0] == pair[1] for prompt in expected for pair in zip(expected[prompt], found[prompt], strict=True)]
+    lines = read_metrics(one), read_metrics(other)
+    assert len(lines[0]) == len(lines[1])
+    differences = {}
+    for first, second in zip(*lines, strict=True):
+        assert first.keys() == second.keys()
+        for name in first:
+            if not name.startswith("time/"):
+                # Some are zero but for rounding, such as the mean of whitened advantages.
+                difference = abs(first[name] - second[name]) / max(abs(first[name]), 1e-3)
+                differences[name] = max(differences.get(name, 0), difference)
+    worst = max(differences, key=differences.get)
+    return sum(equal) / len(equal), len(equal), worst, differences[worst]
+
+
+def within_the_interval(one, other):
+    """Whether each run's final summary toxicity lies in the other's 95% interval of it."""
+    found = [json.loads((path / "run" / "results.json").read_text())["summary_toxicity"] for path in (one, other)]
+    spans = []
+    for block in found:
+        low, high = (block["before"]["mean"] + block["paired_difference"][end] for end in ("ci_low", "ci_high"))
+        spans.append((low - 1e-6, block["after"]["mean"], high + 1e-6))
+    return all(low <= other <= high for (low, _, high), (_, other, _) in (spans, spans[::-1]))
+
+
+@pytest.fixture(scope="module")
+def started(small_arguments, tmp_path_factory):
+    """All runs, started at once: most of each is imports and waiting."""
+    base = tmp_path_factory.mktemp("processes")
+    args = small_arguments(
+        adapter_name="",
+        lora_dropout=0,  # each process would have its own
+        sft_steps=2,
+        sft_batch_size=4,
+        max_ppo_steps=3,
+        batch_size=5,
+        mini_batch_size=5,
+        ppo_epochs=2,
+        learning_rate=1e-3,
+        eval_samples=7,
+        save_steps=2,
+        save_total_limit=9,
+        report_to="tensorboard",
+    )
+    endless = small_arguments(max_ppo_steps=10_000, save_steps=1, eval_samples=1)
+    alone = "if rank == 1: detox_ppo.load_policy = lambda *_: (_ for _ in ()).throw(detox_ppo.UserError('only here'))"
+    runs = {
+        "one": (1, args, ""),
+        "two": (2, args, ""),
+        "killed": (2, endless, ""),
+        "stopped": (2, endless, ""),
+        "mistaken": (2, endless, alone),
+    }
+    found = {name: (start(*run[:2], base / name, run[2]), base / name) for name, run in runs.items()}
+    yield found
+    for process, _ in found.values():
+        process.terminate()  # not kill, which would leave its children behind
+        process.wait()
+
+
+def finished(started, name, code=0):
+    process, directory = started[name]
+    process.wait(timeout=120)
+    assert (process.returncode == 0) == (code == 0), (directory / "err").read_text()
+    return directory
+
+
+def wait_for_steps(started, name, steps):
+    """Wait until a run has done some steps; returns its processes' ids."""
+    process, directory = started[name]
+    metrics = directory / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert process.poll() is None and time.monotonic() < deadline, (directory / "err").read_text()
+        time.sleep(0.1)
+    return [int((directory / f"process.{rank}").read_text()) for rank in (0, 1)]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(started):
+    _, second = wait_for_steps(started, "stopped", 2)
+    os.kill(second, signal.SIGTERM)
+    directory = finished(started, "stopped")
+    last = read_metrics(directory)[-1]["step"]
+    newest = max((directory / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert newest.name == f"checkpoint-{last}"
+    told = (directory / "err").read_text()
+    assert told.count("stopped by SIGTERM") == 1 and not errors(directory) and "Traceback" not in told
+
+
+def test_a_process_that_dies_takes_the_others_down(started):
+    _, second = wait_for_steps(started, "killed", 2)
+    os.kill(second, signal.SIGKILL)
+    killed = time.monotonic()
+    directory = finished(started, "killed", code=1)
+    assert time.monotonic() - killed < 60
+    (told,) = errors(directory)
+    assert "another process of this run has ended" in told and "--resume" in told
+    newest = detox_ppo.find_checkpoints(directory / "run")[0]
+    assert int(newest.name.split("-")[1]) >= 1 and detox_ppo.damage(newest) is None
+    assert "Signal 9 (SIGKILL)" in (directory / "err").read_text()  # accelerate's own account of who died
+
+
+def test_a_mistake_of_one_process_is_told_and_ends_all(started):
+    directory = finished(started, "mistaken", code=2)
+    (told,) = errors(directory)
+    assert told.endswith("only here")
+    assert re.search(r"exitcode\s*: 2", (directory / "err").read_text())
+
+
+def test_the_first_to_end_tells():
+    """Of a mistake that all processes find; here two of them in one, with the store that they would share."""
+    assert detox_ppo.first_to_end() and detox_ppo.first_to_end()  # alone
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert detox_ppo.first_to_end() and not detox_ppo.first_to_end()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_what_would_not_work_is_refused(way, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(SystemExit) as stop:
+        detox_ppo.main([])
+    assert stop.value.code == 2 and way in capsys.readouterr().err
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Make this process believe that it is one of several."""
+
+    def pretend(index, count, device="cpu"):
+        state = PartialState()
+        for name, value in (("process_index", index), ("num_processes", count), ("device", torch.device(device))):
+            monkeypatch.setitem(state._shared_state, name, value)
+
+    return pretend
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_row_is_one_process_s(several, count):
+    lengths = [7, 3, 3, 9, 1, 4]
+    shares = []
+    for index in range(count):
+        several(index, count)
+        shares.append(detox_ppo.share(torch.tensor([5, 0, 3, 1, 2]), lengths))
+        assert shares[-1] == [row for row in (5, 0, 3, 1, 2) if row in shares[-1]]
+    assert sorted(sum(shares, [])) == [0, 1, 2, 3, 5]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert shares[0] == [5, 0, 3, 1, 2] or count > 1
+
+
+def test_sizes_and_devices_that_do_not_fit_the_processes(several, small, small_config, splits, tmp_path, monkeypatch):
+    several(0, 3)
+    with pytest.raises(detox_ppo.UserError, match="--batch_size 2 .*3 processes"):
+        detox_ppo.run(small_config(batch_size=2, output_dir=tmp_path))
+    with pytest.raises(detox_ppo.UserError, match="--sft_batch_size 16 .*processes, 3"):
+        detox_ppo.tune(small.policy, small.tokenizer, splits["train"], small.config, tmp_path, {}, None)
+    several(1, 3, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert detox_ppo.resolve_device(small_config(device="auto"))[0] == torch.device("cuda:1")
+    assert detox_ppo.resolve_device(small_config(device="cuda"))[0] == torch.device("cuda:1")
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(detox_ppo.UserError, match=f"--device {device}"):
+            detox_ppo.resolve_device(small_config(device=device))
+
+
+def test_two_processes_learn_what_one_does(started):
+    one, two = finished(started, "one"), finished(started, "two")
+    equal, count, worst, difference = compare(one, two)
+    assert count == 3 * 5 + 3 * 7  # PPO; base, before and after
+    assert len(list(two.glob("sampled.*.jsonl"))) == 2  # each process sampled a share
+    assert equal >= 0.999
+    assert difference < 1e-3, worst
+    assert within_the_interval(one, two)
+    adapters = [load_file(path / "run" / "adapter" / "adapter_model.safetensors") for path in (one, two)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).norm() < 1e-2 * tensor.norm(), name
+    texts = [pd.read_csv(path / "run" / "comparison.csv", dtype=str) for path in (one, two)]
+    assert texts[0]["response_after"].equals(texts[1]["response_after"])
+
+
+def test_one_process_speaks_and_writes(started):
+    one, two = finished(started, "one"), finished(started, "two")
+    numbers = re.compile(r" *-?\d[\d.,]*")
+    told = [[numbers.sub("#", line) for line in (path / "out").read_text().splitlines()] for path in (one, two)]
+    assert sorted(told[0]) == sorted(line.replace("/two/", "/one/") for line in told[1])
+    written = []
+    for path in (one / "run", two / "run"):
+        names = sorted(
+            re.sub(r"detox_ppo/.*|rng_state.*", "#", str(file.relative_to(path))) for file in path.rglob("*")
+        )
+        written.append(names)
+    assert written[0] == written[1]
+    results = json.loads((two / "run" / "results.json").read_text())
+    assert results["environment"]["num_processes"] == 2
+
+
+def test_a_run_of_two_goes_on_as_one(started, tmp_path):
+    two = finished(started, "two")
+    config = json.loads((two / "run" / "results.json").read_text())["config"]
+    config |= {"resume": str(two / "run" / "checkpoint-2"), "output_dir": str(tmp_path), "report_to": "none"}
+    detox_ppo.run(detox_ppo.DetoxConfig(**config))
+    last, again = read_metrics(two)[-1], json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again["step"] == 3
+    for name in ("objective/kl", "ppo/mean_scores", "ppo/loss/value", "ppo/returns/mean"):
+        assert again[name] == pytest.approx(last[name], rel=1e-3, abs=1e-6)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = []
+        for number in (1, 2):
+            runs.append(Path(scratch) / str(number))
+            # relative names of the small world's parts are read in the repository
+            args = [str(ROOT / arg) if (ROOT / arg).exists() else arg for arg in sys.argv[1:]]
+            process = start(number, args, runs[-1])
+            assert process.wait() == 0, (runs[-1] / "err").read_text()
+        equal, count, worst, difference = compare(*runs)
+        print(f"{equal:.4%} of {count} responses have the same tokens; largest difference {difference:.1e} ({worst})")
+        print(f"final summary toxicity within the other's interval: {within_the_interval(*runs)}")
