@@ -336,7 +336,7 @@ def run_child(command, plan, scratch, options, label):
     result = json.loads(result_file.read_text())
     steps = result.get("steps", [])[1:]
     seconds = ", ".join(f"{step['seconds']['step']:.2f}" for step in steps)
-    what = f"{seconds} s a step" if steps else f"{result['peak'] / 1e9:.0f} GFLOP/s"
+    what = f"{seconds} s a step" if steps else f"{result['peak'] / 1e9:.0f} GFLOP/s" if "peak" in result else "done"
     print(f"{label}: {what} ({time.perf_counter() - started:.0f} s in all)", flush=True)
     return result
 

@@ -1,4 +1,4 @@
-"""The side-by-side timing runs, shortened and without the classic trainer's environment, and measures ours."""
+"""The benchmarks run, shortened (the side-by-side timing without the classic trainer's environment), and measure."""
 
 import json
 import subprocess
@@ -70,3 +70,86 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
         fitted = point["tflop"] * last["seconds_per_tflop"] + point["positions"] * last["seconds_per_position"]
         assert point["expected"] == pytest.approx(fitted)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Memory
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    return memory
+
+
+def test_the_memory_formula_counts_what_the_models_hold(memory, small, classifier, tiny):
+    shapes = [json.loads((tiny / part / "config.json").read_text()) for part in ("base", "classifier")]
+    found = memory.memory(*shapes)
+    base = sum(p.numel() for name, p in small.policy.base.named_parameters() if "lora_" not in name)
+    assert memory.base_parameters(shapes[0]) == base and found["weights"] == 4 * base
+    assert found["adapters"] == 4 * sum(p.numel() for name, p in small.policy.named_parameters() if "lora_" in name)
+    trained = sum(p.numel() for p in small.policy.parameters() if p.requires_grad)
+    assert found["optimizer"] == 3 * 4 * trained
+    assert found["classifier"] == 4 * sum(p.numel() for p in classifier.model.parameters())
+    # Published sizes, without the adapters.
+    sizes = {name: memory.base_parameters(shape) for name, shape in memory.FLAN.items()}
+    assert sizes["base"] == 247_577_856 and sizes["xl"] == 2_849_757_184 and sizes["xxl"] == 11_135_332_352
+
+
+def test_the_memory_formula_moves_as_it_should(memory):
+    def peak(**options):
+        return memory.memory(memory.FLAN["base"], dtype="bfloat16", device="cuda", **options)
+
+    plain = peak(mini_batch_size=16)
+    assert peak(mini_batch_size=16, gradient_checkpointing=True)["activations"] < 0.5 * plain["activations"]
+    assert peak(mini_batch_size=8)["activations"] == plain["activations"] / 2
+    assert peak(mini_batch_size=16, processes=2)["activations"] == plain["activations"] / 2
+    assert peak(processes=2)["cache"] == plain["cache"] / 2 and peak(processes=2)["weights"] == plain["weights"]
+    # On the CPU a pass holds few rows, however large the minibatch.
+    on_cpu = [memory.memory(memory.FLAN["base"], mini_batch_size=size)["activations"] for size in (4, 16)]
+    assert on_cpu[0] == on_cpu[1]
+
+
+def test_the_memory_formula_meets_the_measured_peak(memory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--short", "--threads", "1"])
+    memory.main()
+    printed = capsys.readouterr().out
+    (found,) = json.loads(printed.splitlines()[-1])["measured"]
+    assert found["tensors"] == pytest.approx(found["peak"], rel=0.15)
+    assert found["resident"] > found["tensors"]
+    for size in ("small", "base", "large", "xl", "xxl"):
+        assert f"| {size} | " in printed
+
+
+# Scaling
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scaling
+
+    return scaling
+
+
+def test_scaling_is_measured_modelled_and_drawn(scaling, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--short", "--output_dir", str(tmp_path)])
+    scaling.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "scaling.json").read_text())
+    one, two = last["points"]
+    assert (one["processes"], two["processes"], one["efficiency"]) == (1, 2, 1)
+    assert two["efficiency"] == pytest.approx(one["seconds"] / 2 / two["seconds"])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_of_communication_by_hand(scaling, monkeypatch):
+    sizes = {"gradients": 100, "batch": 40, "updates": 3}
+    network = 10, 0.5  # bytes a second, seconds
+    assert scaling.communication(1, network, **sizes) == 0
+    # Of four: three updates of 6/4 of the gradients in 6 hops, and 3/4 of the batch in 3 hops.
+    assert scaling.communication(4, network, **sizes) == pytest.approx(3 * (150 / 10 + 3) + 30 / 10 + 1.5)
+    monkeypatch.setattr(scaling, "LOOPBACK", network)
+    measured = {n: scaling.expected(n, 2, 12, network, sizes) for n in (1, 2)}
+    assert scaling.fit(measured, sizes) == pytest.approx((2, 12))

@@ -34,14 +34,14 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import detox_ppo
 
-rank = int(os.environ.get("RANK", 0))
-Path(f"process.{{rank}}").write_text(str(os.getpid()))
+rank, notes = int(os.environ.get("RANK", 0)), Path({notes!r})
+(notes / f"process.{{rank}}").write_text(str(os.getpid()))
 sample = detox_ppo.sample_responses
 
 
 def noted(policy, prompts, *args):
     responses = sample(policy, prompts, *args)
-    with open(f"sampled.{{rank}}.jsonl", "a") as file:
+    with open(notes / f"sampled.{{rank}}.jsonl", "a") as file:
         for prompt, tokens, length in zip(prompts, responses.tokens.tolist(), responses.lengths.tolist()):
             print(json.dumps([prompt, tokens[:length]]), file=file)
     return responses
@@ -60,12 +60,12 @@ def start(processes, args, directory, fault=""):
     """Start the script in a directory of its own, which becomes its output_dir's parent."""
     directory.mkdir(parents=True)
     script = directory / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), fault=fault))
+    script.write_text(SCRIPT.format(root=str(ROOT), notes=str(directory), fault=fault))
     launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *launch, str(script), *args, "--output_dir", str(directory / "run"), "--device", "cpu"]
     with open(directory / "out", "w") as out, open(directory / "err", "w") as err:
-        return subprocess.Popen(command, cwd=directory, env=environment, stdout=out, stderr=err)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
 
 
 def errors(directory):
@@ -305,9 +305,7 @@ if __name__ == "__main__":
         runs = []
         for number in (1, 2):
             runs.append(Path(scratch) / str(number))
-            # relative names of the small world's parts are read in the repository
-            args = [str(ROOT / arg) if (ROOT / arg).exists() else arg for arg in sys.argv[1:]]
-            process = start(number, args, runs[-1])
+            process = start(number, sys.argv[1:], runs[-1])
             assert process.wait() == 0, (runs[-1] / "err").read_text()
         equal, count, worst, difference = compare(*runs)
         print(f"{equal:.4%} of {count} responses have the same tokens; largest difference {difference:.1e} ({worst})")

@@ -1,0 +1,209 @@
+"""How a PPO step scales over processes: measured on this machine for a few, a model of communication beyond.
+
+    python benchmarks/scaling.py --models DIR --output_dir DIR      # true shapes, 1 and 2 processes, A B A B, minutes
+    python benchmarks/scaling.py --short --output_dir DIR           # the bundled small models, one round, for CI
+    python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --batch_size 256 --mini_batch_size 64    # on GPUs
+
+Every run is detox_ppo.py itself, with the same prompts and caps, started by accelerate where it has several processes;
+each process has one thread (--threads). The first step of a run warms it up and is not counted. Efficiency is the
+seconds of one process over N times the seconds of N.
+
+The model beyond, of the step's seconds with N processes:
+
+    whole + shared / N + updates * (2 (N - 1) / N * gradients / bandwidth + 2 (N - 1) * latency)
+          + (N - 1) / N * batch / bandwidth + (N - 1) * latency
+
+`whole` is what does not shrink with N: a batch is decoded position by position until its longest response ends, with
+however few rows; rewards, Adam. whole and shared come from the two least measured numbers of processes, without the
+communication that the model gives them. A ring passes the gradients (trained parameters in float32, 14 MB for
+FLAN-T5-base) twice round, once an update; then there is the batch (tokens, log-probabilities, values; 20 bytes a
+position). It assumes processes of equal speed, and that nothing is computed while a message is under way, as is so
+here. The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import memory
+import step_time
+
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --mixed_precision no"
+LAUNCH += " --dynamo_backend no --num_processes"
+# Bytes a second and seconds, by name. This machine's is the loopback device, taken as fast.
+NETWORKS = {
+    "1 Gbit/s Ethernet": (125e6, 100e-6),
+    "10 Gbit/s Ethernet": (1.25e9, 50e-6),
+    "NVLink, 100 GB/s": (100e9, 10e-6),
+}
+LOOPBACK = (2e9, 30e-6)
+BEYOND = (1, 2, 4, 8, 16, 32)
+PHASES = ("rollout", "reward", "gather", "optimize", "step")
+
+
+def communication(processes, network, gradients, batch, updates):
+    """Seconds a step that the messages take; gradients and batch in bytes, network as in NETWORKS."""
+    bandwidth, latency = network
+    passed, hops = (processes - 1) / processes, processes - 1
+    return (
+        updates * (2 * passed * gradients / bandwidth + 2 * hops * latency)
+        + passed * batch / bandwidth
+        + hops * latency
+    )
+
+
+def fit(seconds, sizes):
+    """(whole, shared) seconds of a step, from those measured with the two least numbers of processes."""
+    few, more = sorted(seconds)[:2]
+    least = seconds[few] - communication(few, LOOPBACK, **sizes)
+    less = seconds[more] - communication(more, LOOPBACK, **sizes)
+    shared = max(0.0, (least - less) / (1 / few - 1 / more))
+    return max(0.0, least - shared / few), shared
+
+
+def expected(processes, whole, shared, network, sizes):
+    return whole + shared / processes + communication(processes, network, **sizes)
+
+
+def measure(options, processes, arguments, scratch, label):
+    """Run detox_ppo.py with some processes; returns its timed steps' seconds by phase."""
+    output_dir = scratch / "run"
+    launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment["ACCELERATE_USE_CPU"] = str(options.device == "cpu").lower()
+    started = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, *launch, str(step_time.ROOT / "detox_ppo.py"), *arguments],
+        env=environment,
+        cwd=step_time.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        print("\n".join(run.stderr.splitlines()[-40:]), file=sys.stderr)
+        sys.exit(f"scaling.py: error: {label} failed with exit code {run.returncode}; the end of its stderr is above")
+    told = json.loads((output_dir / "results.json").read_text())["environment"]["num_processes"]
+    if told != processes:
+        sys.exit(f"scaling.py: error: {label} ran as {told} processes")
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [{phase: line[f"time/{phase}"] for phase in PHASES} for line in lines[1:]]
+    seconds = ", ".join(f"{step['step']:.2f}" for step in steps)
+    print(f"{label}: {seconds} s a step ({time.perf_counter() - started:.0f} s in all)", flush=True)
+    return steps
+
+
+def draw(points, lines, path):
+    """Seconds a step and efficiency over the number of processes, measured and modelled."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, values), colour, style in zip(
+        lines.items(), ("#0072B2", "#009E73", "#CC79A7"), ("--", "-.", ":"), strict=True
+    ):
+        left.plot(BEYOND, values, style, color=colour, label=f"model: {name}")
+        right.plot(BEYOND, [values[0] / n / t for n, t in zip(BEYOND, values, strict=True)], style, color=colour)
+    counts = [point["processes"] for point in points]
+    low = [point["seconds"] - point["least"] for point in points]
+    high = [point["most"] - point["seconds"] for point in points]
+    left.errorbar(
+        counts, [point["seconds"] for point in points], [low, high], fmt="o", color="#D55E00", label="measured"
+    )
+    right.plot(counts, [point["efficiency"] for point in points], "o", color="#D55E00")
+    for axes, title in ((left, "seconds a step"), (right, "efficiency")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(BEYOND, [str(n) for n in BEYOND])
+        axes.set_xlabel("processes")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
+    parser.add_argument("--output_dir", default="scaling", help="for scaling.png and scaling.json")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes, two at least")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turns")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a run, after one to warm up")
+    parser.add_argument("--dtype", choices=step_time.DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--batch_size", type=int, help="default 16, with --short 8")
+    parser.add_argument("--mini_batch_size", type=int, help="default 8, with --short 4")
+    parser.add_argument("--prompt_tokens", type=int, help="one length for all prompts (default: DialogSum's spread)")
+    parser.add_argument("--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="caps (default 25 70)")
+    parser.add_argument("--short", action="store_true", help="for CI: the bundled small models, one round, one step")
+    options = parser.parse_args()
+    if len(set(options.processes)) < 2:
+        parser.error("--processes: at least two different numbers")
+    options.batch_size = options.batch_size or (8 if options.short else 16)
+    options.mini_batch_size = options.mini_batch_size or (4 if options.short else 8)
+    options.response_lengths = options.response_lengths or ([8, 12] if options.short else [25, 70])
+    if options.short:
+        options.rounds = options.steps = 1
+    options.dialogues, options.seed = None, 0
+    return options
+
+
+def main():
+    options = parse_options()
+    directory = Path(options.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    models = step_time.find_models(options, directory)
+    print(f"{step_time.processor()}, {options.threads} threads a process, {options.dtype}")
+    found = {processes: [] for processes in options.processes}
+    with tempfile.TemporaryDirectory(prefix="scaling_") as scratch:
+        scratch = Path(scratch)
+        dataset, steps = step_time.make_plan(options, models, scratch)
+        arguments = step_time.our_arguments(options, models, dataset, scratch / "run", options.dtype)
+        for number in range(options.rounds):
+            for processes in options.processes:
+                label = f"round {number + 1}, {processes} process{'es' * (processes > 1)}"
+                found[processes] += measure(options, processes, arguments, scratch, label)
+
+    shape = json.loads((Path(models["base"]) / "config.json").read_text())
+    positions = statistics.mean(len(step["prompts"]) * max(step["caps"]) for step in steps)
+    sizes = {
+        "gradients": 4 * (memory.adapter_parameters(shape, step_time.LORA_R) + shape["d_model"] + 1),
+        "batch": 20 * positions,
+        "updates": options.batch_size // options.mini_batch_size,
+    }
+    seconds = {n: statistics.median(step["step"] for step in timed) for n, timed in found.items()}
+    whole, shared = fit(seconds, sizes)
+    points = []
+    print(f"\n| processes | {' | '.join(f'{phase}, s' for phase in PHASES)} | efficiency |")
+    print("|" + "---|" * (len(PHASES) + 2))
+    fewest = min(seconds)
+    for n in sorted(seconds):
+        efficiency = seconds[fewest] * fewest / n / seconds[n]
+        medians = [statistics.median(step[phase] for step in found[n]) for phase in PHASES]
+        times = [step["step"] for step in found[n]]
+        print(f"| {n} | {' | '.join(f'{median:.2f}' for median in medians)} | {efficiency:.2f} |")
+        spread = {"least": min(times), "most": max(times)}
+        phases = dict(zip(PHASES, medians, strict=True))
+        points.append({"processes": n, "seconds": seconds[n], "efficiency": efficiency, "phases": phases} | spread)
+    lines = {name: [expected(n, whole, shared, network, sizes) for n in BEYOND] for name, network in NETWORKS.items()}
+    print(f"\nModel: {whole:.2f} s whole, {shared:.2f} s shared, {sizes['gradients'] / 1e6:.1f} MB an update")
+    print(f"\n| efficiency on | {' | '.join(str(n) for n in BEYOND)} |\n" + "|---" * (len(BEYOND) + 1) + "|")
+    for name, values in lines.items():
+        print(f"| {name} | {' | '.join(f'{values[0] / n / t:.2f}' for n, t in zip(BEYOND, values, strict=True))} |")
+    draw(points, lines, directory / "scaling.png")
+    last = {"dtype": options.dtype, "short": options.short, "threads": options.threads, "points": points}
+    last |= {"whole": whole, "shared": shared, **sizes, "model": {"processes": BEYOND, **lines}}
+    (directory / "scaling.json").write_text(json.dumps(last, indent=2) + "\n")
+    print(json.dumps(last))
+
+
+if __name__ == "__main__":
+    main()
