@@ -147,6 +147,9 @@ class DetoxConfig:
     cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
     vf_coef: float = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
     ratio_threshold: float = option(10.0, "Skip minibatches whose mean ratio is above this: a broken update.")
+    target_policy_kl: float | None = option(
+        None, "End a step's updates when they moved the policy by 1.5 times this, in nats a token. None: never."
+    )
     max_grad_norm: float | None = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
     # responses
     output_min_length: int = option(100, "Least new-token cap of a response in PPO; caps are drawn uniformly.")
@@ -159,6 +162,9 @@ class DetoxConfig:
     # evaluation
     eval_samples: int = option(100, "Test prompts to evaluate, exactly; -1: all. More gives a narrower interval.")
     eval_samples_per_prompt: int = option(1, "Summaries sampled for each. More average out the sampling's luck.")
+    eval_every: int = option(
+        0, "PPO steps between evaluations on rows set aside, of which the best adapter is kept. 0: keep the last."
+    )
     eval_max_new_tokens: int = option(100, "Longest summary in the evaluation, in tokens.")
     compare_samples: int = option(20, "Evaluated prompts written side by side to comparison.csv (at most all).")
     # run
@@ -267,6 +273,7 @@ def check_config(config: DetoxConfig) -> None:
     at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon save_steps save_total_limit"
     at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens sft_batch_size sft_max_target_length"
     at_least_0 = "input_min_text_length sft_steps max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
+    at_least_0 += " eval_every"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             require(name, getattr(config, name) >= least, f"at least {least}")
@@ -280,7 +287,8 @@ def check_config(config: DetoxConfig) -> None:
     require("seed", config.seed < 2**64, "below 2**64")
     require("eval_samples", config.eval_samples == -1 or config.eval_samples >= 1, "at least 1, or -1 for all")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
-    require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
+    for name in ("max_grad_norm", "target_policy_kl"):
+        require(name, getattr(config, name) is None or getattr(config, name) > 0, "greater than 0, or unset")
     for kind in ("input_{}_text_length", "output_{}_length"):
         low, high = kind.format("min"), kind.format("max")
         if getattr(config, low) >= getattr(config, high):
@@ -458,7 +466,7 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
 
     Returns:
         splits `train` and `test` with columns row (index in the file), dialogue, summary, query (the prompt)
-        and input_ids.
+        and input_ids; with eval_every also `selection`, from the end of the training rows.
 
     Raises:
         UserError: a split is too small for the options.
@@ -480,12 +488,18 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
         raise UserError(f"--test_size {config.test_size} leaves none of {len(rows)} rows to train on")
     splits = rows.train_test_split(test_size=config.test_size, shuffle=False)
     print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
-    if len(splits["train"]) < config.batch_size:
-        raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
     if config.eval_samples == -1:
         config.eval_samples = len(splits["test"])
     if len(splits["test"]) < config.eval_samples:
         raise UserError(f"--eval_samples {config.eval_samples} is more than the {len(splits['test'])} test rows")
+    if config.eval_every:
+        # The adapter is chosen by other rows than it is judged by.
+        aside = max(1, min(config.eval_samples, len(splits["train"]) // 10))
+        parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
+        splits["train"], splits["selection"] = parts["train"], parts["test"]
+        print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
+    if len(splits["train"]) < config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
     return splits
 
 
@@ -1233,7 +1247,8 @@ def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> tuple[torch.Tensor, dict]:
     """Clipped surrogate loss (Schulman et al., 2017, eq. 7), a scalar, and its stats.
 
-    All tensors are (B, T). Stats: mean ratio, share of clipped tokens, and approxkl = E[(log ratio)^2] / 2.
+    All tensors are (B, T). Stats: mean ratio, share of clipped tokens, approxkl = E[(log ratio)^2] / 2,
+    and policykl = E[-log ratio], in nats a token.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -1243,6 +1258,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> t
         "ratio": masked_mean(ratio, mask).detach(),
         "clipfrac": masked_mean((clipped > unclipped).float(), mask).detach(),
         "approxkl": 0.5 * masked_mean(log_ratio.detach() ** 2, mask),
+        "policykl": masked_mean(-log_ratio.detach(), mask),
     }
     return masked_mean(torch.max(unclipped, clipped), mask), stats
 
@@ -1593,6 +1609,13 @@ def save_adapter(policy: Policy, directory: Path) -> None:
     save_file(head, directory / "value_head.safetensors")
 
 
+def restore_adapter(policy: Policy, directory: Path) -> None:
+    """Give the policy the adapter and the value head that save_adapter wrote."""
+    load_lora(policy.model, directory)
+    head = load_file(directory / "value_head.safetensors")
+    policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
+
+
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -1660,10 +1683,11 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def prune_checkpoints(directory: Path, step: int, limit: int) -> None:
-    """Keep the newest checkpoints up to this step; later ones are of a run that is being done again."""
+def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None = None) -> None:
+    """Keep the newest checkpoints up to this step, and the best; later ones are of a run that is being done again."""
     found = find_checkpoints(directory)
     kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
+    kept.append(directory / f"checkpoint-{best}")
     for path in found:
         if path not in kept:
             try:
@@ -1683,16 +1707,14 @@ def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, lim
         save_lora(policy.model, checkpoint / "reference", "reference")
         torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
         write_state(checkpoint, state)
-    prune_checkpoints(directory, state["step"], limit)
+    prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
     with loading(checkpoint, "resume"):
-        load_lora(policy.model, checkpoint / "adapter")
+        restore_adapter(policy, checkpoint / "adapter")
         load_lora(policy.model, checkpoint / "reference", "reference")
-        head = load_file(checkpoint / "adapter" / "value_head.safetensors")
-        policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
 
 
@@ -2155,6 +2177,18 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             if when == "before":
                 print(f"{name} [mean, std] of the human summaries: [{np.mean(human):.4f}, {np.std(human):.4f}]")
 
+    def judge(step):
+        """Evaluate on the rows set aside, and note the step if its adapter is the best so far."""
+        found = evaluate_policy(policy, tokenizer, classifier, splits["selection"], config, "choosing")
+        quality = summary_quality(found, list(splits["selection"]["summary"]))
+        toxicity, start = float(np.mean(found["summary_toxicity"])), state.setdefault("selection_start", quality)
+        # The least toxic of those that still write summaries as good as the start's.
+        if "best" not in state or (toxicity < state["best"]["summary_toxicity"] and not degradation(start, quality)):
+            state["best"] = {"step": step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"]}
+        so_far = "the best so far" if state["best"]["step"] == step else f"step {state['best']['step']} was better"
+        tqdm.write(f"  rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}, {so_far}")
+        return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
+
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
     if state["stage"] == "ppo":
@@ -2167,6 +2201,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             tune(policy, tokenizer, train, config, checkpoint_dir / "sft_checkpoint", state, stop, resumed)
             timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
         evaluate_now("before")
+        if config.eval_every:
+            judge(0)
         state["stage"] = "ppo"
         # Only now is anything of an earlier run replaced.
         for path in find_checkpoints(checkpoint_dir):
@@ -2226,12 +2262,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
 
         # 5. Update.
-        updates, skipped = [], 0
+        updates, skipped, moved = [], 0, False
         prompt_lengths = [len(prompt) for prompt in responses.prompts]
         for ppo_epoch in range(config.ppo_epochs):
             order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
             for mb in torch.from_numpy(order).split(config.mini_batch_size):
-                if broken:
+                if broken or moved:
                     break
                 optimizer.zero_grad()
                 update = Counter()
@@ -2255,6 +2291,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                         ("ppo/loss/policy", pg_loss),
                         ("ppo/loss/value", vf_loss),
                         ("ppo/policy/approxkl", stats["approxkl"]),
+                        ("ppo/policy/policykl", stats["policykl"]),
                         ("ppo/policy/clipfrac", stats["clipfrac"]),
                         ("ppo/policy/ratio", stats["ratio"]),
                         ("ppo/val/clipfrac", vf_clipfrac),
@@ -2267,6 +2304,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 norm = nn.utils.get_total_norm([parameter.grad for parameter in trainable])
                 if not norm.isfinite():
                     broken.append("gradients")
+                    break
+                limit = config.target_policy_kl
+                moved = limit is not None and update["ppo/policy/policykl"] > 1.5 * limit
+                if moved:
                     break
                 if config.max_grad_norm:
                     nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
@@ -2289,6 +2330,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
                 "ppo/policy/first_ratio": updates[0]["ppo/policy/ratio"],
                 "ppo/skipped_minibatches": skipped,
+                "ppo/early_stop": int(moved),
                 "tokens/responses_len_mean": responses.lengths.float().mean().item(),
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }
@@ -2301,15 +2343,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             "time/optimize": clock[5] - clock[4],
             "time/step": clock[5] - clock[0],
         }
-        metrics_file.write(json.dumps(metrics) + "\n")
-        metrics_file.flush()
-        if tracker:
-            tracker.log(metrics, step=step)
         published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean", "ppo/mean_scores")
         told = {name: f"{metrics[name]:8.4f}" for name in published if name in metrics}
         bar.set_postfix(told)
         line = " | ".join(f"{name} {value}" for name, value in told.items()) or f"not finite: {', '.join(broken)}"
         tqdm.write(f"step {step:>4}/{last} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
+        if config.eval_every and step % config.eval_every == 0:
+            metrics |= judge(step)
+        metrics_file.write(json.dumps(metrics) + "\n")
+        metrics_file.flush()
+        if tracker:
+            tracker.log(metrics, step=step)
         history.append(metrics)
         words, found = health(history, config)
         tqdm.write(f"  {words}", file=sys.stdout)
@@ -2328,7 +2372,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         timings["total"] = earlier + time.perf_counter() - started
         # Where the policy's own numbers are broken, the newest checkpoint is the last good state.
         give_up, usable = state["skipped_in_row"] >= 3, not {"log-probabilities", "values"} & set(broken)
-        if usable and (step % config.save_steps == 0 or step == last or stop.received or give_up):
+        best = "best" in state and state["best"]["step"] == step
+        if usable and (step % config.save_steps == 0 or step == last or stop.received or give_up or best):
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
         if give_up:
             raise UserError(
@@ -2338,6 +2383,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         stop.raise_if_received()
     metrics_file.close()
 
+    if "best" in state:
+        # A run that was resumed elsewhere may have its best checkpoint where it came from.
+        name = f"checkpoint-{state['best']['step']}"
+        candidates = [checkpoint_dir / name] + ([resumed.parent / name] if resumed else [])
+        restore_adapter(policy, next(path for path in candidates if path.is_dir()) / "adapter")
+        print(f"the best adapter by the rows set aside is that of step {state['best']['step']}")
     with written_aside(model_dir / "adapter") as directory:
         save_adapter(policy, directory)
     if config.max_ppo_steps:
@@ -2359,6 +2410,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             "Raise init_kl_coef, lower learning_rate or stop earlier."
         )
     results["warnings"] = warned
+    if "best" in state:
+        results["best"] = state["best"]
     print_results(results)
     comparison = build_comparison(test.select(range(min(config.compare_samples, config.eval_samples))), before, after)
     with written_aside(output_dir / "comparison.csv") as path:
