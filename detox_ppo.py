@@ -146,6 +146,12 @@ class DetoxConfig:
     cliprange: float = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
     cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
     vf_coef: float = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
+    value_adapter: bool = option(
+        False, "Give the value head a LoRA of its own: explains more of the return, a third more time a step."
+    )
+    value_learning_rate: float | None = option(
+        None, "Adam's step size for the value head and its LoRA. None: learning_rate."
+    )
     ratio_threshold: float = option(10.0, "Skip minibatches whose mean ratio is above this: a broken update.")
     target_policy_kl: float | None = option(
         None, "End a step's updates when they moved the policy by 1.5 times this, in nats a token. None: never."
@@ -287,7 +293,7 @@ def check_config(config: DetoxConfig) -> None:
     require("seed", config.seed < 2**64, "below 2**64")
     require("eval_samples", config.eval_samples == -1 or config.eval_samples >= 1, "at least 1, or -1 for all")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
-    for name in ("max_grad_norm", "target_policy_kl"):
+    for name in ("max_grad_norm", "target_policy_kl", "value_learning_rate"):
         require(name, getattr(config, name) is None or getattr(config, name) > 0, "greater than 0, or unset")
     for kind in ("input_{}_text_length", "output_{}_length"):
         low, high = kind.format("min"), kind.format("max")
@@ -594,8 +600,9 @@ class ValueHead(nn.Module):
 class Policy(nn.Module):
     """An encoder-decoder with the adapters "default" (trained) and "reference" (frozen), and a value head.
 
-    Both adapters share one base, so the base is in memory once. It is always in eval mode: with dropout on, the
-    sampled distribution would not be the scored one (T5's attention dropout is no module; only eval() stops it).
+    With value_adapter a third, "value", is trained for the value head alone. All share one base, so the base is in
+    memory once. It is always in eval mode: with dropout on, the sampled distribution would not be the scored one (T5's
+    attention dropout is no module; only eval() stops it).
     """
 
     def __init__(self, model: peft.PeftModel):
@@ -613,14 +620,23 @@ class Policy(nn.Module):
         return self.value_head.summary.weight.device
 
     @contextmanager
-    def adapter(self, name: str):
-        """Run with another adapter, frozen; the one before is active again afterwards, trainable if it was."""
+    def adapter(self, name: str, trainable: bool = False):
+        """Run with another adapter; the one before is active again afterwards, trainable if it was."""
         before = self.model.active_adapter
-        self.model.set_adapter(name, inference_mode=True)
+        self.model.set_adapter(name, inference_mode=not trainable)
         try:
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
+            for parameter in self.value_parameters():
+                parameter.requires_grad_(True)  # gradients of values may still have to find their way back
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What is trained for the values alone: the head and, with value_adapter, its LoRA."""
+        lora = [
+            parameter for name, parameter in self.model.named_parameters() if ".value." in name and "lora_" in name
+        ]
+        return [*self.value_head.parameters(), *lora]
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, S) prompts to (B, S, d) encoder states."""
@@ -692,10 +708,11 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     return model
 
 
-def copy_to_reference(model: peft.PeftModel) -> None:
-    """Make the reference what the trained adapter is now."""
+def copy_to_others(model: peft.PeftModel) -> None:
+    """Make the reference, and the value head's adapter where there is one, what the trained adapter is now."""
     starting = peft.get_peft_model_state_dict(model, adapter_name="default")
-    peft.set_peft_model_state_dict(model, starting, adapter_name="reference")
+    for name in model.peft_config.keys() - {"default"}:
+        peft.set_peft_model_state_dict(model, starting, adapter_name=name)
 
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -744,8 +761,9 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         except ValueError as error:
             raise UserError(f"--lora_target_modules: {one_line(error)}") from error
         print("adapter: a new LoRA, which starts as the identity")
-    model.add_adapter("reference", model.peft_config["default"])
-    copy_to_reference(model)
+    for name in ("reference", "value") if config.value_adapter else ("reference",):
+        model.add_adapter(name, model.peft_config["default"])
+    copy_to_others(model)
     model.set_adapter("default")
     use_fast_layers(model)
     return Policy(model).to(device), tokenizer
@@ -1188,7 +1206,7 @@ def tune(
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
     stop.raise_if_received()
     policy.eval()
-    copy_to_reference(policy.model)
+    copy_to_others(policy.model)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1699,12 +1717,13 @@ def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None =
 def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
     """Write checkpoint-<step> and delete the oldest.
 
-    It holds all that the next step depends on: both adapters, value head, optimizer, KL coefficient. Every random
+    It holds all that the next step depends on: the adapters, value head, optimizer, KL coefficient. Every random
     number and the rows of every batch are functions of the seed and the step, so there is no random state to keep.
     """
     with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
         save_adapter(policy, checkpoint / "adapter")
-        save_lora(policy.model, checkpoint / "reference", "reference")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            save_lora(policy.model, checkpoint / name, name)
         torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
         write_state(checkpoint, state)
     prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
@@ -1714,7 +1733,8 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
     with loading(checkpoint, "resume"):
         restore_adapter(policy, checkpoint / "adapter")
-        load_lora(policy.model, checkpoint / "reference", "reference")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            load_lora(policy.model, checkpoint / name, name)
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
 
 
@@ -2189,8 +2209,14 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         tqdm.write(f"  rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}, {so_far}")
         return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
 
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
+    critic, active = policy.value_parameters(), policy.model.parameters()
+    actor = [p for p in active if p.requires_grad and not any(p is other for other in critic)]
+    optimizer = torch.optim.Adam(
+        [{"params": actor}, {"params": critic, "lr": config.value_learning_rate or config.learning_rate}],
+        lr=config.learning_rate,
+    )
+    # Clipped apart where they share nothing, so that neither's gradients shorten the other's step.
+    clipped = [actor, critic] if config.value_adapter else [actor + critic]
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
     else:
@@ -2242,6 +2268,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         responses.encoder_states = None  # the reference's are others, and the update's need gradients
         with policy.adapter("reference"):
             ref_logprobs, _ = score_batch(policy, responses)
+        if config.value_adapter:
+            with policy.adapter("value"):
+                _, old_values = score_batch(policy, responses)
         clock.append(time.perf_counter())
 
         # 3. Score the text.
@@ -2276,6 +2305,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                     width = part.tokens.shape[1]
                     rows_mask = mask[rows, :width]
                     logprobs, values = score_responses(policy, part)
+                    if config.value_adapter:
+                        with policy.adapter("value", trainable=True):
+                            _, values = score_responses(policy, part)
                     pg_loss, stats = policy_loss(
                         logprobs, old_logprobs[rows, :width], advantages[rows, :width], rows_mask, config.cliprange
                     )
@@ -2301,16 +2333,16 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 if update["ppo/policy/ratio"] > config.ratio_threshold:
                     skipped += 1
                     continue
-                norm = nn.utils.get_total_norm([parameter.grad for parameter in trainable])
-                if not norm.isfinite():
+                norms = [nn.utils.get_total_norm([parameter.grad for parameter in part]) for part in clipped]
+                if not all(norm.isfinite() for norm in norms):
                     broken.append("gradients")
                     break
                 limit = config.target_policy_kl
                 moved = limit is not None and update["ppo/policy/policykl"] > 1.5 * limit
                 if moved:
                     break
-                if config.max_grad_norm:
-                    nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
+                for parameters, norm in zip(clipped, norms, strict=True) if config.max_grad_norm else ():
+                    nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
                 optimizer.step()
         clock.append(time.perf_counter())
 

@@ -56,6 +56,8 @@ DEFAULTS = {
     "cliprange": 0.2,
     "cliprange_value": 0.2,
     "vf_coef": 0.1,
+    "value_adapter": False,
+    "value_learning_rate": None,
     "ratio_threshold": 10,
     "target_policy_kl": None,
     "max_grad_norm": None,
@@ -105,6 +107,7 @@ RANGES = {
     "cliprange": ([0, -0.2], [0.01]),
     "cliprange_value": ([0, -0.2], [0.01]),
     "vf_coef": ([-0.1], [0]),
+    "value_learning_rate": ([0, -1], [0.1]),
     "ratio_threshold": ([1, 0, -10], [1.1]),
     "target_policy_kl": ([0, -1], [0.1]),
     "max_grad_norm": ([0, -1], [0.1]),
@@ -247,7 +250,7 @@ def test_ill_typed_values_in_the_file(name, tmp_path):
     wrong = [{"a": 1}, [[1]]]
     if name in WHOLE + REAL:
         wrong += ["abc", True, [1]]
-    elif name != "adaptive_kl":
+    elif name not in ("adaptive_kl", "value_adapter"):
         wrong += [5, 1.5] + [True] * (name != "resume")  # true: from the newest checkpoint
     else:
         wrong += [5, "maybe", [True]]
