@@ -1609,6 +1609,8 @@ def save_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") 
     directory.mkdir(parents=True, exist_ok=True)
     lora = copy.copy(model.peft_config[adapter])
     lora.inference_mode = True
+    if isinstance(lora.target_modules, set):
+        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
     lora.save_pretrained(directory)
     weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
@@ -2357,6 +2359,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 "ppo/std_scores": scores.std(correction=0).item(),
                 "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
                 "ppo/returns/mean": masked_mean(returns, mask).item(),
+                "ppo/returns/var": returns[mask].var().item() if mask.sum() > 1 else 0.0,
                 "ppo/val/var_explained": variance_explained(old_values, returns, mask),
                 "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
                 **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
