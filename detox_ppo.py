@@ -21,6 +21,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -60,7 +61,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from matplotlib.figure import Figure
 from rouge_score import rouge_scorer
@@ -78,12 +79,45 @@ SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves i
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
+SECRET_NAMES = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY", re.IGNORECASE)
+# user:password of a URL, telling parameters of its query, and the hub's tokens.
+SECRETS = re.compile(
+    r"(://)[^/\s]+(?=@)|([?&][\w-]*(?:token|signature|credential|key|secret|password)[\w-]*=)[^&\s]+|\b(?-i:hf_[0-9A-Za-z]{20,})",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """Text without tokens and passwords, whether they are in the environment, the hub's token file or a URL."""
+    known = [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+    for secret in sorted([*known, huggingface_hub.get_token() or ""], key=len, reverse=True):
+        if len(secret) >= 8:  # a flag such as TOKENIZERS_PARALLELISM=false is none
+            text = text.replace(secret, "***")
+    return SECRETS.sub(r"\1\2***", text)
+
+
 class UserError(Exception):
-    """A mistake or a fault that the user can mend: shown as one line, exit code 2, no stack trace."""
+    """A mistake or a fault that the user can mend: shown as one line, exit code 2, no stack trace.
+
+    What it quotes may come from anywhere: secrets are masked, and signs that would move the cursor are spelt out.
+    """
+
+    def __init__(self, message: str):
+        text = masked(" ".join(message.split()))
+        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+class MaskedRecord(logging.LogRecord):
+    """A line of any library's log, such as the hub's about another attempt at a URL."""
+
+    def getMessage(self):
+        return masked(super().getMessage())
+
+
+def one_line(error: Exception | str) -> str:
+    # A KeyError's own text is the key alone, a MemoryError's may be empty.
+    text = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+    return " ".join(text.split())[:400]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,6 +237,36 @@ class OptionParser(trl.TrlParser):
         raise UserError(f"{message} (see: python detox_ppo.py --help)")
 
 
+class OptionLoader(yaml.SafeLoader):
+    """Refuses an option that stands twice, of which YAML would take the second in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        found = Counter(str(key.value) for key, _ in node.value)
+        if twice := [name for name, count in found.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_options(path: str) -> dict:
+    """Read a configuration file; TrlParser's own reader would let it set environment variables too, by an `env` key.
+
+    Raises:
+        UserError: no such file, no YAML mapping in UTF-8, or a key that is no option.
+    """
+    try:
+        options = yaml.load(Path(path).read_text(encoding="utf-8-sig"), OptionLoader)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path}: not a YAML file: {one_line(error)}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path}: expected a YAML mapping, a line `option: value` for each option")
+    known = {option.name for option in dataclasses.fields(DetoxConfig)}
+    if unknown := [str(name) for name in options if name not in known]:
+        raise UserError(f"--config {path}: unknown option: {', '.join(unknown)} (see: python detox_ppo.py --help)")
+    return options
+
+
 def parse_config(args: list[str]) -> DetoxConfig:
     """Parse flags and `--config FILE.yaml` into a checked configuration.
 
@@ -215,20 +279,15 @@ def parse_config(args: list[str]) -> DetoxConfig:
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if args[-1:] == ["--config"] or args.count("--config") > 1:
         raise UserError("--config takes one file, once: --config FILE.yaml")
+    if "--config" in args:
+        at = args.index("--config")
+        parser.set_defaults_with_config(**read_options(args[at + 1]))
+        del args[at : at + 2]
     try:
-        config, others = parser.parse_args_and_config(args)
-    except FileNotFoundError as error:
-        raise UserError(f"--config {error.filename}: no such file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: not a YAML file: {one_line(error)}") from error
-    except TypeError as error:
-        keys = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text(encoding="utf-8"))
-        wrong = ", ".join(repr(key) for key in keys if not isinstance(key, str))
-        raise UserError(f"--config: every key in the file must be the name of an option, not {wrong}") from error
-    except (ValueError, OSError) as error:
+        # Unless told otherwise the parser would also read a file detox_ppo.args beside the script.
+        config, _ = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
+    except ValueError as error:
         raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
-    if any(vars(others).values()):
-        raise UserError(f"--config: unknown option in the file: {', '.join(k for k, v in vars(others).items() if v)}")
     if isinstance(config.lora_target_modules, str):
         config.lora_target_modules = [config.lora_target_modules]
     if str(config.resume).lower() in ("true", "false"):  # as in a YAML file, and as Hugging Face's Trainer takes it
@@ -241,8 +300,12 @@ def parse_config(args: list[str]) -> DetoxConfig:
     if "SM_MODEL_DIR" in os.environ and "resume" not in flags:
         config.resume = NEWEST  # a spot job is started again with the same options
     check_config(config)
-    config.adapter_name = config.adapter_name or None
+    config.adapter_name, config.dynamodb_table = config.adapter_name or None, config.dynamodb_table or None
     return config
+
+
+# Control characters, and the halves of characters that Python makes of names in other encodings than UTF-8.
+UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_config(config: DetoxConfig) -> None:
@@ -275,6 +338,13 @@ def check_config(config: DetoxConfig) -> None:
         else:
             # bool is a subclass of int in Python, but `batch_size: yes` is a mistake.
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
+        if type(value) is int and name != "seed":
+            require(name, value < 2**31, "below 2**31")
+        if type(value) is str:
+            require(name, value.strip() or type(None) in allowed, "a name, not nothing")
+            require(name, not UNFIT.search(value), "of ordinary signs, without line breaks and the like")
+            # It would be printed, and written to results.json and the model card.
+            require(name, masked(value) == value, "without a token or password; the hub's token belongs in HF_TOKEN")
 
     at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon save_steps save_total_limit"
     at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens sft_batch_size sft_max_target_length"
@@ -293,6 +363,7 @@ def check_config(config: DetoxConfig) -> None:
     require("seed", config.seed < 2**64, "below 2**64")
     require("eval_samples", config.eval_samples == -1 or config.eval_samples >= 1, "at least 1, or -1 for all")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
+    require("toxic_label", config.toxic_label != config.reward_label, "another label than reward_label's")
     for name in ("max_grad_norm", "target_policy_kl", "value_learning_rate"):
         require(name, getattr(config, name) is None or getattr(config, name) > 0, "greater than 0, or unset")
     for kind in ("input_{}_text_length", "output_{}_length"):
@@ -311,7 +382,7 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
         device = torch.device(best if config.device == "auto" else config.device)
     except RuntimeError as error:
         raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cuda" and str(device) != "cpu":
         raise UserError(f"--device {config.device!r} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {config.device}: this machine has {torch.cuda.device_count()} GPUs for PyTorch")
@@ -338,10 +409,10 @@ def hub_commit(name: str, option_name: str, repo_type: str = "model") -> str | N
     Raises:
         UserError: the hub can't be reached or has no such repository; there is no silent fallback.
     """
-    if Path(name).exists():
+    if os.path.exists(name):  # unlike Path's, it takes names of any length
         return None
     try:
-        return HfApi().repo_info(name, repo_type=repo_type, timeout=30).sha
+        return HfApi().repo_info(name, repo_type=repo_type, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT).sha
     except OfflineModeIsEnabled:
         folder = repo_folder_name(repo_id=name, repo_type=repo_type)
         main = Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "refs", "main")
@@ -371,16 +442,25 @@ def loading(name: str, option_name: str):
         while cause.__cause__ is not None:
             cause = cause.__cause__
         because = "" if cause is error else f" (because of {type(cause).__name__}: {one_line(cause)})"
-        raise UserError(f"--{option_name} {name}: can't be loaded: {one_line(error)}{because}") from error
+        what = f"{one_line(error)}{because}"
+        if isinstance(error, HFValidationError) and os.path.exists(name):
+            # What a directory lacks the libraries look for on the hub, where its path is no name.
+            what = "a file that it needs is not there"
+        if not os.path.exists(name):
+            what += f". It is looked for on the hub at {huggingface_hub.constants.ENDPOINT}; try again if that failed"
+        raise UserError(f"--{option_name} {name}: can't be loaded: {what}") from error
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a csv or jsonl file.
 
     Raises:
-        UserError: broken encoding, a broken row or line (its number is named), or an unknown ending.
+        UserError: can't be read, broken encoding, or a broken row or line (its number is named).
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -388,21 +468,23 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from error
     if path.suffix == ".csv":
         try:
-            table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
-        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise UserError(f"{path}: not a readable csv: {one_line(error)}") from error
-        if not isinstance(table.index, pd.RangeIndex):
-            # pandas would take the first column for row names and shift all others.
-            raise UserError(f"{path}: its rows have more fields than its header; quote texts that hold commas")
-        return table.astype(object)
+            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
+            table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, na_values=[""])
+        except pd.errors.EmptyDataError as error:
+            raise UserError(f"{path}: the csv is empty; expected columns dialogue and summary") from error
+        except pd.errors.ParserError as error:
+            hint = "quote texts that hold commas, quotes or line breaks"
+            raise UserError(f"{path}: not a readable csv: {one_line(error)}; {hint}") from error
+        table = table.astype(object)
+        return table.iloc[1:].set_axis(table.iloc[0].fillna("").tolist(), axis=1)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {one_line(error)}") from error
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path}: line {number} must be a JSON object with dialogue and summary")
     # dtype=object keeps numbers as they came, so that the check of the rows sees and names them.
@@ -426,7 +508,7 @@ def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
         UserError: names the file or repository, the column or the row, and what was expected.
     """
     path = Path(dataset_name)
-    if path.exists():
+    if os.path.exists(path):
         path = training_file(path) if path.is_dir() else path
         if path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"--dataset_name {path}: expected a .csv or .jsonl file, or a directory with one")
@@ -438,14 +520,18 @@ def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
         source, columns, column = dataset_name, dataset.column_names, lambda name: list(dataset[name])
     texts = {}
     for name in ("dialogue", "summary"):
-        if name not in columns:
-            found = ", ".join(columns) or "none"
-            raise UserError(f"{source}: no column {name!r}; expected dialogue and summary, found {found}")
+        if columns.count(name) != 1:
+            found = one_line(", ".join(columns) or "none")
+            what = "more than one" if name in columns else "no"
+            raise UserError(f"{source}: {what} column {name!r}; expected dialogue and summary, found {found}")
         texts[name] = column(name)
         for row, text in enumerate(texts[name], start=1):
-            if not isinstance(text, str):
-                found = "empty" if text is None else f"of type {type(text).__name__}"
+            if not isinstance(text, str) or not text:
+                found = "empty" if text in (None, "") else f"of type {type(text).__name__}"
                 raise UserError(f"{source}: row {row}: column {name!r} is {found}; expected text")
+            if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
+                what = f"holds {ascii(half[0])}, half of a character"
+                raise UserError(f"{source}: row {row}: column {name!r} {what}; write the character itself")
     return texts["dialogue"], texts["summary"]
 
 
@@ -677,6 +763,49 @@ class Policy(nn.Module):
         return trainable, sum(parameter.numel() for parameter in counted)
 
 
+def load_model(kind, name: str, option_name: str, dtype: torch.dtype, device: torch.device):
+    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence.
+
+    Raises:
+        UserError: tensors are missing, of another shape than config.json says, or not finite.
+    """
+    wrong = f"--{option_name} {name}: its weights are not those of its config.json"
+    try:
+        model, found = kind.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention_for(device),
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are found here, where they can be named
+            output_loading_info=True,
+        )
+    except NotImplementedError as error:  # tied embeddings of two shapes
+        raise UserError(f"{wrong}: its embeddings have another shape") from error
+    broken = [f"{key} is {tuple(is_)}, not {tuple(wanted)}" for key, is_, wanted in sorted(found["mismatched_keys"])]
+    broken += [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    broken += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{wrong}: {broken[0]} ({len(broken)} tensors at fault)")
+    return model
+
+
+def check_tokenizer(tokenizer, model, tokens: tuple[str, ...], named: str) -> None:
+    """Refuse a tokenizer that lacks one of the special tokens, or whose vocabulary can't be its model's.
+
+    Where a directory has no tokenizer, transformers makes up one that knows next to no word.
+    """
+    for token in tokens:
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"{named}: its tokenizer has no {token}")
+    rows = model.get_input_embeddings().num_embeddings
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if not rows / 2 <= max(words, default=0) + 1 <= rows:
+        raise UserError(
+            f"{named}: its tokenizer knows {len(words)} words and its model {rows}: it is another model's tokenizer, "
+            "or its files (tokenizer.json or the like) are not there"
+        )
+
+
 def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only.
 
@@ -692,9 +821,12 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     # PEFT falls back to the hub for an adapter's base unless told which it is.
     adapter_config.base_model_name_or_path = base_name
     adapter_config.inference_mode = False
+    if adapter_config.init_lora_weights not in (True, False, "gaussian"):
+        # PiSSA and its like change the base itself, which the reference shares.
+        raise UserError(f"{pair}: its init_lora_weights {adapter_config.init_lora_weights!r} would change the base")
     try:
         model = peft.get_peft_model(base, adapter_config)
-    except ValueError as error:  # none of its target modules is there
+    except Exception as error:  # none of its target modules is there, or an ill-typed value
         raise UserError(f"{pair}: {one_line(error)}") from error
     expected = peft.get_peft_model_state_dict(model)
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -704,6 +836,8 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UserError(f"{pair}: {name} is {tuple(tensor.shape)}, the base wants {tuple(expected[name].shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"--adapter_name {adapter_name}: {name} is not finite")
     peft.set_peft_model_state_dict(model, weights)
     return model
 
@@ -725,17 +859,13 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         UserError: a name that can't be loaded, a model of the wrong kind, a tokenizer without the needed tokens.
     """
     with loading(config.model_name, "model_name"):
-        base_config = AutoConfig.from_pretrained(config.model_name)
+        base_config = AutoConfig.from_pretrained(config.model_name, trust_remote_code=False)
         if not base_config.is_encoder_decoder:
             raise UserError(f"--model_name {config.model_name}: expected an encoder-decoder, such as a T5")
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-        base = AutoModelForSeq2SeqLM.from_pretrained(
-            config.model_name, dtype=dtype, attn_implementation=attention_for(device)
-        )
-    for token in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, token) is None:
-            raise UserError(f"--model_name {config.model_name}: its tokenizer has no {token.removesuffix('_id')}")
-        setattr(base.config, token, getattr(tokenizer, token))
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=False)
+        base = load_model(AutoModelForSeq2SeqLM, config.model_name, "model_name", dtype, device)
+        check_tokenizer(tokenizer, base, ("pad_token", "eos_token"), f"--model_name {config.model_name}")
+    base.config.pad_token_id, base.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if getattr(base.config, "decoder_start_token_id", None) is None:
         base.config.decoder_start_token_id = base.generation_config.decoder_start_token_id
     if base.config.decoder_start_token_id is None:
@@ -747,6 +877,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         loaded = model.peft_config["default"]
         print(f"adapter: {config.adapter_name} (r={loaded.r}, alpha={loaded.lora_alpha}; lora_* options unused)")
     else:
+        if config.lora_r > (size := base.config.hidden_size):
+            raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
         lora = peft.LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -767,6 +899,38 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     model.set_adapter("default")
     use_fast_layers(model)
     return Policy(model).to(device), tokenizer
+
+
+def check_lengths(policy: Policy, tokenizer, splits: datasets.DatasetDict, config: DetoxConfig) -> None:
+    """Check that model and memory take the longest prompt and the longest response that the options allow.
+
+    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
+
+    Raises:
+        UserError: names the option to lower.
+    """
+    base, device = policy.base.config, policy.device
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    prompts = max(len(ids) for split in splits.values() for ids in split["input_ids"])
+    lengths = [("encoder", "input_max_text_length", prompts)]
+    lengths += [("decoder", name, getattr(config, name)) for name in ("output_max_length", "eval_max_new_tokens")]
+    if config.sft_steps:
+        summaries = max(map(len, plain_token_ids(tokenizer, list(splits["train"]["summary"]))))
+        lengths.append(("decoder", "sft_max_target_length", min(summaries, config.sft_max_target_length)))
+    for part, option_name, tokens in lengths:
+        width = padded_width([tokens])
+        what = f"--{option_name} {getattr(config, option_name)} allows {tokens:,} tokens"
+        # BART's, and LED's, which has one for each side
+        positions = getattr(base, f"max_{part}_position_embeddings", getattr(base, "max_position_embeddings", None))
+        if positions is not None and width > positions:
+            raise UserError(f"{what}, but the {part} of {config.model_name} takes {positions // 16 * 16}; lower it")
+        # At the least, the scores of one layer and their softmax.
+        needed = 2 * 4 * base.num_attention_heads * width**2
+        if needed > memory:
+            sizes = f"{needed / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB in all"
+            raise UserError(f"{what}, whose attention alone takes {sizes}; lower it")
 
 
 def print_parameters(policy: Policy) -> None:
@@ -797,23 +961,25 @@ class HateClassifier:
     def __init__(self, config: DetoxConfig, device: torch.device):
         name = config.reward_model_name
         with loading(name, "reward_model_name"):
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, attn_implementation=attention_for(device)
-            )
-        self.model.to(device).eval().requires_grad_(False)
-        use_fast_layers(self.model)
-        self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
-        for option_name in ("reward_label", "toxic_label"):
-            if getattr(config, option_name) not in self.labels:
-                raise UserError(
-                    f"--{option_name} {getattr(config, option_name)!r} is no label of {name}; "
-                    f"its labels are {', '.join(self.labels)}"
-                )
-        self.reward_index = self.labels.index(config.reward_label)
-        # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
-        positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
-        self.max_length = min(self.tokenizer.model_max_length, positions)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            kind = AutoModelForSequenceClassification
+            self.model = load_model(kind, name, "reward_model_name", torch.float32, device)
+            self.model.to(device).eval().requires_grad_(False)
+            use_fast_layers(self.model)
+            self.labels = [str(self.model.config.id2label.get(i)) for i in range(self.model.config.num_labels)]
+            for option_name in ("reward_label", "toxic_label"):
+                if getattr(config, option_name) not in self.labels:
+                    raise UserError(
+                        f"--{option_name} {getattr(config, option_name)!r} is no label of {name}; "
+                        f"its labels are {', '.join(self.labels)}"
+                    )
+            self.reward_index = self.labels.index(config.reward_label)
+            check_tokenizer(self.tokenizer, self.model, ("pad_token",), f"--reward_model_name {name}")
+            # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
+            positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
+            self.max_length = min(self.tokenizer.model_max_length, positions)
+            if self.max_length < 16:
+                raise UserError(f"--reward_model_name {name}: it reads {self.max_length} tokens, which is no text")
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
@@ -1733,7 +1899,7 @@ def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, lim
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
-    with loading(checkpoint, "resume"):
+    with loading(str(checkpoint), "resume"):
         restore_adapter(policy, checkpoint / "adapter")
         for name in policy.model.peft_config.keys() - {"default"}:
             load_lora(policy.model, checkpoint / name, name)
@@ -2167,6 +2333,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     classifier = HateClassifier(config, device)
     print_examples(classifier)
     splits = build_dataset(dialogues, summaries, tokenizer, config)
+    check_lengths(policy, tokenizer, splits, config)
     train, test = splits["train"], splits["test"]
     fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
     origin = {"config": options, "commits": commits, "dataset_fingerprint": fingerprint}
@@ -2495,6 +2662,7 @@ def main(args: list[str] | None = None) -> None:
     # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.setLogRecordFactory(MaskedRecord)
     stop = StopSignals()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -2506,7 +2674,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         told = explain(error)
         if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
+            (SAGEMAKER / "output" / "failure").write_text(told or masked(traceback.format_exc()), encoding="utf-8")
         if told is None:
             raise
         print(f"detox_ppo.py: error: {told}", file=sys.stderr)

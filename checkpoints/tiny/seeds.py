@@ -1,6 +1,6 @@
 """Run the small world with several seeds and print what each reached, as a Markdown table.
 
-    python checkpoints/tiny/seeds.py [--seeds 0 1 2 3 4] [--output_dir checkpoints/tiny-seeds] [options of detox_ppo.py]
+    python checkpoints/tiny/seeds.py [--seeds 0 1 2 3 4] [--output_dir DIR] [options of detox_ppo.py]
 
 Each run is a process of its own; its directory and its log stay in output_dir, where a run that was interrupted goes
 on. "values explain" is the share of the returns' variance that the value head explains in the last 50 steps.
