@@ -2071,16 +2071,18 @@ def places(config: DetoxConfig) -> tuple[Path, Path, Path]:
     return output_dir, Path(os.environ["SM_MODEL_DIR"]), synced if synced.is_dir() else output_dir
 
 
-def claim(directory: Path, option_name: str) -> None:
-    """Make a directory and hold it until the process ends.
+def claim(directory: Path, option_name: str) -> FileLock:
+    """Make a directory and lock it, for as long as somebody keeps the lock and the process lives.
 
     Raises:
         UserError: it can't be written, or another run holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # The system frees the lock however the process ends. A singleton, so that a notebook may run twice.
-        FileLock(directory / ".lock", is_singleton=True).acquire(timeout=0)
+        # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
+        lock = FileLock(directory / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+        return lock
     except Timeout as error:
         raise UserError(
             f"--{option_name} {directory}: another run is writing there; choose another directory"
@@ -2102,8 +2104,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """
     started, stop = time.perf_counter(), stop or StopSignals()
     output_dir, model_dir, checkpoint_dir = places(config)
-    for directory in {output_dir, model_dir, checkpoint_dir}:
-        claim(directory, "output_dir")
+    _locks = [claim(directory, "output_dir") for directory in {output_dir, model_dir, checkpoint_dir}]
     resumed = choose_checkpoint(config, checkpoint_dir, (output_dir / "results.json").exists())
     state = read_state(resumed, config) if resumed else None
     options = dataclasses.asdict(config)
