@@ -37,7 +37,7 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -1056,10 +1056,10 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 
 
 class TuningWatch(transformers.TrainerCallback):
-    """Shows the tuning's progress, completes its checkpoints, and stops it after the step in hand when asked to."""
+    """Shows the tuning's progress, and stops it after the step in hand when asked to."""
 
-    def __init__(self, config: DetoxConfig, state: dict, stop: "StopSignals"):
-        self.config, self.run_state, self.stop = config, state, stop
+    def __init__(self, stop: "StopSignals"):
+        self.stop = stop
 
     def on_train_begin(self, args, state, control, **kwargs):
         total, done = state.max_steps, state.global_step
@@ -1069,11 +1069,6 @@ class TuningWatch(transformers.TrainerCallback):
         self.bar.update()
         if self.stop.received:
             control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        directory = Path(args.output_dir)
-        write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
-        prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -1087,10 +1082,26 @@ class TuningWatch(transformers.TrainerCallback):
 class TuningTrainer(transformers.Seq2SeqTrainer):
     """Has no dropout on but the LoRA's: the frozen base is to compute what it will in PPO."""
 
+    def __init__(self, *args, run_state: dict, save_total_limit: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_state, self.save_total_limit = run_state | {"stage": "tuning"}, save_total_limit
+
     def compute_loss(self, model, *args, **kwargs):
         for name, module in model.named_modules():
             module.training = "lora_dropout" in name  # the Trainer has just turned all on
         return super().compute_loss(model, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with written_aside(directory / name) as checkpoint:
+            self.args.output_dir = checkpoint  # where the Trainer makes a directory of that name
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = directory
+            for path in (checkpoint / name).iterdir():
+                path.rename(checkpoint / path.name)
+            (checkpoint / name).rmdir()
+            write_state(checkpoint, self.run_state)
+        prune_checkpoints(directory, self.state.global_step, self.save_total_limit)
 
     # The Trainer's own two would ask the hub about the base, and write the base's tokenizer and a pickle.
     def _save(self, output_dir=None, state_dict=None):
@@ -1167,7 +1178,9 @@ def tune(
         transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),
         pairs,
         compute_loss_func=tuning_loss,
-        callbacks=[TuningWatch(config, state, stop)],
+        callbacks=[TuningWatch(stop)],
+        run_state=state,
+        save_total_limit=config.save_total_limit,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     stop.in_step = True
@@ -1615,8 +1628,9 @@ def written_aside(path: Path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
+        with suppress(OSError):
+            remove(aside)  # half a file would only keep the disk full
         raise UserError(
             f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
             "checkpoint."
@@ -1634,7 +1648,11 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+    """What is wrong with a checkpoint, in words; None if it is whole.
+
+    Raises:
+        UserError: it can't be read, which may pass; a damage stays.
+    """
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
@@ -1642,8 +1660,10 @@ def damage(checkpoint: Path) -> str | None:
         found = checksums(checkpoint)
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
-    except (OSError, ValueError) as error:
-        return f"it can't be read: {one_line(error)}"
+    except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    except OSError as error:
+        raise UserError(f"--resume: {checkpoint} can't be read: {one_line(error)}") from error
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
 
@@ -1664,12 +1684,12 @@ def prune_checkpoints(directory: Path, step: int, limit: int) -> None:
     """Keep the newest checkpoints up to this step; later ones are of a run that is being done again."""
     found = find_checkpoints(directory)
     kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
-    for path in found:
-        if path not in kept:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                print(f"warning: {path} can't be deleted: {one_line(error)}")
+    # What a killed run had half written goes too.
+    for path in [*(path for path in found if path not in kept), *directory.glob(".checkpoint-*.partial")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: {path} can't be deleted: {one_line(error)}")
 
 
 def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
@@ -1700,7 +1720,7 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
     """The checkpoint to go on from; None to start from the beginning.
 
     Raises:
-        UserError: the one named is damaged, all are, or an unfinished run would be overwritten.
+        UserError: the one named is damaged, or an unfinished run would be overwritten.
     """
     if config.resume not in (None, NEWEST):
         reason = damage(Path(config.resume))
@@ -1721,9 +1741,8 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
             print(f"going on from {checkpoint}")
             return checkpoint
         print(f"warning: {checkpoint} is not used: {reason}")
-    if found:
-        raise UserError(f"--resume: no checkpoint in {directory} is whole; delete them to start from the beginning")
-    print(f"--resume: no checkpoint in {directory} yet, starting from the beginning")
+    # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
+    print(f"--resume: no {'whole ' if found else ''}checkpoint in {directory}, starting from the beginning")
     return None
 
 
@@ -2338,6 +2357,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             )
         stop.raise_if_received()
     metrics_file.close()
+    prune_checkpoints(checkpoint_dir, state["step"], config.save_total_limit)  # again, if a kill cut it off
 
     with written_aside(model_dir / "adapter") as directory:
         save_adapter(policy, directory)
