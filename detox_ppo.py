@@ -1553,7 +1553,7 @@ def print_results(results: dict) -> None:
 # Checkpoints: a run goes on from one as if it had never stopped
 # ---------------------------------------------------------------------------------------------------------------
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS, TUNING_DIR = "checksums.json", "sft_checkpoint"
 # Options that a resumed run may change: the others would make it another run.
 MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
 
@@ -1727,7 +1727,7 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
         if reason:
             raise UserError(f"--resume {config.resume}: {reason}")
         return Path(config.resume)
-    found = find_checkpoints(directory) + find_checkpoints(directory / "sft_checkpoint")
+    found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
     if not config.resume:
         if found and not finished:
             raise UserError(
@@ -2175,25 +2175,27 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             if when == "before":
                 print(f"{name} [mean, std] of the human summaries: [{np.mean(human):.4f}, {np.std(human):.4f}]")
 
+    tuning_dir = checkpoint_dir / TUNING_DIR
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
     else:
+        if not resumed:
+            evaluate_now("base" if config.sft_steps else "before")
+            # Only now is anything of an earlier run replaced; results.json last, so that it may still be done anew.
+            for path in [*find_checkpoints(checkpoint_dir), tuning_dir, output_dir / "results.json"]:
+                remove(path)
         if config.sft_steps:
-            if not resumed:
-                evaluate_now("base")
             started_part = time.perf_counter()
-            tune(policy, tokenizer, train, config, checkpoint_dir / "sft_checkpoint", state, stop, resumed)
+            tune(policy, tokenizer, train, config, tuning_dir, state, stop, resumed)
             timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
-        evaluate_now("before")
+            evaluate_now("before")
         state["stage"] = "ppo"
-        # Only now is anything of an earlier run replaced.
-        for path in find_checkpoints(checkpoint_dir):
-            shutil.rmtree(path)
-        remove(output_dir / "results.json")
         save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
-        remove(checkpoint_dir / "sft_checkpoint")
+    remove(tuning_dir)
+    if state["step"] < config.max_ppo_steps:
+        remove(output_dir / "results.json")  # those of a shorter run: this one is unfinished
     if config.sft_steps:
         with written_aside(model_dir / "sft_adapter") as directory:
             save_lora(policy.model, directory, "reference")
