@@ -2144,14 +2144,16 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     print_examples(classifier)
     splits = build_dataset(dialogues, summaries, tokenizer, config)
     train, test = splits["train"], splits["test"]
-    fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
+    texts = [list(split[column]) for split in (train, test) for column in ("query", "summary")]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     origin = {"config": options, "commits": commits, "dataset_fingerprint": fingerprint}
     if state is None:
         state = {"stage": "start", "step": 0, "kl_coef": config.init_kl_coef, "skipped_in_row": 0, "history": []}
         state |= {"evaluations": {}, "warnings": {}, "timings": {}}
     for name in origin.keys() - {"config"} if resumed else ():
         if state[name] != origin[name]:
-            raise UserError(f"--resume {resumed}: {name} was {state[name]} and is {origin[name]}")
+            what = f"{name.replace('_', ' ')} was {state[name]} and is {origin[name]}"
+            raise UserError(f"--resume {resumed}: models or data have changed since: {what}")
     state |= origin
     evaluations, timings, history, warned = (state[name] for name in ("evaluations", "timings", "history", "warnings"))
     timings["load"] = timings.get("load", 0) + time.perf_counter() - started
