@@ -217,8 +217,11 @@ def parse_config(args: list[str]) -> DetoxConfig:
         raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
     if any(vars(others).values()):
         raise UserError(f"--config: unknown option in the file: {', '.join(k for k, v in vars(others).items() if v)}")
-    if isinstance(config.lora_target_modules, str):
-        config.lora_target_modules = [config.lora_target_modules]
+    # A SageMaker job turns the list ["q", "v"] into one text, "['q', 'v']".
+    modules = config.lora_target_modules
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules and isinstance(modules, list) and all(isinstance(item, str) for item in modules):
+        config.lora_target_modules = re.findall(r"[^][\s,'\"]+", " ".join(modules)) or None
     if str(config.resume).lower() in ("true", "false"):  # as in a YAML file, and as Hugging Face's Trainer takes it
         config.resume = NEWEST if str(config.resume).lower() == "true" else None
     # In a SageMaker training job, what the job says of its data wins over a file, a flag wins over both.
@@ -2443,7 +2446,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         told = explain(error)
         if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):  # a full disk, say
+                (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
         if told is None:
             raise
         print(f"detox_ppo.py: error: {told}", file=sys.stderr)
