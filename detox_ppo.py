@@ -2386,6 +2386,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(worse)}. "
             "Raise init_kl_coef, lower learning_rate or stop earlier."
         )
+    not_finite = sum(line["ppo/skipped_steps"] for line in history)
+    if not_finite:
+        warned["not finite"] = (
+            f"{not_finite} of {len(history)} steps were skipped, their scores, log-probabilities or gradients were "
+            "not finite numbers. Lower learning_rate, or set dtype float32."
+        )
     results["warnings"] = warned
     print_results(results)
     comparison = build_comparison(test.select(range(min(config.compare_samples, config.eval_samples))), before, after)
@@ -2416,7 +2422,9 @@ def explain(error: Exception) -> str | None:
     """A failure that the user can mend, in one line; None for a defect of the script."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    # PyTorch's and oneDNN's words for it on the CPU.
+    memory = r"can't allocate memory|could not (create|execute) a (primitive|memory)|Cannot allocate memory|bad_alloc"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, str(error)):
         return (
             f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
             "or input_max_text_length for sampling and evaluation."
