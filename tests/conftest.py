@@ -114,7 +114,7 @@ def undisturbed(forked, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
     dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
     args = kill_points.arguments(dialogues)
-    run = forked.run(args, directory, [["kill_points:fast", {}]])
+    run = forked.run(args, directory, [kill_points.FAST])
     assert run.code == 0, run.output
     found = kill_points.left(directory / "run")
     return SimpleNamespace(args=args, dialogues=dialogues, directory=directory, left=found)

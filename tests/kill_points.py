@@ -1,7 +1,7 @@
 """Kill a small run at many points, resume it, and compare everything it leaves with a run that was never stopped.
 
-    python tests/kill_points.py                   # 120 points, some minutes on 2 cores
-    python tests/kill_points.py --points 12       # what the tests do
+    python tests/kill_points.py                   # 132 points, some minutes on 2 cores
+    python tests/kill_points.py --points 11       # as many as the tests do
 
 The run tunes an adapter and trains it by PPO on the bundled small world, with a checkpoint after every step. A point
 is a counted event in it, so each run passes through the same ones: a file of the run that is opened for writing,
@@ -205,6 +205,13 @@ def fast():
 
 # In the process that watches
 
+FAST = ["kill_points:fast", {}]  # for forks.Server.start
+
+
+def strike(phase: str, number: int, *signals: str) -> list:
+    """What prepares a run to send itself signals at an event; without any, SIGKILL."""
+    return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals or ["SIGKILL"]}]
+
 
 def make_dialogues(directory: Path) -> Path:
     """Thirty of the small world's dialogues."""
@@ -280,16 +287,14 @@ def survive(server, args, directory, points, expected) -> tuple[int, list[str]]:
     """
     kills, resume = 0, []
     for phase, number in points:
-        run = server.run(
-            [*args, *resume], directory, [["kill_points:watch", {"phase": phase, "number": number, "root": "run"}]]
-        )
+        run = server.run([*args, *resume], directory, [strike(phase, number)])
         resume = ["--resume"]
         if run.code == 0:
             continue  # a resumed run may be past that point
         if run.code != -signal.SIGKILL:
             return kills, [f"exit code {run.code} before the kill: {run.error}"]
         kills += 1
-    run = server.run([*args, "--resume"], directory, [["kill_points:fast", {}]])
+    run = server.run([*args, "--resume"], directory, [FAST])
     if run.code:
         return kills, [f"exit code {run.code} after the kill: {run.error}"]
     return kills, differences(expected, left(directory / "run"))
@@ -315,7 +320,7 @@ def main(points: int, server: forks.Server, scratch: Path, jobs: int = 2, **opti
     """
     started = time.perf_counter()
     args = arguments(make_dialogues(scratch / "dialogues"), **options)
-    whole = server.run(args, scratch / "whole", [["kill_points:fast", {}]])
+    whole = server.run(args, scratch / "whole", [FAST])
     # Counted in a second run, so that the first shows that watching changes nothing.
     watched = server.run(
         args, scratch / "watched", [["kill_points:watch", {"root": "run", "counts": str(scratch / "counts")}]]
@@ -356,7 +361,7 @@ def main(points: int, server: forks.Server, scratch: Path, jobs: int = 2, **opti
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=120, help="how many points (default 120)")
+    parser.add_argument("--points", type=int, default=132, help="how many points (default 132)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_points_") as scratch, forks.Server() as server:

@@ -14,18 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_points import differences, left
+from kill_points import FAST, differences, left, strike
 from safetensors.torch import load_file, save_file
 
 import detox_ppo
 from detox_ppo import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["kill_points:fast", {}]
-
-
-def strike(phase, number, *signals):
-    return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals}]
 
 
 def metrics_of(directory):
@@ -87,22 +82,27 @@ def same_results(undisturbed, directory):
     return set(changed) <= named and results == expected | {"config": expected["config"] | results["config"]}
 
 
-def test_an_output_directory_that_cannot_be_written_is_found_first(small_arguments, tmp_path, disk, capsys):
-    """Before anything is loaded: the model has a name that no hub would know."""
+def refusal(directory, small_arguments, capsys):
+    """Why a run can't write there. It is said before anything is loaded: no hub would know the model."""
+    with pytest.raises(SystemExit) as end:
+        detox_ppo.main(small_arguments(model_name="nobody/nothing", output_dir=directory))
+    assert end.value.code == 2
+    start = f"detox_ppo.py: error: --output_dir {directory}: can't be written: "
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(start)
+    return line.removeprefix(start)
+
+
+def test_an_output_directory_that_cannot_be_made_is_found_first(small_arguments, tmp_path, capsys):
     (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file", small_arguments, capsys) == "File exists"
+    assert refusal(tmp_path / "file" / "below", small_arguments, capsys) == "Not a directory"
+
+
+def test_an_output_directory_on_a_read_only_disk_is_found_first(small_arguments, tmp_path, disk, capsys):
     read_only = disk(tmp_path / "disk", "ro")
-    for directory, reason in (
-        (tmp_path / "file", "File exists"),
-        (tmp_path / "file" / "below", "Not a directory"),
-        (read_only, "Read-only file system"),
-        (read_only / "below", "Read-only file system"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            detox_ppo.main(small_arguments(model_name="nobody/nothing", output_dir=directory))
-        assert end.value.code == 2
-        assert (
-            capsys.readouterr().err == f"detox_ppo.py: error: --output_dir {directory}: can't be written: {reason}\n"
-        )
+    for directory in (read_only, read_only / "below"):
+        assert refusal(directory, small_arguments, capsys) == "Read-only file system"
 
 
 def test_a_checkpoint_that_can_only_be_read(undisturbed, forked, disk, tmp_path):

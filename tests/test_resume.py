@@ -7,11 +7,9 @@ from pathlib import Path
 import kill_points
 import pandas as pd
 import pytest
-from kill_points import arguments, differences, left
+from kill_points import FAST, arguments, differences, left, strike
 
 import detox_ppo
-
-FAST = ["kill_points:fast", {}]
 
 
 @pytest.fixture
@@ -20,10 +18,6 @@ def copy(undisturbed, tmp_path):
     shutil.copytree(undisturbed.directory, tmp_path / "copy")
     (tmp_path / "copy" / "run" / "results.json").unlink()
     return tmp_path / "copy"
-
-
-def strike(phase, number, *signals):
-    return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals or ["SIGKILL"]}]
 
 
 def complaint(args, capsys):
@@ -36,7 +30,7 @@ def complaint(args, capsys):
 
 
 def test_kill_points(forked, tmp_path):
-    """A few of them: python tests/kill_points.py runs through 120."""
+    """A few of them: python tests/kill_points.py runs through 132."""
     found = kill_points.main(11, forked, tmp_path, sft_steps=2, max_ppo_steps=2)
     assert found["lost"] == [] and found["survived"] == found["points"] == 11 and found["kills"] >= 11
     assert all(row["points"] for row in found["phases"].values())
@@ -92,6 +86,15 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(copy, undisturbed, capsy
         ("run/adapter", "or it is no checkpoint of a run"),
     ):
         assert reason in complaint([*undisturbed.args, "--resume", name], capsys)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, undisturbed, capsys, monkeypatch):
+    """The disk may come back; what is damaged is replaced."""
+    (copy / "run" / "checkpoint-3" / "checksums.json").unlink()
+    (copy / "run" / "checkpoint-3" / "checksums.json").mkdir()  # no permission binds whoever runs this as root
+    monkeypatch.chdir(copy)
+    line = complaint([*undisturbed.args, "--resume"], capsys)
+    assert "run/checkpoint-3 can't be read: " in line and "Is a directory" in line
 
 
 def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undisturbed, copy, forked):

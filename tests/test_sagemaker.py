@@ -5,11 +5,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from kill_points import left
+from kill_points import FAST, left
 
 import detox_ppo
-
-FAST = ["kill_points:fast", {}]
 
 
 @pytest.fixture
