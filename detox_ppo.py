@@ -38,7 +38,7 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -288,8 +288,11 @@ def parse_config(args: list[str]) -> DetoxConfig:
         config, _ = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
     except ValueError as error:
         raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
-    if isinstance(config.lora_target_modules, str):
-        config.lora_target_modules = [config.lora_target_modules]
+    # A SageMaker job turns the list ["q", "v"] into one text, "['q', 'v']".
+    modules = config.lora_target_modules
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules and isinstance(modules, list) and all(isinstance(item, str) for item in modules):
+        config.lora_target_modules = re.findall(r"[^][\s,'\"]+", " ".join(modules)) or None
     if str(config.resume).lower() in ("true", "false"):  # as in a YAML file, and as Hugging Face's Trainer takes it
         config.resume = NEWEST if str(config.resume).lower() == "true" else None
     # In a SageMaker training job, what the job says of its data wins over a file, a flag wins over both.
@@ -1254,10 +1257,10 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 
 
 class TuningWatch(transformers.TrainerCallback):
-    """Shows the tuning's progress, completes its checkpoints, and stops it after the step in hand when asked to."""
+    """Shows the tuning's progress, and stops it after the step in hand when asked to."""
 
-    def __init__(self, config: DetoxConfig, state: dict, stop: "StopSignals"):
-        self.config, self.run_state, self.stop = config, state, stop
+    def __init__(self, stop: "StopSignals"):
+        self.stop = stop
 
     def on_train_begin(self, args, state, control, **kwargs):
         total, done = state.max_steps, state.global_step
@@ -1267,11 +1270,6 @@ class TuningWatch(transformers.TrainerCallback):
         self.bar.update()
         if self.stop.received:
             control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        directory = Path(args.output_dir)
-        write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
-        prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -1285,10 +1283,26 @@ class TuningWatch(transformers.TrainerCallback):
 class TuningTrainer(transformers.Seq2SeqTrainer):
     """Has no dropout on but the LoRA's: the frozen base is to compute what it will in PPO."""
 
+    def __init__(self, *args, run_state: dict, save_total_limit: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_state, self.save_total_limit = run_state | {"stage": "tuning"}, save_total_limit
+
     def compute_loss(self, model, *args, **kwargs):
         for name, module in model.named_modules():
             module.training = "lora_dropout" in name  # the Trainer has just turned all on
         return super().compute_loss(model, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with written_aside(directory / name) as checkpoint:
+            self.args.output_dir = checkpoint  # where the Trainer makes a directory of that name
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = directory
+            for path in (checkpoint / name).iterdir():
+                path.rename(checkpoint / path.name)
+            (checkpoint / name).rmdir()
+            write_state(checkpoint, self.run_state)
+        prune_checkpoints(directory, self.state.global_step, self.save_total_limit)
 
     # The Trainer's own two would ask the hub about the base, and write the base's tokenizer and a pickle.
     def _save(self, output_dir=None, state_dict=None):
@@ -1365,7 +1379,9 @@ def tune(
         transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),
         pairs,
         compute_loss_func=tuning_loss,
-        callbacks=[TuningWatch(config, state, stop)],
+        callbacks=[TuningWatch(stop)],
+        run_state=state,
+        save_total_limit=config.save_total_limit,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     stop.in_step = True
@@ -1740,7 +1756,7 @@ def print_results(results: dict) -> None:
 # Checkpoints: a run goes on from one as if it had never stopped
 # ---------------------------------------------------------------------------------------------------------------
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS, TUNING_DIR = "checksums.json", "sft_checkpoint"
 # Options that a resumed run may change: the others would make it another run.
 MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
 
@@ -1824,8 +1840,9 @@ def written_aside(path: Path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
+        with suppress(OSError):
+            remove(aside)  # half a file would only keep the disk full
         raise UserError(
             f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
             "checkpoint."
@@ -1843,7 +1860,11 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+    """What is wrong with a checkpoint, in words; None if it is whole.
+
+    Raises:
+        UserError: it can't be read, which may pass; a damage stays.
+    """
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
@@ -1851,8 +1872,10 @@ def damage(checkpoint: Path) -> str | None:
         found = checksums(checkpoint)
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
-    except (OSError, ValueError) as error:
-        return f"it can't be read: {one_line(error)}"
+    except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    except OSError as error:
+        raise UserError(f"--resume: {checkpoint} can't be read: {one_line(error)}") from error
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
 
@@ -1874,12 +1897,12 @@ def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None =
     found = find_checkpoints(directory)
     kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
     kept.append(directory / f"checkpoint-{best}")
-    for path in found:
-        if path not in kept:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                print(f"warning: {path} can't be deleted: {one_line(error)}")
+    # What a killed run had half written goes too.
+    for path in [*(path for path in found if path not in kept), *directory.glob(".checkpoint-*.partial")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: {path} can't be deleted: {one_line(error)}")
 
 
 def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
@@ -1910,14 +1933,14 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
     """The checkpoint to go on from; None to start from the beginning.
 
     Raises:
-        UserError: the one named is damaged, all are, or an unfinished run would be overwritten.
+        UserError: the one named is damaged, or an unfinished run would be overwritten.
     """
     if config.resume not in (None, NEWEST):
         reason = damage(Path(config.resume))
         if reason:
             raise UserError(f"--resume {config.resume}: {reason}")
         return Path(config.resume)
-    found = find_checkpoints(directory) + find_checkpoints(directory / "sft_checkpoint")
+    found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
     if not config.resume:
         if found and not finished:
             raise UserError(
@@ -1931,9 +1954,8 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
             print(f"going on from {checkpoint}")
             return checkpoint
         print(f"warning: {checkpoint} is not used: {reason}")
-    if found:
-        raise UserError(f"--resume: no checkpoint in {directory} is whole; delete them to start from the beginning")
-    print(f"--resume: no checkpoint in {directory} yet, starting from the beginning")
+    # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
+    print(f"--resume: no {'whole ' if found else ''}checkpoint in {directory}, starting from the beginning")
     return None
 
 
@@ -2281,16 +2303,18 @@ def places(config: DetoxConfig) -> tuple[Path, Path, Path]:
     return output_dir, Path(os.environ["SM_MODEL_DIR"]), synced if synced.is_dir() else output_dir
 
 
-def claim(directory: Path, option_name: str) -> None:
-    """Make a directory and hold it until the process ends.
+def claim(directory: Path, option_name: str) -> FileLock:
+    """Make a directory and lock it, for as long as somebody keeps the lock and the process lives.
 
     Raises:
         UserError: it can't be written, or another run holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # The system frees the lock however the process ends. A singleton, so that a notebook may run twice.
-        FileLock(directory / ".lock", is_singleton=True).acquire(timeout=0)
+        # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
+        lock = FileLock(directory / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+        return lock
     except Timeout as error:
         raise UserError(
             f"--{option_name} {directory}: another run is writing there; choose another directory"
@@ -2312,8 +2336,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """
     started, stop = time.perf_counter(), stop or StopSignals()
     output_dir, model_dir, checkpoint_dir = places(config)
-    for directory in {output_dir, model_dir, checkpoint_dir}:
-        claim(directory, "output_dir")
+    _locks = [claim(directory, "output_dir") for directory in {output_dir, model_dir, checkpoint_dir}]
     resumed = choose_checkpoint(config, checkpoint_dir, (output_dir / "results.json").exists())
     state = read_state(resumed, config) if resumed else None
     options = dataclasses.asdict(config)
@@ -2335,14 +2358,16 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     splits = build_dataset(dialogues, summaries, tokenizer, config)
     check_lengths(policy, tokenizer, splits, config)
     train, test = splits["train"], splits["test"]
-    fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
+    texts = [list(split[column]) for split in (train, test) for column in ("query", "summary")]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     origin = {"config": options, "commits": commits, "dataset_fingerprint": fingerprint}
     if state is None:
         state = {"stage": "start", "step": 0, "kl_coef": config.init_kl_coef, "skipped_in_row": 0, "history": []}
         state |= {"evaluations": {}, "warnings": {}, "timings": {}}
     for name in origin.keys() - {"config"} if resumed else ():
         if state[name] != origin[name]:
-            raise UserError(f"--resume {resumed}: {name} was {state[name]} and is {origin[name]}")
+            what = f"{name.replace('_', ' ')} was {state[name]} and is {origin[name]}"
+            raise UserError(f"--resume {resumed}: models or data have changed since: {what}")
     state |= origin
     evaluations, timings, history, warned = (state[name] for name in ("evaluations", "timings", "history", "warnings"))
     timings["load"] = timings.get("load", 0) + time.perf_counter() - started
@@ -2386,25 +2411,27 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     )
     # Clipped apart where they share nothing, so that neither's gradients shorten the other's step.
     clipped = [actor, critic] if config.value_adapter else [actor + critic]
+    tuning_dir = checkpoint_dir / TUNING_DIR
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
     else:
+        if not resumed:
+            evaluate_now("base" if config.sft_steps else "before")
+            # Only now is anything of an earlier run replaced; results.json last, so that it may still be done anew.
+            for path in [*find_checkpoints(checkpoint_dir), tuning_dir, output_dir / "results.json"]:
+                remove(path)
         if config.sft_steps:
-            if not resumed:
-                evaluate_now("base")
             started_part = time.perf_counter()
-            tune(policy, tokenizer, train, config, checkpoint_dir / "sft_checkpoint", state, stop, resumed)
+            tune(policy, tokenizer, train, config, tuning_dir, state, stop, resumed)
             timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
-        evaluate_now("before")
+            evaluate_now("before")
         if config.eval_every:
             judge(0)
         state["stage"] = "ppo"
-        # Only now is anything of an earlier run replaced.
-        for path in find_checkpoints(checkpoint_dir):
-            shutil.rmtree(path)
-        remove(output_dir / "results.json")
         save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
-        remove(checkpoint_dir / "sft_checkpoint")
+    remove(tuning_dir)
+    if state["step"] < config.max_ppo_steps:
+        remove(output_dir / "results.json")  # those of a shorter run: this one is unfinished
     if config.sft_steps:
         with written_aside(model_dir / "sft_adapter") as directory:
             save_lora(policy.model, directory, "reference")
@@ -2584,6 +2611,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             )
         stop.raise_if_received()
     metrics_file.close()
+    prune_checkpoints(checkpoint_dir, state["step"], config.save_total_limit)  # again, if a kill cut it off
 
     if "best" in state:
         # A run that was resumed elsewhere may have its best checkpoint where it came from.
@@ -2610,6 +2638,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         warned["reward hacking"] = (
             f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(worse)}. "
             "Raise init_kl_coef, lower learning_rate or stop earlier."
+        )
+    not_finite = sum(line["ppo/skipped_steps"] for line in history)
+    if not_finite:
+        warned["not finite"] = (
+            f"{not_finite} of {len(history)} steps were skipped, their scores, log-probabilities or gradients were "
+            "not finite numbers. Lower learning_rate, or set dtype float32."
         )
     results["warnings"] = warned
     if "best" in state:
@@ -2643,7 +2677,9 @@ def explain(error: Exception) -> str | None:
     """A failure that the user can mend, in one line; None for a defect of the script."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    # PyTorch's and oneDNN's words for it on the CPU.
+    memory = r"can't allocate memory|could not (create|execute) a (primitive|memory)|Cannot allocate memory|bad_alloc"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, str(error)):
         return (
             f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
             "or input_max_text_length for sampling and evaluation."
@@ -2674,7 +2710,9 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         told = explain(error)
         if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_text(told or masked(traceback.format_exc()), encoding="utf-8")
+            with suppress(OSError):  # a full disk, say
+                told_there = told or masked(traceback.format_exc())
+                (SAGEMAKER / "output" / "failure").write_text(told_there, encoding="utf-8")
         if told is None:
             raise
         print(f"detox_ppo.py: error: {told}", file=sys.stderr)
