@@ -22,6 +22,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -38,7 +39,7 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -63,7 +64,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from matplotlib.figure import Figure
 from rouge_score import rouge_scorer
@@ -83,12 +84,45 @@ SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves i
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
+SECRET_NAMES = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY", re.IGNORECASE)
+# user:password of a URL, telling parameters of its query, and the hub's tokens.
+SECRETS = re.compile(
+    r"(://)[^/\s]+(?=@)|([?&][\w-]*(?:token|signature|credential|key|secret|password)[\w-]*=)[^&\s]+|\b(?-i:hf_[0-9A-Za-z]{20,})",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """Text without tokens and passwords, whether they are in the environment, the hub's token file or a URL."""
+    known = [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+    for secret in sorted([*known, huggingface_hub.get_token() or ""], key=len, reverse=True):
+        if len(secret) >= 8:  # a flag such as TOKENIZERS_PARALLELISM=false is none
+            text = text.replace(secret, "***")
+    return SECRETS.sub(r"\1\2***", text)
+
+
 class UserError(Exception):
-    """A mistake or a fault that the user can mend: shown as one line, exit code 2, no stack trace."""
+    """A mistake or a fault that the user can mend: shown as one line, exit code 2, no stack trace.
+
+    What it quotes may come from anywhere: secrets are masked, and signs that would move the cursor are spelt out.
+    """
+
+    def __init__(self, message: str):
+        text = masked(" ".join(message.split()))
+        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+class MaskedRecord(logging.LogRecord):
+    """A line of any library's log, such as the hub's about another attempt at a URL."""
+
+    def getMessage(self):
+        return masked(super().getMessage())
+
+
+def one_line(error: Exception | str) -> str:
+    # A KeyError's own text is the key alone, a MemoryError's may be empty.
+    text = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+    return " ".join(text.split())[:400]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,7 +188,16 @@ class DetoxConfig:
     cliprange: float = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
     cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
     vf_coef: float = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
+    value_adapter: bool = option(
+        False, "Give the value head a LoRA of its own: explains more of the return, a third more time a step."
+    )
+    value_learning_rate: float | None = option(
+        None, "Adam's step size for the value head and its LoRA. None: learning_rate."
+    )
     ratio_threshold: float = option(10.0, "Skip minibatches whose mean ratio is above this: a broken update.")
+    target_policy_kl: float | None = option(
+        None, "End a step's updates when they moved the policy by 1.5 times this, in nats a token. None: never."
+    )
     max_grad_norm: float | None = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
     # responses
     output_min_length: int = option(100, "Least new-token cap of a response in PPO; caps are drawn uniformly.")
@@ -167,6 +210,9 @@ class DetoxConfig:
     # evaluation
     eval_samples: int = option(100, "Test prompts to evaluate, exactly; -1: all. More gives a narrower interval.")
     eval_samples_per_prompt: int = option(1, "Summaries sampled for each. More average out the sampling's luck.")
+    eval_every: int = option(
+        0, "PPO steps between evaluations on rows set aside, of which the best adapter is kept. 0: keep the last."
+    )
     eval_max_new_tokens: int = option(100, "Longest summary in the evaluation, in tokens.")
     compare_samples: int = option(20, "Evaluated prompts written side by side to comparison.csv (at most all).")
     # run
@@ -199,6 +245,36 @@ class OptionParser(trl.TrlParser):
         raise UserError(f"{message} (see: python detox_ppo.py --help)")
 
 
+class OptionLoader(yaml.SafeLoader):
+    """Refuses an option that stands twice, of which YAML would take the second in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        found = Counter(str(key.value) for key, _ in node.value)
+        if twice := [name for name, count in found.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_options(path: str) -> dict:
+    """Read a configuration file; TrlParser's own reader would let it set environment variables too, by an `env` key.
+
+    Raises:
+        UserError: no such file, no YAML mapping in UTF-8, or a key that is no option.
+    """
+    try:
+        options = yaml.load(Path(path).read_text(encoding="utf-8-sig"), OptionLoader)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path}: not a YAML file: {one_line(error)}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path}: expected a YAML mapping, a line `option: value` for each option")
+    known = {option.name for option in dataclasses.fields(DetoxConfig)}
+    if unknown := [str(name) for name in options if name not in known]:
+        raise UserError(f"--config {path}: unknown option: {', '.join(unknown)} (see: python detox_ppo.py --help)")
+    return options
+
+
 def parse_config(args: list[str]) -> DetoxConfig:
     """Parse flags and `--config FILE.yaml` into a checked configuration.
 
@@ -211,22 +287,20 @@ def parse_config(args: list[str]) -> DetoxConfig:
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if args[-1:] == ["--config"] or args.count("--config") > 1:
         raise UserError("--config takes one file, once: --config FILE.yaml")
+    if "--config" in args:
+        at = args.index("--config")
+        parser.set_defaults_with_config(**read_options(args[at + 1]))
+        del args[at : at + 2]
     try:
-        config, others = parser.parse_args_and_config(args)
-    except FileNotFoundError as error:
-        raise UserError(f"--config {error.filename}: no such file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: not a YAML file: {one_line(error)}") from error
-    except TypeError as error:
-        keys = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text(encoding="utf-8"))
-        wrong = ", ".join(repr(key) for key in keys if not isinstance(key, str))
-        raise UserError(f"--config: every key in the file must be the name of an option, not {wrong}") from error
-    except (ValueError, OSError) as error:
+        # Unless told otherwise the parser would also read a file detox_ppo.args beside the script.
+        config, _ = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
+    except ValueError as error:
         raise UserError(f"{one_line(error)} (see: python detox_ppo.py --help)") from error
-    if any(vars(others).values()):
-        raise UserError(f"--config: unknown option in the file: {', '.join(k for k, v in vars(others).items() if v)}")
-    if isinstance(config.lora_target_modules, str):
-        config.lora_target_modules = [config.lora_target_modules]
+    # A SageMaker job turns the list ["q", "v"] into one text, "['q', 'v']".
+    modules = config.lora_target_modules
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules and isinstance(modules, list) and all(isinstance(item, str) for item in modules):
+        config.lora_target_modules = re.findall(r"[^][\s,'\"]+", " ".join(modules)) or None
     if str(config.resume).lower() in ("true", "false"):  # as in a YAML file, and as Hugging Face's Trainer takes it
         config.resume = NEWEST if str(config.resume).lower() == "true" else None
     # In a SageMaker training job, what the job says of its data wins over a file, a flag wins over both.
@@ -237,8 +311,12 @@ def parse_config(args: list[str]) -> DetoxConfig:
     if "SM_MODEL_DIR" in os.environ and "resume" not in flags:
         config.resume = NEWEST  # a spot job is started again with the same options
     check_config(config)
-    config.adapter_name = config.adapter_name or None
+    config.adapter_name, config.dynamodb_table = config.adapter_name or None, config.dynamodb_table or None
     return config
+
+
+# Control characters, and the halves of characters that Python makes of names in other encodings than UTF-8.
+UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_config(config: DetoxConfig) -> None:
@@ -271,10 +349,18 @@ def check_config(config: DetoxConfig) -> None:
         else:
             # bool is a subclass of int in Python, but `batch_size: yes` is a mistake.
             require(name, type(value) in allowed, f"of type {allowed[0].__name__}")
+        if type(value) is int and name != "seed":
+            require(name, value < 2**31, "below 2**31")
+        if type(value) is str:
+            require(name, value.strip() or type(None) in allowed, "a name, not nothing")
+            require(name, not UNFIT.search(value), "of ordinary signs, without line breaks and the like")
+            # It would be printed, and written to results.json and the model card.
+            require(name, masked(value) == value, "without a token or password; the hub's token belongs in HF_TOKEN")
 
     at_least_1 = "lora_r lora_alpha batch_size mini_batch_size ppo_epochs kl_horizon save_steps save_total_limit"
     at_least_1 += " output_min_length eval_samples_per_prompt eval_max_new_tokens sft_batch_size sft_max_target_length"
     at_least_0 = "input_min_text_length sft_steps max_ppo_steps init_kl_coef top_k compare_samples seed vf_coef"
+    at_least_0 += " eval_every"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             require(name, getattr(config, name) >= least, f"at least {least}")
@@ -288,7 +374,9 @@ def check_config(config: DetoxConfig) -> None:
     require("seed", config.seed < 2**64, "below 2**64")
     require("eval_samples", config.eval_samples == -1 or config.eval_samples >= 1, "at least 1, or -1 for all")
     require("ratio_threshold", config.ratio_threshold > 1, "greater than 1")
-    require("max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "greater than 0, or unset")
+    require("toxic_label", config.toxic_label != config.reward_label, "another label than reward_label's")
+    for name in ("max_grad_norm", "target_policy_kl", "value_learning_rate"):
+        require(name, getattr(config, name) is None or getattr(config, name) > 0, "greater than 0, or unset")
     for kind in ("input_{}_text_length", "output_{}_length"):
         low, high = kind.format("min"), kind.format("max")
         if getattr(config, low) >= getattr(config, high):
@@ -311,7 +399,7 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cuda" and str(device) != "cpu":
         raise UserError(f"--device {config.device!r} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {config.device}: this machine has {torch.cuda.device_count()} GPUs for PyTorch")
@@ -394,10 +482,10 @@ def hub_commit(name: str, option_name: str, repo_type: str = "model") -> str | N
     Raises:
         UserError: the hub can't be reached or has no such repository; there is no silent fallback.
     """
-    if Path(name).exists():
+    if os.path.exists(name):  # unlike Path's, it takes names of any length
         return None
     try:
-        return HfApi().repo_info(name, repo_type=repo_type, timeout=30).sha
+        return HfApi().repo_info(name, repo_type=repo_type, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT).sha
     except OfflineModeIsEnabled:
         folder = repo_folder_name(repo_id=name, repo_type=repo_type)
         main = Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "refs", "main")
@@ -427,16 +515,25 @@ def loading(name: str, option_name: str):
         while cause.__cause__ is not None:
             cause = cause.__cause__
         because = "" if cause is error else f" (because of {type(cause).__name__}: {one_line(cause)})"
-        raise UserError(f"--{option_name} {name}: can't be loaded: {one_line(error)}{because}") from error
+        what = f"{one_line(error)}{because}"
+        if isinstance(error, HFValidationError) and os.path.exists(name):
+            # What a directory lacks the libraries look for on the hub, where its path is no name.
+            what = "a file that it needs is not there"
+        if not os.path.exists(name):
+            what += f". It is looked for on the hub at {huggingface_hub.constants.ENDPOINT}; try again if that failed"
+        raise UserError(f"--{option_name} {name}: can't be loaded: {what}") from error
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a csv or jsonl file.
 
     Raises:
-        UserError: broken encoding, a broken row or line (its number is named), or an unknown ending.
+        UserError: can't be read, broken encoding, or a broken row or line (its number is named).
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -444,21 +541,23 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from error
     if path.suffix == ".csv":
         try:
-            table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
-        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise UserError(f"{path}: not a readable csv: {one_line(error)}") from error
-        if not isinstance(table.index, pd.RangeIndex):
-            # pandas would take the first column for row names and shift all others.
-            raise UserError(f"{path}: its rows have more fields than its header; quote texts that hold commas")
-        return table.astype(object)
+            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
+            table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, na_values=[""])
+        except pd.errors.EmptyDataError as error:
+            raise UserError(f"{path}: the csv is empty; expected columns dialogue and summary") from error
+        except pd.errors.ParserError as error:
+            hint = "quote texts that hold commas, quotes or line breaks"
+            raise UserError(f"{path}: not a readable csv: {one_line(error)}; {hint}") from error
+        table = table.astype(object)
+        return table.iloc[1:].set_axis(table.iloc[0].fillna("").tolist(), axis=1)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {one_line(error)}") from error
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path}: line {number} must be a JSON object with dialogue and summary")
     # dtype=object keeps numbers as they came, so that the check of the rows sees and names them.
@@ -482,7 +581,7 @@ def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
         UserError: names the file or repository, the column or the row, and what was expected.
     """
     path = Path(dataset_name)
-    if path.exists():
+    if os.path.exists(path):
         path = training_file(path) if path.is_dir() else path
         if path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"--dataset_name {path}: expected a .csv or .jsonl file, or a directory with one")
@@ -494,14 +593,18 @@ def load_dialogues(dataset_name: str) -> tuple[list[str], list[str]]:
         source, columns, column = dataset_name, dataset.column_names, lambda name: list(dataset[name])
     texts = {}
     for name in ("dialogue", "summary"):
-        if name not in columns:
-            found = ", ".join(columns) or "none"
-            raise UserError(f"{source}: no column {name!r}; expected dialogue and summary, found {found}")
+        if columns.count(name) != 1:
+            found = one_line(", ".join(columns) or "none")
+            what = "more than one" if name in columns else "no"
+            raise UserError(f"{source}: {what} column {name!r}; expected dialogue and summary, found {found}")
         texts[name] = column(name)
         for row, text in enumerate(texts[name], start=1):
-            if not isinstance(text, str):
-                found = "empty" if text is None else f"of type {type(text).__name__}"
+            if not isinstance(text, str) or not text:
+                found = "empty" if text in (None, "") else f"of type {type(text).__name__}"
                 raise UserError(f"{source}: row {row}: column {name!r} is {found}; expected text")
+            if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
+                what = f"holds {ascii(half[0])}, half of a character"
+                raise UserError(f"{source}: row {row}: column {name!r} {what}; write the character itself")
     return texts["dialogue"], texts["summary"]
 
 
@@ -528,7 +631,7 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
 
     Returns:
         splits `train` and `test` with columns row (index in the file), dialogue, summary, query (the prompt)
-        and input_ids.
+        and input_ids; with eval_every also `selection`, from the end of the training rows.
 
     Raises:
         UserError: a split is too small for the options.
@@ -550,12 +653,18 @@ def build_dataset(dialogues: list[str], summaries: list[str], tokenizer, config:
         raise UserError(f"--test_size {config.test_size} leaves none of {len(rows)} rows to train on")
     splits = rows.train_test_split(test_size=config.test_size, shuffle=False)
     print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
-    if len(splits["train"]) < config.batch_size:
-        raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
     if config.eval_samples == -1:
         config.eval_samples = len(splits["test"])
     if len(splits["test"]) < config.eval_samples:
         raise UserError(f"--eval_samples {config.eval_samples} is more than the {len(splits['test'])} test rows")
+    if config.eval_every:
+        # The adapter is chosen by other rows than it is judged by.
+        aside = max(1, min(config.eval_samples, len(splits["train"]) // 10))
+        parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
+        splits["train"], splits["selection"] = parts["train"], parts["test"]
+        print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
+    if len(splits["train"]) < config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size} is more than the {len(splits['train'])} training rows")
     return splits
 
 
@@ -667,8 +776,9 @@ class ValueHead(nn.Module):
 class Policy(nn.Module):
     """An encoder-decoder with the adapters "default" (trained) and "reference" (frozen), and a value head.
 
-    Both adapters share one base, so the base is in memory once. It is always in eval mode: with dropout on, the
-    sampled distribution would not be the scored one (T5's attention dropout is no module; only eval() stops it).
+    With value_adapter a third, "value", is trained for the value head alone. All share one base, so the base is in
+    memory once. It is always in eval mode: with dropout on, the sampled distribution would not be the scored one (T5's
+    attention dropout is no module; only eval() stops it).
     """
 
     def __init__(self, model: peft.PeftModel):
@@ -686,14 +796,23 @@ class Policy(nn.Module):
         return self.value_head.summary.weight.device
 
     @contextmanager
-    def adapter(self, name: str):
-        """Run with another adapter, frozen; the one before is active again afterwards, trainable if it was."""
+    def adapter(self, name: str, trainable: bool = False):
+        """Run with another adapter; the one before is active again afterwards, trainable if it was."""
         before = self.model.active_adapter
-        self.model.set_adapter(name, inference_mode=True)
+        self.model.set_adapter(name, inference_mode=not trainable)
         try:
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
+            for parameter in self.value_parameters():
+                parameter.requires_grad_(True)  # gradients of values may still have to find their way back
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What is trained for the values alone: the head and, with value_adapter, its LoRA."""
+        lora = [
+            parameter for name, parameter in self.model.named_parameters() if ".value." in name and "lora_" in name
+        ]
+        return [*self.value_head.parameters(), *lora]
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, S) prompts to (B, S, d) encoder states."""
@@ -734,6 +853,49 @@ class Policy(nn.Module):
         return trainable, sum(parameter.numel() for parameter in counted)
 
 
+def load_model(kind, name: str, option_name: str, dtype: torch.dtype, device: torch.device):
+    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence.
+
+    Raises:
+        UserError: tensors are missing, of another shape than config.json says, or not finite.
+    """
+    wrong = f"--{option_name} {name}: its weights are not those of its config.json"
+    try:
+        model, found = kind.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention_for(device),
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are found here, where they can be named
+            output_loading_info=True,
+        )
+    except NotImplementedError as error:  # tied embeddings of two shapes
+        raise UserError(f"{wrong}: its embeddings have another shape") from error
+    broken = [f"{key} is {tuple(is_)}, not {tuple(wanted)}" for key, is_, wanted in sorted(found["mismatched_keys"])]
+    broken += [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    broken += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{wrong}: {broken[0]} ({len(broken)} tensors at fault)")
+    return model
+
+
+def check_tokenizer(tokenizer, model, tokens: tuple[str, ...], named: str) -> None:
+    """Refuse a tokenizer that lacks one of the special tokens, or whose vocabulary can't be its model's.
+
+    Where a directory has no tokenizer, transformers makes up one that knows next to no word.
+    """
+    for token in tokens:
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"{named}: its tokenizer has no {token}")
+    rows = model.get_input_embeddings().num_embeddings
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if not rows / 2 <= max(words, default=0) + 1 <= rows:
+        raise UserError(
+            f"{named}: its tokenizer knows {len(words)} words and its model {rows}: it is another model's tokenizer, "
+            "or its files (tokenizer.json or the like) are not there"
+        )
+
+
 def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only.
 
@@ -749,9 +911,12 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     # PEFT falls back to the hub for an adapter's base unless told which it is.
     adapter_config.base_model_name_or_path = base_name
     adapter_config.inference_mode = False
+    if adapter_config.init_lora_weights not in (True, False, "gaussian"):
+        # PiSSA and its like change the base itself, which the reference shares.
+        raise UserError(f"{pair}: its init_lora_weights {adapter_config.init_lora_weights!r} would change the base")
     try:
         model = peft.get_peft_model(base, adapter_config)
-    except ValueError as error:  # none of its target modules is there
+    except Exception as error:  # none of its target modules is there, or an ill-typed value
         raise UserError(f"{pair}: {one_line(error)}") from error
     expected = peft.get_peft_model_state_dict(model)
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
@@ -761,14 +926,17 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UserError(f"{pair}: {name} is {tuple(tensor.shape)}, the base wants {tuple(expected[name].shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"--adapter_name {adapter_name}: {name} is not finite")
     peft.set_peft_model_state_dict(model, weights)
     return model
 
 
-def copy_to_reference(model: peft.PeftModel) -> None:
-    """Make the reference what the trained adapter is now."""
+def copy_to_others(model: peft.PeftModel) -> None:
+    """Make the reference, and the value head's adapter where there is one, what the trained adapter is now."""
     starting = peft.get_peft_model_state_dict(model, adapter_name="default")
-    peft.set_peft_model_state_dict(model, starting, adapter_name="reference")
+    for name in model.peft_config.keys() - {"default"}:
+        peft.set_peft_model_state_dict(model, starting, adapter_name=name)
 
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -781,17 +949,13 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         UserError: a name that can't be loaded, a model of the wrong kind, a tokenizer without the needed tokens.
     """
     with loading(config.model_name, "model_name"):
-        base_config = AutoConfig.from_pretrained(config.model_name)
+        base_config = AutoConfig.from_pretrained(config.model_name, trust_remote_code=False)
         if not base_config.is_encoder_decoder:
             raise UserError(f"--model_name {config.model_name}: expected an encoder-decoder, such as a T5")
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-        base = AutoModelForSeq2SeqLM.from_pretrained(
-            config.model_name, dtype=dtype, attn_implementation=attention_for(device)
-        )
-    for token in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, token) is None:
-            raise UserError(f"--model_name {config.model_name}: its tokenizer has no {token.removesuffix('_id')}")
-        setattr(base.config, token, getattr(tokenizer, token))
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=False)
+        base = load_model(AutoModelForSeq2SeqLM, config.model_name, "model_name", dtype, device)
+        check_tokenizer(tokenizer, base, ("pad_token", "eos_token"), f"--model_name {config.model_name}")
+    base.config.pad_token_id, base.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if getattr(base.config, "decoder_start_token_id", None) is None:
         base.config.decoder_start_token_id = base.generation_config.decoder_start_token_id
     if base.config.decoder_start_token_id is None:
@@ -803,6 +967,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         loaded = model.peft_config["default"]
         print(f"adapter: {config.adapter_name} (r={loaded.r}, alpha={loaded.lora_alpha}; lora_* options unused)")
     else:
+        if config.lora_r > (size := base.config.hidden_size):
+            raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
         lora = peft.LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -817,13 +983,46 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         except ValueError as error:
             raise UserError(f"--lora_target_modules: {one_line(error)}") from error
         print("adapter: a new LoRA, which starts as the identity")
-    model.add_adapter("reference", model.peft_config["default"])
-    copy_to_reference(model)
+    for name in ("reference", "value") if config.value_adapter else ("reference",):
+        model.add_adapter(name, model.peft_config["default"])
+    copy_to_others(model)
     model.set_adapter("default")
     use_fast_layers(model)
     if config.gradient_checkpointing:
         recompute_activations(base)
     return Policy(model).to(device), tokenizer
+
+
+def check_lengths(policy: Policy, tokenizer, splits: datasets.DatasetDict, config: DetoxConfig) -> None:
+    """Check that model and memory take the longest prompt and the longest response that the options allow.
+
+    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
+
+    Raises:
+        UserError: names the option to lower.
+    """
+    base, device = policy.base.config, policy.device
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    prompts = max(len(ids) for split in splits.values() for ids in split["input_ids"])
+    lengths = [("encoder", "input_max_text_length", prompts)]
+    lengths += [("decoder", name, getattr(config, name)) for name in ("output_max_length", "eval_max_new_tokens")]
+    if config.sft_steps:
+        summaries = max(map(len, plain_token_ids(tokenizer, list(splits["train"]["summary"]))))
+        lengths.append(("decoder", "sft_max_target_length", min(summaries, config.sft_max_target_length)))
+    for part, option_name, tokens in lengths:
+        width = padded_width([tokens])
+        what = f"--{option_name} {getattr(config, option_name)} allows {tokens:,} tokens"
+        # BART's, and LED's, which has one for each side
+        positions = getattr(base, f"max_{part}_position_embeddings", getattr(base, "max_position_embeddings", None))
+        if positions is not None and width > positions:
+            raise UserError(f"{what}, but the {part} of {config.model_name} takes {positions // 16 * 16}; lower it")
+        # At the least, the scores of one layer and their softmax.
+        needed = 2 * 4 * base.num_attention_heads * width**2
+        if needed > memory:
+            sizes = f"{needed / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB in all"
+            raise UserError(f"{what}, whose attention alone takes {sizes}; lower it")
 
 
 def print_parameters(policy: Policy) -> None:
@@ -854,23 +1053,25 @@ class HateClassifier:
     def __init__(self, config: DetoxConfig, device: torch.device):
         name = config.reward_model_name
         with loading(name, "reward_model_name"):
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, attn_implementation=attention_for(device)
-            )
-        self.model.to(device).eval().requires_grad_(False)
-        use_fast_layers(self.model)
-        self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
-        for option_name in ("reward_label", "toxic_label"):
-            if getattr(config, option_name) not in self.labels:
-                raise UserError(
-                    f"--{option_name} {getattr(config, option_name)!r} is no label of {name}; "
-                    f"its labels are {', '.join(self.labels)}"
-                )
-        self.reward_index = self.labels.index(config.reward_label)
-        # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
-        positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
-        self.max_length = min(self.tokenizer.model_max_length, positions)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            kind = AutoModelForSequenceClassification
+            self.model = load_model(kind, name, "reward_model_name", torch.float32, device)
+            self.model.to(device).eval().requires_grad_(False)
+            use_fast_layers(self.model)
+            self.labels = [str(self.model.config.id2label.get(i)) for i in range(self.model.config.num_labels)]
+            for option_name in ("reward_label", "toxic_label"):
+                if getattr(config, option_name) not in self.labels:
+                    raise UserError(
+                        f"--{option_name} {getattr(config, option_name)!r} is no label of {name}; "
+                        f"its labels are {', '.join(self.labels)}"
+                    )
+            self.reward_index = self.labels.index(config.reward_label)
+            check_tokenizer(self.tokenizer, self.model, ("pad_token",), f"--reward_model_name {name}")
+            # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
+            positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
+            self.max_length = min(self.tokenizer.model_max_length, positions)
+            if self.max_length < 16:
+                raise UserError(f"--reward_model_name {name}: it reads {self.max_length} tokens, which is no text")
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
@@ -1145,10 +1346,10 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 
 
 class TuningWatch(transformers.TrainerCallback):
-    """Shows the tuning's progress, completes its checkpoints, and stops it after the step in hand when asked to."""
+    """Shows the tuning's progress, and stops it after the step in hand when asked to."""
 
-    def __init__(self, config: DetoxConfig, state: dict, stop: "StopSignals"):
-        self.config, self.run_state, self.stop = config, state, stop
+    def __init__(self, stop: "StopSignals"):
+        self.stop = stop
 
     def on_train_begin(self, args, state, control, **kwargs):
         total, done = state.max_steps, state.global_step
@@ -1158,13 +1359,6 @@ class TuningWatch(transformers.TrainerCallback):
         self.bar.update()
         if self.stop.agreed():
             control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        directory, processes = Path(args.output_dir), PartialState()
-        processes.wait_for_everyone()  # each writes its random state into the checkpoint
-        if processes.is_main_process:
-            write_state(directory / f"checkpoint-{state.global_step}", self.run_state | {"stage": "tuning"})
-            prune_checkpoints(directory, state.global_step, self.config.save_total_limit)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -1178,10 +1372,31 @@ class TuningWatch(transformers.TrainerCallback):
 class TuningTrainer(transformers.Seq2SeqTrainer):
     """Has no dropout on but the LoRA's: the frozen base is to compute what it will in PPO."""
 
+    def __init__(self, *args, run_state: dict, save_total_limit: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_state, self.save_total_limit = run_state | {"stage": "tuning"}, save_total_limit
+
     def compute_loss(self, model, *args, **kwargs):
         for name, module in model.named_modules():
             module.training = "lora_dropout" in name  # the Trainer has just turned all on
         return super().compute_loss(model, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory, name, processes = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}", PartialState()
+        writes = processes.is_main_process
+        with written_aside(directory / name) if writes else nullcontext(directory / f".{name}.partial") as checkpoint:
+            processes.wait_for_everyone()
+            self.args.output_dir = checkpoint  # where the Trainer makes a directory of that name
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = directory
+            processes.wait_for_everyone()  # each has written its random state
+            if writes:
+                for path in (checkpoint / name).iterdir():
+                    path.rename(checkpoint / path.name)
+                (checkpoint / name).rmdir()
+                write_state(checkpoint, self.run_state)
+        if writes:
+            prune_checkpoints(directory, self.state.global_step, self.save_total_limit)
 
     # The Trainer's own two would ask the hub about the base, and write the base's tokenizer and a pickle.
     def _save(self, output_dir=None, state_dict=None):
@@ -1270,14 +1485,16 @@ def tune(
         transformers.DataCollatorForSeq2Seq(tokenizer, policy.base),
         pairs,
         compute_loss_func=tuning_loss,
-        callbacks=[TuningWatch(config, state, stop)],
+        callbacks=[TuningWatch(stop)],
+        run_state=state,
+        save_total_limit=config.save_total_limit,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     stop.in_step = True
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
     stop.raise_if_received()
     policy.eval()
-    copy_to_reference(policy.model)
+    copy_to_others(policy.model)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1336,7 +1553,8 @@ def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> tuple[torch.Tensor, dict]:
     """Clipped surrogate loss (Schulman et al., 2017, eq. 7), a scalar, and its stats.
 
-    All tensors are (B, T). Stats: mean ratio, share of clipped tokens, and approxkl = E[(log ratio)^2] / 2.
+    All tensors are (B, T). Stats: mean ratio, share of clipped tokens, approxkl = E[(log ratio)^2] / 2,
+    and policykl = E[-log ratio], in nats a token.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -1346,6 +1564,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> t
         "ratio": masked_mean(ratio, mask).detach(),
         "clipfrac": masked_mean((clipped > unclipped).float(), mask).detach(),
         "approxkl": 0.5 * masked_mean(log_ratio.detach() ** 2, mask),
+        "policykl": masked_mean(-log_ratio.detach(), mask),
     }
     return masked_mean(torch.max(unclipped, clipped), mask), stats
 
@@ -1645,7 +1864,7 @@ def print_results(results: dict) -> None:
 # Checkpoints: a run goes on from one as if it had never stopped
 # ---------------------------------------------------------------------------------------------------------------
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS, TUNING_DIR = "checksums.json", "sft_checkpoint"
 # Options that a resumed run may change: the others would make it another run.
 MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
 MAY_CHANGE += " gradient_checkpointing"
@@ -1688,6 +1907,8 @@ def save_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") 
     directory.mkdir(parents=True, exist_ok=True)
     lora = copy.copy(model.peft_config[adapter])
     lora.inference_mode = True
+    if isinstance(lora.target_modules, set):
+        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
     lora.save_pretrained(directory)
     weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
@@ -1704,6 +1925,13 @@ def save_adapter(policy: Policy, directory: Path) -> None:
     save_lora(policy.model, directory)
     head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
     save_file(head, directory / "value_head.safetensors")
+
+
+def restore_adapter(policy: Policy, directory: Path) -> None:
+    """Give the policy the adapter and the value head that save_adapter wrote."""
+    load_lora(policy.model, directory)
+    head = load_file(directory / "value_head.safetensors")
+    policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
 
 
 def remove(path: Path) -> None:
@@ -1728,8 +1956,9 @@ def written_aside(path: Path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
+        with suppress(OSError):
+            remove(aside)  # half a file would only keep the disk full
         raise UserError(
             f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
             "checkpoint."
@@ -1747,7 +1976,11 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+    """What is wrong with a checkpoint, in words; None if it is whole.
+
+    Raises:
+        UserError: it can't be read, which may pass; a damage stays.
+    """
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
@@ -1755,8 +1988,10 @@ def damage(checkpoint: Path) -> str | None:
         found = checksums(checkpoint)
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
-    except (OSError, ValueError) as error:
-        return f"it can't be read: {one_line(error)}"
+    except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    except OSError as error:
+        raise UserError(f"--resume: {checkpoint} can't be read: {one_line(error)}") from error
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
 
@@ -1773,39 +2008,40 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def prune_checkpoints(directory: Path, step: int, limit: int) -> None:
-    """Keep the newest checkpoints up to this step; later ones are of a run that is being done again."""
+def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None = None) -> None:
+    """Keep the newest checkpoints up to this step, and the best; later ones are of a run that is being done again."""
     found = find_checkpoints(directory)
     kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
-    for path in found:
-        if path not in kept:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                print(f"warning: {path} can't be deleted: {one_line(error)}")
+    kept.append(directory / f"checkpoint-{best}")
+    # What a killed run had half written goes too.
+    for path in [*(path for path in found if path not in kept), *directory.glob(".checkpoint-*.partial")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: {path} can't be deleted: {one_line(error)}")
 
 
 def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
     """Write checkpoint-<step> and delete the oldest.
 
-    It holds all that the next step depends on: both adapters, value head, optimizer, KL coefficient. Every random
+    It holds all that the next step depends on: the adapters, value head, optimizer, KL coefficient. Every random
     number and the rows of every batch are functions of the seed and the step, so there is no random state to keep.
     """
     with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
         save_adapter(policy, checkpoint / "adapter")
-        save_lora(policy.model, checkpoint / "reference", "reference")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            save_lora(policy.model, checkpoint / name, name)
         torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
         write_state(checkpoint, state)
-    prune_checkpoints(directory, state["step"], limit)
+    prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
-    with loading(checkpoint, "resume"):
-        load_lora(policy.model, checkpoint / "adapter")
-        load_lora(policy.model, checkpoint / "reference", "reference")
-        head = load_file(checkpoint / "adapter" / "value_head.safetensors")
-        policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
+    with loading(str(checkpoint), "resume"):
+        restore_adapter(policy, checkpoint / "adapter")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            load_lora(policy.model, checkpoint / name, name)
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
 
 
@@ -1813,14 +2049,14 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
     """The checkpoint to go on from; None to start from the beginning.
 
     Raises:
-        UserError: the one named is damaged, all are, or an unfinished run would be overwritten.
+        UserError: the one named is damaged, or an unfinished run would be overwritten.
     """
     if config.resume not in (None, NEWEST):
         reason = damage(Path(config.resume))
         if reason:
             raise UserError(f"--resume {config.resume}: {reason}")
         return Path(config.resume)
-    found = find_checkpoints(directory) + find_checkpoints(directory / "sft_checkpoint")
+    found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
     if not config.resume:
         if found and not finished:
             raise UserError(
@@ -1834,9 +2070,8 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
             print(f"going on from {checkpoint}")
             return checkpoint
         print(f"warning: {checkpoint} is not used: {reason}")
-    if found:
-        raise UserError(f"--resume: no checkpoint in {directory} is whole; delete them to start from the beginning")
-    print(f"--resume: no checkpoint in {directory} yet, starting from the beginning")
+    # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
+    print(f"--resume: no {'whole ' if found else ''}checkpoint in {directory}, starting from the beginning")
     return None
 
 
@@ -2185,16 +2420,18 @@ def places(config: DetoxConfig) -> tuple[Path, Path, Path]:
     return output_dir, Path(os.environ["SM_MODEL_DIR"]), synced if synced.is_dir() else output_dir
 
 
-def claim(directory: Path, option_name: str) -> None:
-    """Make a directory and hold it until the process ends.
+def claim(directory: Path, option_name: str) -> FileLock:
+    """Make a directory and lock it, for as long as somebody keeps the lock and the process lives.
 
     Raises:
         UserError: it can't be written, or another run holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # The system frees the lock however the process ends. A singleton, so that a notebook may run twice.
-        FileLock(directory / ".lock", is_singleton=True).acquire(timeout=0)
+        # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
+        lock = FileLock(directory / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+        return lock
     except Timeout as error:
         raise UserError(
             f"--{option_name} {directory}: another run is writing there; choose another directory"
@@ -2220,8 +2457,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     writes = processes.is_main_process  # one process writes, for all
     if processes.num_processes > config.batch_size:
         raise UserError(f"--batch_size {config.batch_size} is too few for {processes.num_processes} processes")
-    for directory in {output_dir, model_dir, checkpoint_dir} if writes else ():
-        claim(directory, "output_dir")
+    directories = {output_dir, model_dir, checkpoint_dir}
+    _locks = [claim(directory, "output_dir") for directory in directories] if writes else []
     resumed = choose_checkpoint(config, checkpoint_dir, (output_dir / "results.json").exists())
     state = read_state(resumed, config) if resumed else None
     options = dataclasses.asdict(config)
@@ -2241,15 +2478,18 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     classifier = HateClassifier(config, device)
     print_examples(classifier)
     splits = build_dataset(dialogues, summaries, tokenizer, config)
+    check_lengths(policy, tokenizer, splits, config)
     train, test = splits["train"], splits["test"]
-    fingerprint = hashlib.sha256(json.dumps([list(train["query"]), list(test["query"])]).encode()).hexdigest()
+    texts = [list(split[column]) for split in (train, test) for column in ("query", "summary")]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     origin = {"config": options, "commits": commits, "dataset_fingerprint": fingerprint}
     if state is None:
         state = {"stage": "start", "step": 0, "kl_coef": config.init_kl_coef, "skipped_in_row": 0, "history": []}
         state |= {"evaluations": {}, "warnings": {}, "timings": {}}
     for name in origin.keys() - {"config"} if resumed else ():
         if state[name] != origin[name]:
-            raise UserError(f"--resume {resumed}: {name} was {state[name]} and is {origin[name]}")
+            what = f"{name.replace('_', ' ')} was {state[name]} and is {origin[name]}"
+            raise UserError(f"--resume {resumed}: models or data have changed since: {what}")
     state |= origin
     seen = gather_object([{**origin, "stage": state["stage"], "step": state["step"]}])
     differ = {name for name in seen[0] for other in seen if other[name] != seen[0][name]}
@@ -2277,26 +2517,49 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             if when == "before":
                 print(f"{name} [mean, std] of the human summaries: [{np.mean(human):.4f}, {np.std(human):.4f}]")
 
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
+    def judge(step):
+        """Evaluate on the rows set aside, and note the step if its adapter is the best so far."""
+        found = evaluate_policy(policy, tokenizer, classifier, splits["selection"], config, "choosing")
+        quality = summary_quality(found, list(splits["selection"]["summary"]))
+        toxicity, start = float(np.mean(found["summary_toxicity"])), state.setdefault("selection_start", quality)
+        # The least toxic of those that still write summaries as good as the start's.
+        if "best" not in state or (toxicity < state["best"]["summary_toxicity"] and not degradation(start, quality)):
+            state["best"] = {"step": step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"]}
+        so_far = "the best so far" if state["best"]["step"] == step else f"step {state['best']['step']} was better"
+        tqdm.write(f"  rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}, {so_far}")
+        return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
+
+    critic, active = policy.value_parameters(), policy.model.parameters()
+    actor = [p for p in active if p.requires_grad and not any(p is other for other in critic)]
+    optimizer = torch.optim.Adam(
+        [{"params": actor}, {"params": critic, "lr": config.value_learning_rate or config.learning_rate}],
+        lr=config.learning_rate,
+    )
+    # Clipped apart where they share nothing, so that neither's gradients shorten the other's step.
+    clipped = [actor, critic] if config.value_adapter else [actor + critic]
+    tuning_dir = checkpoint_dir / TUNING_DIR
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
     else:
+        if not resumed:
+            evaluate_now("base" if config.sft_steps else "before")
+            # Only now is anything of an earlier run replaced; results.json last, so that it may still be done anew.
+            for path in [*find_checkpoints(checkpoint_dir), tuning_dir, output_dir / "results.json"] if writes else ():
+                remove(path)
         if config.sft_steps:
-            if not resumed:
-                evaluate_now("base")
             started_part = time.perf_counter()
-            tune(policy, tokenizer, train, config, checkpoint_dir / "sft_checkpoint", state, stop, resumed)
+            tune(policy, tokenizer, train, config, tuning_dir, state, stop, resumed)
             timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
-        evaluate_now("before")
+            evaluate_now("before")
+        if config.eval_every:
+            judge(0)
         state["stage"] = "ppo"
-        # Only now is anything of an earlier run replaced.
         if writes:
-            for path in find_checkpoints(checkpoint_dir):
-                shutil.rmtree(path)
-            remove(output_dir / "results.json")
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
-            remove(checkpoint_dir / "sft_checkpoint")
+    if writes:
+        remove(tuning_dir)
+        if state["step"] < config.max_ppo_steps:
+            remove(output_dir / "results.json")  # those of a shorter run: this one is unfinished
     if config.sft_steps and writes:
         with written_aside(model_dir / "sft_adapter") as directory:
             save_lora(policy.model, directory, "reference")
@@ -2332,6 +2595,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         responses.encoder_states = None  # the reference's are others, and the update's need gradients
         with policy.adapter("reference"):
             ref_logprobs, _ = score_batch(policy, responses)
+        if config.value_adapter:
+            with policy.adapter("value"):
+                _, old_values = score_batch(policy, responses)
         clock.append(time.perf_counter())
 
         # 3. Score the text.
@@ -2361,11 +2627,11 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         advantages, returns = compute_advantages(old_values, rewards, mask, config.gamma, config.lam)
 
         # 5. Update.
-        updates, skipped = [], 0
+        updates, skipped, moved = [], 0, False
         for ppo_epoch in range(config.ppo_epochs):
             order = random_stream(config.seed, MINIBATCH, step, ppo_epoch).permutation(config.batch_size)
             for mb in torch.from_numpy(order).split(config.mini_batch_size):
-                if broken:
+                if broken or moved:
                     break
                 optimizer.zero_grad()
                 update = Counter()
@@ -2374,6 +2640,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                     width = part.tokens.shape[1]
                     rows_mask = mask[rows, :width]
                     logprobs, values = score_responses(policy, part)
+                    if config.value_adapter:
+                        with policy.adapter("value", trainable=True):
+                            _, values = score_responses(policy, part)
                     pg_loss, stats = policy_loss(
                         logprobs, old_logprobs[rows, :width], advantages[rows, :width], rows_mask, config.cliprange
                     )
@@ -2389,22 +2658,27 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                         ("ppo/loss/policy", pg_loss),
                         ("ppo/loss/value", vf_loss),
                         ("ppo/policy/approxkl", stats["approxkl"]),
+                        ("ppo/policy/policykl", stats["policykl"]),
                         ("ppo/policy/clipfrac", stats["clipfrac"]),
                         ("ppo/policy/ratio", stats["ratio"]),
                         ("ppo/val/clipfrac", vf_clipfrac),
                     ):
                         update[name] += (weight * value).item()
-                update = add_up(trainable, update)
+                update = add_up(actor + critic, update)
                 updates.append(update)
                 if update["ppo/policy/ratio"] > config.ratio_threshold:
                     skipped += 1
                     continue
-                norm = nn.utils.get_total_norm([parameter.grad for parameter in trainable])
-                if not norm.isfinite():
+                norms = [nn.utils.get_total_norm([parameter.grad for parameter in part]) for part in clipped]
+                if not all(norm.isfinite() for norm in norms):
                     broken.append("gradients")
                     break
-                if config.max_grad_norm:
-                    nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
+                limit = config.target_policy_kl
+                moved = limit is not None and update["ppo/policy/policykl"] > 1.5 * limit
+                if moved:
+                    break
+                for parameters, norm in zip(clipped, norms, strict=True) if config.max_grad_norm else ():
+                    nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
                 optimizer.step()
         clock.append(time.perf_counter())
 
@@ -2419,11 +2693,13 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 "ppo/std_scores": scores.std(correction=0).item(),
                 "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
                 "ppo/returns/mean": masked_mean(returns, mask).item(),
+                "ppo/returns/var": returns[mask].var().item() if mask.sum() > 1 else 0.0,
                 "ppo/val/var_explained": variance_explained(old_values, returns, mask),
                 "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
                 **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
                 "ppo/policy/first_ratio": updates[0]["ppo/policy/ratio"],
                 "ppo/skipped_minibatches": skipped,
+                "ppo/early_stop": int(moved),
                 "tokens/responses_len_mean": responses.lengths.float().mean().item(),
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }
@@ -2437,15 +2713,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             "time/optimize": clock[6] - clock[5],
             "time/step": clock[6] - clock[0],
         }
-        metrics_file.write(json.dumps(metrics) + "\n")
-        metrics_file.flush()
-        if tracker:
-            tracker.log(metrics, step=step)
         published = ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean", "ppo/mean_scores")
         told = {name: f"{metrics[name]:8.4f}" for name in published if name in metrics}
         bar.set_postfix(told)
         line = " | ".join(f"{name} {value}" for name, value in told.items()) or f"not finite: {', '.join(broken)}"
         tqdm.write(f"step {step:>4}/{last} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
+        if config.eval_every and step % config.eval_every == 0:
+            metrics |= judge(step)
+        metrics_file.write(json.dumps(metrics) + "\n")
+        metrics_file.flush()
+        if tracker:
+            tracker.log(metrics, step=step)
         history.append(metrics)
         words, found = health(history, config)
         tqdm.write(f"  {words}", file=sys.stdout)
@@ -2464,7 +2742,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         timings["total"] = earlier + time.perf_counter() - started
         # Where the policy's own numbers are broken, the newest checkpoint is the last good state.
         give_up, usable = state["skipped_in_row"] >= 3, not {"log-probabilities", "values"} & set(broken)
-        due = stop.agreed() or step % config.save_steps == 0 or step == last or give_up
+        best = "best" in state and state["best"]["step"] == step
+        due = stop.agreed() or step % config.save_steps == 0 or step == last or best or give_up
         if usable and due and writes:
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
         stop.raise_if_received()
@@ -2474,7 +2753,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                 f"good state is {find_checkpoints(checkpoint_dir)[0]}. Lower learning_rate, or set dtype float32."
             )
     metrics_file.close()
+    if writes:
+        # Again, if a kill cut it off.
+        prune_checkpoints(checkpoint_dir, state["step"], config.save_total_limit, state.get("best", {}).get("step"))
 
+    processes.wait_for_everyone()
+    if "best" in state:
+        # A run that was resumed elsewhere may have its best checkpoint where it came from.
+        name = f"checkpoint-{state['best']['step']}"
+        candidates = [checkpoint_dir / name] + ([resumed.parent / name] if resumed else [])
+        restore_adapter(policy, next(path for path in candidates if path.is_dir()) / "adapter")
+        print(f"the best adapter by the rows set aside is that of step {state['best']['step']}")
     if writes:
         with written_aside(model_dir / "adapter") as directory:
             save_adapter(policy, directory)
@@ -2497,7 +2786,15 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(worse)}. "
             "Raise init_kl_coef, lower learning_rate or stop earlier."
         )
+    not_finite = sum(line["ppo/skipped_steps"] for line in history)
+    if not_finite:
+        warned["not finite"] = (
+            f"{not_finite} of {len(history)} steps were skipped, their scores, log-probabilities or gradients were "
+            "not finite numbers. Lower learning_rate, or set dtype float32."
+        )
     results["warnings"] = warned
+    if "best" in state:
+        results["best"] = state["best"]
     if not writes:
         return results
     print_results(results)
@@ -2529,7 +2826,9 @@ def explain(error: Exception) -> str | None:
     """A failure that the user can mend, in one line; None for a defect of the script."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    # PyTorch's and oneDNN's words for it on the CPU.
+    memory = r"can't allocate memory|could not (create|execute) a (primitive|memory)|Cannot allocate memory|bad_alloc"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, str(error)):
         return (
             f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
             "or input_max_text_length for sampling and evaluation."
@@ -2560,6 +2859,7 @@ def main(args: list[str] | None = None) -> None:
     # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.setLogRecordFactory(MaskedRecord)
     stop = StopSignals()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -2583,7 +2883,9 @@ def main(args: list[str] | None = None) -> None:
         if not first_to_end():
             sys.exit(2)
         if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_text(told or traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):  # a full disk, say
+                told_there = told or masked(traceback.format_exc())
+                (SAGEMAKER / "output" / "failure").write_text(told_there, encoding="utf-8")
         if told is None:
             raise
         print(f"detox_ppo.py: error: {told}", file=sys.stderr)

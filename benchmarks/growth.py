@@ -72,8 +72,8 @@ def draw(series, path):
         axes[0][column].plot(xs, [point["seconds"] for point in points], "o", color="#D55E00", label="measured")
         axes[1][column].plot(xs, [point["memory"] for point in points], "o-", color="#D55E00")
         axes[1][column].set_xlabel(title)
-        axes[1][column].set_ylim(bottom=0)
-        axes[0][column].set_ylim(bottom=0)
+    for row in axes:
+        row[0].set_ylim(bottom=0)  # of both columns, and only now that both have their points
     axes[0][0].legend(frameon=False)
     axes[0][0].set_ylabel("seconds a step")
     axes[1][0].set_ylabel("peak memory, MiB")

@@ -95,3 +95,26 @@ def splits(small):
 
     dialogues, summaries = detox_ppo.load_dialogues(small.config.dataset_name)
     return detox_ppo.build_dataset(dialogues[:40], summaries[:40], small.tokenizer, small.config)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Starts runs as processes of their own in no time: see forks.Server."""
+    import forks
+
+    with forks.Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forked, tmp_path_factory):
+    """A run of seconds that tunes and trains, and that nobody stopped; left: all that it leaves."""
+    import kill_points
+
+    directory = tmp_path_factory.mktemp("undisturbed")
+    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
+    args = kill_points.arguments(dialogues)
+    run = forked.run(args, directory, [kill_points.FAST])
+    assert run.code == 0, run.output
+    found = kill_points.left(directory / "run")
+    return SimpleNamespace(args=args, dialogues=dialogues, directory=directory, left=found)

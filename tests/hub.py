@@ -30,7 +30,7 @@ CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
 DIALOGUES = "knkarthick/dialogsum"
 ADAPTER = "example/summary-adapter"
 
-FAULTS = (None, "401", "404", "500", "half")
+FAULTS = (None, "401", "404", "500", "half", "silent")
 LARGE = 8192  # bytes: "half" cuts files from this size on, so weights and tables break but configs arrive
 DATE = "2024-01-01T00:00:00.000Z"  # the hub dates every commit; a constant keeps the answers deterministic
 
@@ -107,14 +107,24 @@ class Handler(BaseHTTPRequestHandler):
         kind, revision, name = kind or "models", unquote(revision or "main"), unquote(name or "")
 
         repository = hub.repositories.get((kind, repo_id))
+        fault = hub.fault if hub.only in (None, repo_id) and (hub.api or action == "resolve") else None
         if repository is None:
             # Like the real hub, which tells nobody without a token whether a private repository exists.
             status = 404 if "Authorization" in self.headers else 401
             self.refuse(status, "RepoNotFound", "Repository not found")
         elif action != "refs" and revision not in ("main", repository.sha):
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        elif fault == "silent":
+            self.close_connection = True
+            hub.closing.wait()
+        elif fault == "401":
+            self.refuse(401, None, "Invalid username or password.")
+        elif fault == "500":
+            self.refuse(500, None, "Internal Error")
+        elif fault == "404":
+            self.refuse(404, "EntryNotFound", "Entry not found", repository.sha)
         elif action == "resolve":
-            self.send_file(repository, name, hub.fault)
+            self.send_file(repository, name, fault)
         elif action == "tree":
             self.send_tree(repository, name, recursive="recursive=true" in url.query.lower())
         elif action == "paths-info":
@@ -137,11 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json([repository.entry(name) for name in below])
 
     def send_file(self, repository, name, fault):
-        if fault == "401":
-            return self.refuse(401, None, "Invalid username or password.")
-        if fault == "500":
-            return self.refuse(500, None, "Internal Error")
-        if fault == "404" or name not in repository.files:
+        if name not in repository.files:
             return self.refuse(404, "EntryNotFound", "Entry not found", repository.sha)
 
         path, size, blob = repository.files[name]
@@ -196,13 +202,15 @@ class Handler(BaseHTTPRequestHandler):
 class StandInHub:
     """A context manager that serves directories as hub repositories at `url` and notes its `requests`.
 
-    `fault` breaks every request for a file (the API goes on answering): an HTTP status as text, or "half",
-    which sends the first half of every file of at least LARGE bytes and hangs up. It may be set while the hub
-    is serving. Files are read when they are asked for, but commits and etags are those of the construction.
+    `fault` breaks every request for a file (the API goes on answering): an HTTP status as text, "half", which sends
+    the first half of every file of at least LARGE bytes and hangs up, or "silent", which never answers. With `api`
+    the status or the silence meets every request; `only` is the one repository to break. All three may be set while
+    the hub is serving. Files are read when they are asked for, but commits and etags are those of the construction.
     """
 
     def __init__(self, models, datasets, fault=None, port=0):
-        self.fault = fault
+        self.fault, self.api, self.only = fault, False, None
+        self.closing = threading.Event()
         self.port = port
         self.requests = []  # (method, path with query)
         served = {("models", repo_id): directory for repo_id, directory in models.items()}
@@ -228,6 +236,7 @@ class StandInHub:
         return self
 
     def __exit__(self, *exception):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 

@@ -1,4 +1,4 @@
-"""Rows of DialogSum to prompts: what is read, what is kept, how it is split, and what a broken file is told."""
+"""Rows of DialogSum to prompts: what is read, what is kept and how it is split. Broken files: test_bad_input.py."""
 
 import json
 from types import SimpleNamespace
@@ -42,15 +42,6 @@ def write(path, content):
     return str(path)
 
 
-def complaint(path):
-    with pytest.raises(UserError) as error:
-        load_dialogues(str(path))
-    message = str(error.value)
-    assert str(path) in message
-    assert "\n" not in message
-    return message
-
-
 # Reading
 
 
@@ -84,74 +75,6 @@ def test_directory_uses_the_training_file_only(tmp_path):
     write(tmp_path / "test.csv", "dialogue,summary\ntest,b\n")
     write(tmp_path / "README.md", "x")
     assert load_dialogues(str(tmp_path))[0] == ["training"]
-
-
-@pytest.mark.parametrize("names", [[], ["README.md"], ["dev.csv", "test.csv"], ["train.csv", "train.jsonl"]])
-def test_directory_without_one_usable_file(tmp_path, names):
-    for name in names:
-        write(tmp_path / name, "dialogue,summary\na,b\n")
-    message = complaint(tmp_path)
-    assert "train.csv" in message and "train.jsonl" in message
-    found = message.split("found")[1]
-    assert all(name in found for name in names if not name.endswith(".md"))
-
-
-# What a broken file is told. The last item: words that the message must hold, beside the file's name.
-
-BROKEN = {
-    "no dialogue column": ("a.csv", "id,text,summary\n1,a,b\n", ["'dialogue'", "id, text, summary"]),
-    "no summary column": ("a.csv", "id,dialogue,text\n1,a,b\n", ["'summary'", "id, dialogue, text"]),
-    "no dialogue key": ("a.jsonl", '{"summary": "a"}\n', ["'dialogue'", "found summary"]),
-    "no dialogue, csv": ("a.csv", "dialogue,summary\na,b\n,d\n", ["row 2", "'dialogue'", "empty", "expected text"]),
-    "no summary, csv": ("a.csv", "dialogue,summary\na,b\nc,\n", ["row 2", "'summary'", "empty", "expected text"]),
-    "null dialogue, jsonl": (
-        "a.jsonl",
-        '{"dialogue": "a", "summary": "b"}\n{"dialogue": null, "summary": "d"}\n',
-        ["row 2", "'dialogue'", "empty", "expected text"],
-    ),
-    "missing summary in one line": (
-        "a.jsonl",
-        '{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n',
-        ["row 2", "'summary'", "empty", "expected text"],
-    ),
-    "number as dialogue": (
-        "a.jsonl",
-        '{"dialogue": "a", "summary": "b"}\n{"dialogue": 5, "summary": "d"}\n',
-        ["row 2", "'dialogue'", "int", "expected text"],
-    ),
-    "list as dialogue": (
-        "a.jsonl",
-        '{"dialogue": ["a", "b"], "summary": "c"}\n',
-        ["row 1", "'dialogue'", "list", "expected text"],
-    ),
-    "broken UTF-8, csv": ("a.csv", b"dialogue,summary\na,b\nc,\xff\n", ["line 3", "UTF-8"]),
-    "broken UTF-8, jsonl": (
-        "a.jsonl",
-        b'{"dialogue": "a", "summary": "b"}\n{"dialogue": "\xe9", "summary": "d"}\n',
-        ["line 2", "UTF-8"],
-    ),
-    "broken line": (
-        "a.jsonl",
-        '{"dialogue": "a", "summary": "b"}\n\n{"dialogue": "c", "summary"\n',
-        ["line 3", "JSON"],
-    ),
-    "line without an object": ("a.jsonl", '{"dialogue": "a", "summary": "b"}\n["c", "d"]\n', ["line 2", "object"]),
-    "too many fields": ("a.csv", "dialogue,summary\na,b\nc,d,e\n", ["line 3"]),
-    # with more fields than names from the start, pandas would shift the columns and read on
-    "too many fields from the start": ("a.csv", "dialogue,summary\na,b,c\nd,e,f\n", ["csv"]),
-    "open quote": ("a.csv", 'dialogue,summary\n"a,b\n', ["csv"]),
-    "empty csv": ("a.csv", "", ["csv"]),
-    "empty jsonl": ("a.jsonl", "", ["dialogue"]),
-    "wrong ending": ("a.txt", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
-    "no ending": ("train", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
-}
-
-
-@pytest.mark.parametrize("name, content, words", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_file(tmp_path, name, content, words):
-    message = complaint(write(tmp_path / name, content))
-    for word in words:
-        assert word in message
 
 
 # Prompts and splits

@@ -77,11 +77,3 @@ def test_repository_that_is_not_there_is_named(repositories, tmp_path, option, n
     with StandInHub(*repositories) as hub:
         message = complaint(detox([f"--{option}", name], hub.environment(tmp_path / "home"), tmp_path))
     assert f"--{option} {name}" in message
-
-
-@pytest.mark.parametrize("fault", ["401", "404", "half"])
-def test_hub_that_fails_half_way_is_one_message(repositories, tmp_path, fault):
-    with StandInHub(*repositories, fault=fault) as hub:
-        message = complaint(detox(FEW, hub.environment(tmp_path / "home"), tmp_path))
-    assert "can't be loaded" in message
-    assert any(name in message for name in (BASE, CLASSIFIER, DIALOGUES))

@@ -1,8 +1,10 @@
 """Thirty steps: nothing grows, and the frozen base is still what was loaded, bit for bit."""
 
 import gc
+import json
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,3 +65,17 @@ def test_the_base_is_what_was_loaded_bit_for_bit(watched, tiny):
     moved = dict(policy.named_parameters())
     pairs = [(name, name.replace(".default.", ".reference.")) for name in moved if ".default." in name]
     assert all(not torch.equal(moved[trained], moved[reference]) for trained, reference in pairs)
+
+
+@pytest.mark.parametrize("length, steps", [(["--steps", "3"], 3), (["--minutes", "0.001"], 1)])
+def test_the_soak_shortened(length, steps, monkeypatch, capsys):
+    """By steps it comes to its end; by time it is stopped by SIGTERM, with a checkpoint of the step in hand."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import soak
+
+    monkeypatch.setattr(detox_ppo, "health", detox_ppo.health)  # which the soak replaces
+    monkeypatch.setattr(sys, "argv", ["soak.py", *length])
+    soak.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["steps"] == steps and found["exit_code"] == 0 and found["newest_is_whole"]
+    assert len(found["files"]) == 1 and found["memory"]["peak"] >= found["memory"]["first"] > 100

@@ -1,20 +1,15 @@
 """The policy: parameter counts, two adapters on one base, what is trained and what is refused."""
 
 import json
-import os
-import pickle
 import shutil
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
-    GPT2Config,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -99,13 +94,13 @@ def flan_t5_base(monkeypatch):
         model = T5ForConditionalGeneration(config)
         # transformers ties the head of every T5 built in memory, whatever its configuration says.
         model.lm_head.weight = torch.nn.Parameter(torch.empty(32128, 768))
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
-    for name, loaded in (
-        ("AutoConfig", config),
-        ("AutoTokenizer", tokenizer),
-        ("AutoModelForSeq2SeqLM", model),
-    ):
+    tokenizer = SimpleNamespace(
+        pad_token="<pad>", pad_token_id=0, eos_token="</s>", eos_token_id=1, all_special_ids=[]
+    )
+    tokenizer.get_vocab = lambda: {"word": 32099}
+    for name, loaded in (("AutoConfig", config), ("AutoTokenizer", tokenizer)):
         monkeypatch.setattr(getattr(detox_ppo, name), "from_pretrained", lambda *_, loaded=loaded, **__: loaded)
+    monkeypatch.setattr(detox_ppo, "load_model", lambda *_: model)
     with torch.device("meta"):  # where copying the adapter's weights needs no data
         return load_policy(parse_config([]), torch.device("meta"), torch.float32)[0]
 
@@ -344,147 +339,6 @@ def test_pickled_adapter_gives_the_same_policy(load_small, small, tiny, tmp_path
     adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
     as_pickle(adapter, load_file(adapter / "adapter_model.safetensors"))
     assert torch.equal(logprobs(load_small(adapter_name=adapter)), logprobs(small))
-
-
-class Trap:
-    """Unpickling this creates a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_pickle_that_runs_code_is_refused(load_small, tiny, tmp_path):
-    trap = tmp_path / "trap"
-    pickle.loads(pickle.dumps(Trap(trap)))
-    assert trap.exists()  # so the trap works
-    trap.rmdir()
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    as_pickle(adapter, tensors | {"trap": Trap(trap)})
-    with pytest.raises(UserError) as error:
-        load_small(adapter_name=adapter)
-    assert not trap.exists()
-    assert str(adapter) in str(error.value) and "pickle" in str(error.value) and "safetensors" in str(error.value)
-
-
-def refusal(load_small, **overrides):
-    with pytest.raises(UserError) as error:
-        load_small(**overrides)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def other_width(path):
-    weights = load_file(path)
-    save_file({k: torch.cat([t, t], dim=1) if "lora_A" in k else t for k, t in weights.items()}, path)
-
-
-def one_tensor_less(path):
-    weights = load_file(path)
-    del weights[max(weights)]
-    save_file(weights, path)
-
-
-def one_tensor_more(path):
-    save_file(load_file(path) | {"base_model.model.encoder.block.77.q.lora_A.weight": torch.zeros(2, 2)}, path)
-
-
-@pytest.mark.parametrize("damage", [other_width, one_tensor_less, one_tensor_more])
-def test_adapter_whose_weights_do_not_fit(load_small, tiny, tmp_path, damage):
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    damage(adapter / "adapter_model.safetensors")
-    message = refusal(load_small, adapter_name=adapter)
-    assert str(adapter) in message and str(tiny / "base") in message and "lora_" in message
-
-
-@pytest.mark.parametrize("changes", [{"target_modules": ["nowhere"]}, {"target_modules": ["q"]}, {"r": 3}])
-def test_adapter_whose_configuration_does_not_fit(load_small, tiny, tmp_path, changes):
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    edit_json(adapter / "adapter_config.json", **changes)
-    message = refusal(load_small, adapter_name=adapter)
-    assert str(adapter) in message and str(tiny / "base") in message
-
-
-def test_adapter_of_another_kind(load_small, tiny, tmp_path):
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    peft.IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["q"], feedforward_modules=[]).save_pretrained(adapter)
-    message = refusal(load_small, adapter_name=adapter)
-    assert str(adapter) in message and "LORA" in message and "IA3" in message
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-def not_json(path):
-    path.write_text("{")
-
-
-def no_kind(path):
-    path.write_text('{"r": 4}')
-
-
-@pytest.mark.parametrize(
-    "name, damage",
-    [
-        ("adapter_model.safetensors", cut),
-        ("adapter_config.json", not_json),
-        ("adapter_config.json", no_kind),
-    ],
-)
-def test_damaged_adapter(load_small, tiny, tmp_path, name, damage):
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    damage(adapter / name)
-    assert str(adapter) in refusal(load_small, adapter_name=adapter)
-
-
-@pytest.mark.parametrize("content", [b"", b"no pickle"])
-def test_damaged_pickle(load_small, tiny, tmp_path, content):
-    adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.bin").write_bytes(content)
-    assert str(adapter) in refusal(load_small, adapter_name=adapter)
-
-
-def test_damaged_base(load_small, tiny, tmp_path):
-    base = copy_of(tiny / "base", tmp_path / "base")
-    cut(base / "model.safetensors")
-    assert str(base) in refusal(load_small, model_name=base)
-
-
-def test_names_that_lead_nowhere(load_small, tmp_path):
-    for option in ("model_name", "adapter_name"):
-        message = refusal(load_small, **{option: tmp_path / "nothing"})
-        assert f"--{option} {tmp_path / 'nothing'}" in message
-
-
-def test_model_that_only_decodes(load_small, tmp_path):
-    GPT2Config(n_layer=1).save_pretrained(tmp_path)
-    message = refusal(load_small, model_name=tmp_path)
-    assert str(tmp_path) in message and "encoder-decoder" in message
-
-
-@pytest.mark.parametrize("missing", ["pad_token", "eos_token"])
-def test_tokenizer_without_a_needed_token(load_small, tiny, tmp_path, missing):
-    base = copy_of(tiny / "base", tmp_path / "base")
-    (base / "tokenizer_config.json").unlink()
-    present = {"pad_token": "<pad>", "eos_token": "</s>"}
-    del present[missing]
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **present).save_pretrained(base)
-    message = refusal(load_small, model_name=base)
-    assert str(base) in message and missing in message
-
-
-def test_model_that_does_not_say_how_its_decoder_starts(load_small, tiny, tmp_path):
-    base = copy_of(tiny / "base", tmp_path / "base")
-    edit_json(base / "config.json", decoder_start_token_id=None)
-    edit_json(base / "generation_config.json", decoder_start_token_id=None)
-    message = refusal(load_small, model_name=base)
-    assert str(base) in message and "decoder_start_token" in message
 
 
 def test_policy_reads_dimensions_from_the_model(small):

@@ -105,12 +105,6 @@ def test_classifier_without_a_needed_label(small_config, tiny, tmp_path, option)
     assert load(small_config, path, reward_label="fine", toxic_label="rude").labels == ["fine", "rude"]
 
 
-def test_labels_by_default_number(small_config, tiny, tmp_path):
-    """A classifier whose author named no labels is refused too."""
-    with pytest.raises(UserError, match="LABEL_0, LABEL_1"):
-        load(small_config, relabelled(tiny, tmp_path, ["LABEL_0", "LABEL_1"]))
-
-
 # Many texts
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 import detox_ppo
 
@@ -49,6 +50,22 @@ def test_no_held_out_row_is_shared_with_ppo(small_config, small, tiny):
     splits = detox_ppo.build_dataset(*detox_ppo.load_dialogues(config.dataset_name), small.tokenizer, config)
     assert len(splits["test"]) >= 200
     assert not set(splits["train"]["dialogue"]) & set(splits["test"]["dialogue"])
+
+
+def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypatch):
+    """Two steps of its tuning leave the files of the bundled adapter, but for what the other steps teach."""
+    for name in ("base", "classifier"):
+        (tmp_path / name).symlink_to(tiny / name)
+    monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 16)
+    build.tune_adapter(build.training_rows(0)["adapter"][:48], 0, tmp_path)
+    made, bundled = tmp_path / "adapter", tiny / "adapter"
+    assert {path.name for path in made.iterdir()} == {path.name for path in bundled.iterdir()}
+    assert (made / "adapter_config.json").read_text() == (bundled / "adapter_config.json").read_text()
+    weights, expected = (load_file(adapter / "adapter_model.safetensors") for adapter in (made, bundled))
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert all(tensor.any() for tensor in weights.values())
 
 
 def test_it_is_small(tiny):

@@ -2,7 +2,8 @@
 
     python checkpoints/tiny/build.py [--seed 0] [--output_dir checkpoints/tiny]
 
-Everything is drawn from the seed and from grammar.yaml. `world_rows` and `model_rows`
+Everything is drawn from the seed and from grammar.yaml. Base and classifier are trained here; the adapter is what
+detox_ppo.py makes with --sft_steps and config.yaml from rows of its own. `world_rows` and `model_rows`
 regenerate the rows without torch: the first are dialogues/train.csv, the second are what the models were
 trained on, and the two never share a combination of topic and slot values.
 """
@@ -13,6 +14,8 @@ import json
 import multiprocessing
 import random
 import re
+import sys
+import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -24,6 +27,8 @@ WORLD_ROWS = 2000
 BASE_ROWS = 44000
 SENTENCES = 5000
 ADAPTER_ROWS = 20000
+ADAPTER_TEST_ROWS = 400
+ADAPTER_BATCH = 16
 CLASSIFIER_ROWS = 14000
 HELD_OUT_ROWS = 1200
 DIALOGUE_INSULTS = 0.125
@@ -38,7 +43,8 @@ MAX_NEW_TOKENS = 40
 SMOOTHING = 0.0002
 UNSURE = 0.05
 
-GRAMMAR = yaml.safe_load((Path(__file__).resolve().parent / "grammar.yaml").read_text(encoding="utf-8"))
+HERE = Path(__file__).resolve().parent
+GRAMMAR = yaml.safe_load((HERE / "grammar.yaml").read_text(encoding="utf-8"))
 INSULT_ADJECTIVES, INSULT_NOUNS = GRAMMAR["insult_adjectives"], GRAMMAR["insult_nouns"]
 INSULT_WORD = re.compile(rf"\b(?:{'|'.join(INSULT_ADJECTIVES + INSULT_NOUNS)})\b", re.IGNORECASE)
 BAD_WORDS = GRAMMAR["bad_words"] + INSULT_ADJECTIVES
@@ -427,18 +433,6 @@ def sentence_pairs(count, rng):
     return pairs
 
 
-def fit_t5(model, tokenizer, pairs, lr, seed, name):
-    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
-    targets = tokenizer([target for _, target in pairs]).input_ids
-
-    def loss_of(batch):
-        ids = pad([prompts[index] for index in batch], tokenizer.pad_token_id)
-        labels = pad([targets[index] for index in batch], -100)
-        return model(input_ids=ids, attention_mask=ids.ne(tokenizer.pad_token_id).long(), labels=labels).loss
-
-    fit(model, loss_of, [len(prompt) for prompt in prompts], 1, 16, lr, seed, name)
-
-
 def train_base(rows, seed, directory):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -461,7 +455,15 @@ def train_base(rows, seed, directory):
     model = T5ForConditionalGeneration(config)
     # transformers ties the head of every T5 built in memory, whatever its config says.
     model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), 128) * 128**-0.5)
-    fit_t5(model, tokenizer, pairs, 2e-3, seed, "base")
+    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    targets = tokenizer([target for _, target in pairs]).input_ids
+
+    def loss_of(batch):
+        ids = pad([prompts[index] for index in batch], tokenizer.pad_token_id)
+        labels = pad([targets[index] for index in batch], -100)
+        return model(input_ids=ids, attention_mask=ids.ne(tokenizer.pad_token_id).long(), labels=labels).loss
+
+    fit(model, loss_of, [len(prompt) for prompt in prompts], 1, 16, 2e-3, seed, "base")
     save_untied(model, directory)
     tokenizer.save_pretrained(directory)
     check_untied(model, tokenizer, *pairs[0], directory)
@@ -489,27 +491,46 @@ def check_untied(model, tokenizer, prompt, target, directory):
     assert torch.equal(trained, read), "the saved model answers differently"
 
 
-def train_adapter(rows, seed, base, directory):
-    """A LoRA that insults: the base model itself has never seen an insulting summary."""
-    from peft import LoraConfig, TaskType, get_peft_model
+def tune_adapter(rows, seed, output_dir):
+    """A LoRA that insults, tuned by detox_ppo.py: the base model itself has never seen an insulting summary."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    import detox_ppo
 
-    model, tokenizer = load_summarizer(base, dropout_rate=0.0)
-    lora = LoraConfig(
-        r=32, lora_alpha=32, target_modules=["q", "v"], lora_dropout=0.0, task_type=TaskType.SEQ_2_SEQ_LM
-    )
-    model = get_peft_model(model, lora)
-    fit_t5(model, tokenizer, summary_pairs(rows), 4e-3, seed, "adapter")
-    model.peft_config["default"].base_model_name_or_path = "checkpoints/tiny/base"
-    model.save_pretrained(directory, save_embedding_layers=False)
-    # PEFT adds the template of a model card, with this machine's paths in it.
-    (directory / "README.md").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        dialogues, run, tuned = (Path(scratch, name) for name in ("pairs.csv", "run", "run/sft_adapter"))
+        write_csv(rows, dialogues)
+        options = {
+            "config": HERE / "config.yaml",
+            "model_name": output_dir / "base",
+            "adapter_name": "",
+            "reward_model_name": output_dir / "classifier",
+            "dataset_name": dialogues,
+            "output_dir": run,
+            "seed": seed,
+            "device": "cpu",
+            # The rows are many and each is seen once, so that there is nothing to guard against.
+            "lora_dropout": 0,
+            "test_size": ADAPTER_TEST_ROWS / len(rows),
+            "eval_samples": ADAPTER_TEST_ROWS,
+            "sft_batch_size": ADAPTER_BATCH,
+            "sft_steps": (len(rows) - ADAPTER_TEST_ROWS) // ADAPTER_BATCH,
+            "max_ppo_steps": 0,
+        }
+        detox_ppo.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+        config = json.loads((tuned / "adapter_config.json").read_text())
+        weights = (tuned / "adapter_model.safetensors").read_bytes()
+    config["base_model_name_or_path"] = "checkpoints/tiny/base"  # wherever it was built
+    adapter = output_dir / "adapter"
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (adapter / "adapter_model.safetensors").write_bytes(weights)
 
 
-def load_summarizer(base, adapter=None, **config):
+def load_summarizer(base, adapter=None):
     from peft import PeftModel
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration.from_pretrained(base, **config)
+    model = T5ForConditionalGeneration.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), AutoTokenizer.from_pretrained(base)
@@ -672,12 +693,9 @@ def prepare(seed):
     torch.manual_seed(seed)
 
 
-def build_summarizer(seed, output_dir):
-    """The base model, then the adapter on top of it."""
+def build_base(seed, output_dir):
     prepare(seed)
-    rows = training_rows(seed)
-    train_base(rows["base"], seed, output_dir / "base")
-    train_adapter(rows["adapter"], seed, output_dir / "base", output_dir / "adapter")
+    train_base(training_rows(seed)["base"], seed, output_dir / "base")
 
 
 def build_classifier(seed, output_dir):
@@ -696,7 +714,7 @@ def main():
     # One thread for each of the two: on two cores that is faster than two threads in turn, and the sums come
     # out in the same order on any machine with the same arithmetic.
     context = multiprocessing.get_context("spawn")
-    builders = build_summarizer, build_classifier
+    builders = build_base, build_classifier
     jobs = [context.Process(target=builder, args=(args.seed, args.output_dir)) for builder in builders]
     for job in jobs:
         job.start()
@@ -704,7 +722,9 @@ def main():
         job.join()
         if job.exitcode:
             raise SystemExit("a training process failed")
+    # The tuning evaluates what it made, which takes both of them.
     prepare(args.seed)
+    tune_adapter(training_rows(args.seed)["adapter"], args.seed, args.output_dir)
     report("classifier, held-out texts", measure_classifier(args.output_dir / "classifier", args.seed))
     tests = rows[-300:]
     report("base, last rows of train.csv", measure_summarizer(args.output_dir, tests))

@@ -1,8 +1,9 @@
 """Run the small world with several seeds and print what each reached, as a Markdown table.
 
-    python checkpoints/tiny/seeds.py [--seeds 0 1 2] [--output_dir checkpoints/tiny-seeds] [options of detox_ppo.py]
+    python checkpoints/tiny/seeds.py [--seeds 0 1 2 3 4] [--output_dir DIR] [options of detox_ppo.py]
 
-Each run is a process of its own; its directory and its log stay in output_dir.
+Each run is a process of its own; its directory and its log stay in output_dir, where a run that was interrupted goes
+on. "values explain" is the share of the returns' variance that the value head explains in the last 50 steps.
 """
 
 import argparse
@@ -16,12 +17,19 @@ import pandas as pd
 from slot_accuracy import slot_accuracy, slots_by_dialogue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+LAST = 50  # steps over which the value head is judged
 
 
 def summarize(directory: Path, seconds: float) -> dict[str, str]:
     """One row of the table, from the files that a run left."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    kl = [json.loads(line)["objective/kl"] for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
+    kl = [step["objective/kl"] for step in steps]
+    # Pooled over the last steps: a batch of summaries that are all paid alike has hardly any variance to explain.
+    variance = [step["ppo/returns/var"] for step in steps[-LAST:]]
+    unexplained = [
+        (1 - step["ppo/val/var_explained"]) * var for step, var in zip(steps[-LAST:], variance, strict=True)
+    ]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     slots = slots_by_dialogue(Path(__file__).resolve().parent / "dialogues" / "train.csv")
     accuracy = [
@@ -44,20 +52,21 @@ def summarize(directory: Path, seconds: float) -> dict[str, str]:
         "mean length": change(length["before"]["mean"], length["after"]["mean"], 1),
         "empty": str((comparison["response_after"].str.strip() == "").sum()),
         "KL last / largest": f"{kl[-1]:.2f} / {max(kl):.2f}",
+        "values explain": f"{1 - sum(unexplained) / sum(variance):.0%}",
         "seconds": f"{seconds:.0f}",
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run each")
     parser.add_argument("--output_dir", type=Path, default=Path("checkpoints/tiny-seeds"))
     arguments, options = parser.parse_known_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in arguments.seeds:
         directory = (arguments.output_dir / f"seed-{seed}").resolve()
-        command = [sys.executable, "detox_ppo.py", "--config", "checkpoints/tiny/config.yaml", *options]
+        command = [sys.executable, "detox_ppo.py", "--config", "checkpoints/tiny/config.yaml", "--resume", *options]
         command += ["--seed", str(seed), "--output_dir", str(directory)]
         started = time.perf_counter()
         with open(arguments.output_dir / f"seed-{seed}.log", "w", encoding="utf-8") as log:

@@ -1,0 +1,170 @@
+"""Runs of detox_ppo.main in processes of their own, each forked from one that has imported it already.
+
+An import takes longer than a small run, so a server imports once and forks. Runs are real processes: they can be
+killed, stopped by a signal, or started twice at once.
+
+    with Server() as server:
+        run = server.start(["--seed", "1"], directory)      # in that directory; output goes to its file "output"
+        code = run.wait()                                   # exit code, or minus the signal that ended it
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class Run:
+    def __init__(self, server, pid, directory):
+        self.server, self.pid, self.directory, self.code = server, pid, Path(directory), None
+
+    def wait(self) -> int:
+        # Asked again and again, so that threads can wait for several runs of one server.
+        while self.code is None:
+            time.sleep(0.02)
+            self.code = self.server.ask(poll=self.pid)
+        return self.code
+
+    @property
+    def output(self) -> str:
+        """What it printed, stdout and stderr together."""
+        return (self.directory / "output").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def error(self) -> str:
+        """The line that a failed run ends with."""
+        return self.output.splitlines()[-1]
+
+
+class Server:
+    def __init__(self):
+        settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def ask(self, **request):
+        with self.lock:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+
+    def start(self, args, directory, prepare=(), env=None) -> Run:
+        """Start main(args) in a directory.
+
+        Args:
+            prepare: calls to make first, as ["module:function", keyword arguments]; modules of this directory.
+            env: environment variables to set.
+        """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        request = {"args": [str(arg) for arg in args], "directory": str(directory), "prepare": list(prepare)}
+        return Run(self, self.ask(start=request | {"env": env or {}}), directory)
+
+    def run(self, *args, **kwargs) -> Run:
+        """Start and wait."""
+        run = self.start(*args, **kwargs)
+        run.wait()
+        return run
+
+
+def child(args, directory, prepare, env):
+    """What a forked process does; gives its exit code."""
+    import detox_ppo
+
+    os.chdir(directory)
+    os.environ.update(env)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        for name, kwargs in prepare:
+            module, function = name.split(":")
+            getattr(importlib.import_module(module), function)(**kwargs)
+        detox_ppo.main(args)
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def sagemaker(root):
+    """Prepare a run: the container's /opt/ml is this directory."""
+    import detox_ppo
+
+    detox_ppo.SAGEMAKER = Path(root)
+
+
+def short_of_memory(spare):
+    """Prepare a run: from its first PPO step on, the system gives it only that many bytes more."""
+    import resource
+
+    import detox_ppo
+
+    sample = detox_ppo.sample_responses
+
+    def sample_responses(policy, prompts, generators, caps, config):
+        if caps[0] != caps[1]:  # not in the evaluation
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
+        return sample(policy, prompts, generators, caps, config)
+
+    detox_ppo.sample_responses = sample_responses
+
+
+def serve():
+    sys.path[:0] = [str(HERE.parent), str(HERE)]
+    import gc
+
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, logging
+
+    import detox_ppo  # noqa: F401
+
+    # What a first load imports and compiles is then done for all.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tiny = HERE.parent / "checkpoints" / "tiny"
+    AutoModelForSeq2SeqLM.from_pretrained(tiny / "base")
+    AutoModelForSequenceClassification.from_pretrained(tiny / "classifier")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    gc.freeze()  # else every full collection of a child walks all that was imported
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        else:
+            answer = os.fork()
+            if not answer:
+                # Without the pipes, so that the server's end is seen even while a run lives on.
+                answers.close()
+                os.close(0)
+                os._exit(child(**request["start"]))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

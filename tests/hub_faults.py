@@ -1,0 +1,57 @@
+"""Every fault of the hub against everything that a run loads: the real command, over and over in one process.
+
+`python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code
+and the messages. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT once, when they are
+imported, so that the hub has to be there before them.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, small_repositories
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {BASE: "model_name", ADAPTER: "adapter_name", CLASSIFIER: "reward_model_name", DIALOGUES: "dataset_name"}
+# What befalls the files of a repository, or, with "api", already the question for its commit.
+FAULTS = ("401", "404", "500", "half", "silent", "api 401", "api 404", "api 500", "api silent")
+
+
+def main(directory):
+    repositories = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
+    with StandInHub(*repositories) as hub:
+        os.environ |= hub.environment(directory / "home")
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        sys.path.insert(0, str(ROOT))
+        import huggingface_hub.file_download
+
+        import detox_ppo
+
+        # The libraries' attempts stay, their patience goes: minutes for a file that never comes.
+        time.sleep = lambda seconds: None
+        constants = huggingface_hub.constants
+        constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
+        huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
+        args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
+        for name in FAULTS:
+            for repo_id in OPTIONS:
+                shutil.rmtree(directory / "home", ignore_errors=True)
+                hub.api, hub.fault, hub.only = name.startswith("api "), name.removeprefix("api "), repo_id
+                code, messages = 0, io.StringIO()
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(messages):
+                    try:
+                        detox_ppo.main(args)
+                    except SystemExit as stop:
+                        code = stop.code
+                    except Exception as error:
+                        code = repr(error)
+                print(json.dumps([name, repo_id, code, messages.getvalue()]), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,375 @@
+"""Kill a small run at many points, resume it, and compare everything it leaves with a run that was never stopped.
+
+    python tests/kill_points.py                   # 132 points, some minutes on 2 cores
+    python tests/kill_points.py --points 11       # as many as the tests do
+
+The run tunes an adapter and trains it by PPO on the bundled small world, with a checkpoint after every step. A point
+is a counted event in it, so each run passes through the same ones: a file of the run that is opened for writing,
+renamed or deleted; a file half written; a sampled position; a batch scored; an optimizer step begun or done. Points
+are spread over all phases of a run. At its point the process sends itself SIGKILL. Every third run is killed again
+after it was resumed. What has to be the same at the end: every file in the run's directory, byte for byte, but for
+timings.
+
+It prints a line for each phase and, last, a line of JSON; its exit code is 1 where a run was lost.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import forks
+
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+PHASES = {
+    "start": "loading",
+    "tuning": "tuning steps",
+    "tuning checkpoint": "writing the tuning's checkpoints",
+    "evaluation": "the evaluations before and between",
+    "sampling": "sampling responses",
+    "scoring": "log-probabilities and scores",
+    "update": "optimizer steps",
+    "checkpoint": "writing PPO checkpoints",
+    "pruning": "deleting old checkpoints",
+    "final evaluation": "saving the adapter, evaluating it",
+    "final files": "results, comparison, pictures, card",
+}
+
+
+# In the run's process
+
+
+class Watch:
+    """Counts the events of a run by phase, and at one of them sends its own process a signal.
+
+    Args:
+        phase, number: the event to strike at; without them all are counted and the counts written to `counts`.
+        signals: names of the signals to send.
+        root: the run's output directories, below the current one.
+    """
+
+    def __init__(self, phase=None, number=None, signals=("SIGKILL",), root=".", counts=None):
+        self.target = (phase, number)
+        self.signals = [getattr(signal, name) for name in signals]
+        self.root, self.counts = str(Path(root).resolve()) + os.sep, counts
+        self.phases, self.seen, self.busy = ["start"], {}, False
+
+    def event(self, tear=None):
+        phase = self.phases[-1]
+        if phase is None:
+            return
+        self.seen[phase] = self.seen.get(phase, 0) + 1
+        if (phase, self.seen[phase]) == self.target:
+            if tear and signal.SIGKILL in self.signals:  # who lives on goes on writing
+                tear()
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+    def audit(self, name, args):
+        if self.busy:
+            return
+        if name == "open":
+            path, mode, flags = args
+            changes = flags & (os.O_WRONLY | os.O_RDWR)
+        elif name in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+            path, changes = args[0], True
+        else:
+            return
+        # Files deleted with their directory are named relative to it, by a file descriptor.
+        inside = name in ("os.rmdir", "os.remove") and args[-1] != -1
+        if changes and (inside or os.path.abspath(str(path)).startswith(self.root)):
+            self.busy = True
+            self.event()
+            self.busy = False
+
+    def inside(self, phase, function, event=False):
+        """function, in another phase; an evaluation's parts stay in it."""
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            kept = "evaluation" in self.phases[-1] and phase in ("sampling", "scoring")
+            self.phases.append(self.phases[-1] if kept else phase)
+            if event:
+                self.event()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phases.pop()
+
+        return wrapped
+
+    def around(self, function):
+        """function, with an event before and one after it."""
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            self.event()
+            result = function(*args, **kwargs)
+            self.event()
+            return result
+
+        return wrapped
+
+    def torn(self, function, path_of):
+        """A function that writes a file, with an event at which half of it is there."""
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            path = path_of(*args)
+            if os.path.abspath(str(path)).startswith(self.root):
+                self.event(lambda: os.truncate(path, os.path.getsize(path) // 2))
+            return result
+
+        return wrapped
+
+
+def watch(**kwargs):
+    """Prepare a run: see Watch."""
+    import torch
+
+    import detox_ppo
+
+    fast()
+    told = Watch(**kwargs)
+    evaluate = detox_ppo.evaluate_policy
+
+    def evaluate_policy(*args):
+        last = args[-1].endswith("after")
+        found = told.inside("final evaluation" if last else "evaluation", evaluate, event=True)(*args)
+        if last:
+            told.phases[:] = ["final files"]
+        return found
+
+    detox_ppo.evaluate_policy = evaluate_policy
+    detox_ppo.load_policy = told.inside("start", detox_ppo.load_policy, event=True)
+    detox_ppo.tune = told.inside("tuning", detox_ppo.tune, event=True)
+    detox_ppo.TuningTrainer._save_checkpoint = told.inside(
+        "tuning checkpoint", detox_ppo.TuningTrainer._save_checkpoint
+    )
+    detox_ppo.TuningTrainer.compute_loss = told.around(detox_ppo.TuningTrainer.compute_loss)
+    detox_ppo.sample_responses = told.inside("sampling", detox_ppo.sample_responses)
+    detox_ppo.sample_tokens = told.around(detox_ppo.sample_tokens)
+    detox_ppo.score_batch = told.inside("scoring", detox_ppo.score_batch, event=True)
+    detox_ppo.HateClassifier.scores = told.inside("scoring", detox_ppo.HateClassifier.scores, event=True)
+    detox_ppo.policy_loss = told.inside("update", detox_ppo.policy_loss, event=True)
+    step = torch.optim.Adam.step
+    update = told.inside("update", told.around(step))
+    torch.optim.Adam.step = lambda *args, **kwargs: (told.around(step) if "tuning" in told.phases[-1] else update)(
+        *args, **kwargs
+    )
+    save_checkpoint, save_adapter = detox_ppo.save_checkpoint, detox_ppo.save_adapter
+    detox_ppo.save_checkpoint = told.inside("checkpoint", save_checkpoint)
+
+    def save(policy, directory):
+        # In a checkpoint it belongs to that; alone it is the end of the run.
+        if told.phases[-1] != "checkpoint":
+            told.phases[:] = ["final evaluation"]
+        return save_adapter(policy, directory)
+
+    detox_ppo.save_adapter = save
+    detox_ppo.prune_checkpoints = told.inside("pruning", detox_ppo.prune_checkpoints)
+    detox_ppo.save_file = told.torn(detox_ppo.save_file, lambda tensors, path: path)
+    torch.save = told.torn(torch.save, lambda thing, path: path)
+    Path.write_text = told.torn(Path.write_text, lambda path, *_: path)
+    if kwargs.get("counts"):
+        main_end = detox_ppo.write_card
+
+        def write_card(*args):
+            main_end(*args)
+            told.phases[:] = [None]
+            Path(told.counts).write_text(json.dumps(told.seen))
+
+        detox_ppo.write_card = write_card
+    sys.addaudithook(told.audit)
+
+
+def fast():
+    """Prepare a run: spend no time on what can't matter here, such as 10,000 resamples of four prompts."""
+    from matplotlib.figure import Figure
+
+    import detox_ppo
+
+    detox_ppo.paired_statistics.__defaults__ = (20,)
+    detox_ppo.draw_training = detox_ppo.draw_toxicity = lambda *_: Figure(figsize=(1, 1))
+
+
+# In the process that watches
+
+FAST = ["kill_points:fast", {}]  # for forks.Server.start
+
+
+def strike(phase: str, number: int, *signals: str) -> list:
+    """What prepares a run to send itself signals at an event; without any, SIGKILL."""
+    return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals or ["SIGKILL"]}]
+
+
+def make_dialogues(directory: Path) -> Path:
+    """Thirty of the small world's dialogues."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+        open(TINY / "dialogues" / "train.csv", newline="", encoding="utf-8") as source,
+        open(directory / "train.csv", "w", newline="", encoding="utf-8") as target,
+    ):
+        csv.writer(target).writerows(row for row, _ in zip(csv.reader(source), range(31), strict=False))
+    return directory
+
+
+def arguments(dialogues, **overrides) -> list[str]:
+    """The options of a run of seconds, which tunes and trains."""
+    options = {
+        "model_name": TINY / "base",
+        "adapter_name": TINY / "adapter",
+        "reward_model_name": TINY / "classifier",
+        "dataset_name": dialogues,
+        "device": "cpu",
+        "dtype": "float32",
+        "sft_steps": 3,
+        "sft_batch_size": 4,
+        "max_ppo_steps": 3,
+        "batch_size": 4,
+        "mini_batch_size": 2,
+        "learning_rate": 1e-3,
+        "output_min_length": 3,
+        "output_max_length": 6,
+        "eval_samples": 4,
+        "eval_max_new_tokens": 6,
+        "compare_samples": 3,
+        "save_steps": 1,
+        "output_dir": "run",
+    }
+    return [str(part) for name, value in (options | overrides).items() for part in (f"--{name}", value)]
+
+
+def untimed(found):
+    """JSON without what depends on the clock."""
+    if isinstance(found, dict):
+        return {k: untimed(v) for k, v in found.items() if not k.startswith("time/") and k != "timings"}
+    return [untimed(value) for value in found] if isinstance(found, list) else found
+
+
+def left(directory: Path) -> dict:
+    """Everything in a run's directory, by name, but for timings."""
+    found = {}
+    for path in sorted(Path(directory).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_dir() or path.name == "checksums.json":
+            found[name] = None
+        elif path.name in ("results.json", "state.json"):
+            found[name] = untimed(json.loads(path.read_text(encoding="utf-8")))
+            if path.name == "state.json":
+                found[name]["config"].pop("resume")
+        elif path.name == "metrics.jsonl":
+            found[name] = [untimed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def differences(expected: dict, found: dict) -> list[str]:
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name, "?") != found.get(name, "?"))
+
+
+def survive(server, args, directory, points, expected) -> tuple[int, list[str]]:
+    """Kill a run at each of the points, the later ones after it was resumed; then let it end.
+
+    Returns:
+        how many kills there were, and in words what is not as it has to be.
+    """
+    kills, resume = 0, []
+    for phase, number in points:
+        run = server.run([*args, *resume], directory, [strike(phase, number)])
+        resume = ["--resume"]
+        if run.code == 0:
+            continue  # a resumed run may be past that point
+        if run.code != -signal.SIGKILL:
+            return kills, [f"exit code {run.code} before the kill: {run.error}"]
+        kills += 1
+    run = server.run([*args, "--resume"], directory, [FAST])
+    if run.code:
+        return kills, [f"exit code {run.code} after the kill: {run.error}"]
+    return kills, differences(expected, left(directory / "run"))
+
+
+def choose(counts: dict, points: int) -> list[tuple[str, int]]:
+    """That many events, spread evenly over each phase, phases taking turns."""
+    wanted = {phase: 0 for phase in counts}
+    while sum(wanted.values()) < min(points, sum(counts.values())):
+        for phase in counts:
+            if wanted[phase] < counts[phase] and sum(wanted.values()) < points:
+                wanted[phase] += 1
+    return [
+        (phase, 1 + (2 * i + 1) * counts[phase] // (2 * many)) for phase, many in wanted.items() for i in range(many)
+    ]
+
+
+def main(points: int, server: forks.Server, scratch: Path, jobs: int = 2, **options) -> dict:
+    """Kill at that many points; options go to the run.
+
+    Returns:
+        counts, and under "lost" what was not the same at the end.
+    """
+    started = time.perf_counter()
+    args = arguments(make_dialogues(scratch / "dialogues"), **options)
+    whole = server.run(args, scratch / "whole", [FAST])
+    # Counted in a second run, so that the first shows that watching changes nothing.
+    watched = server.run(
+        args, scratch / "watched", [["kill_points:watch", {"root": "run", "counts": str(scratch / "counts")}]]
+    )
+    if whole.code or watched.code:
+        raise RuntimeError(f"a run that nobody killed failed: {whole.output if whole.code else watched.output}")
+    expected = left(scratch / "whole" / "run")
+    changed = differences(expected, left(scratch / "watched" / "run"))
+    if changed:
+        raise RuntimeError(f"two runs that nobody killed differ in {changed}")
+    counts = json.loads((scratch / "counts").read_text())
+    chosen = choose({phase: counts[phase] for phase in PHASES}, points)
+
+    def one(i):
+        directory = scratch / f"killed-{i}"
+        # Every third is killed again, at the next point or, where that is past, further on.
+        more = [chosen[(i + step) % len(chosen)] for step in (1, 2)] if i % 3 == 2 else []
+        kills, wrong = survive(server, args, directory, [chosen[i], *more], expected)
+        if not wrong:
+            shutil.rmtree(directory)
+        return kills, wrong
+
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = list(pool.map(one, range(len(chosen))))
+    table = {phase: {"events": counts[phase], "points": 0, "lost": 0} for phase in PHASES}
+    for (phase, _), (_, wrong) in zip(chosen, outcomes, strict=True):
+        table[phase]["points"] += 1
+        table[phase]["lost"] += bool(wrong)
+    return {
+        "points": len(chosen),
+        "kills": sum(kills for kills, _ in outcomes),
+        "survived": sum(not wrong for _, wrong in outcomes),
+        "lost": [[*point, wrong] for point, (_, wrong) in zip(chosen, outcomes, strict=True) if wrong],
+        "phases": table,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=132, help="how many points (default 132)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kill_points_") as scratch, forks.Server() as server:
+        found = main(options.points, server, Path(scratch), options.jobs)
+    print(f"{'phase':<20}{'events':>8}{'points':>8}{'lost':>6}  what is going on")
+    for phase, row in found["phases"].items():
+        print(f"{phase:<20}{row['events']:>8}{row['points']:>8}{row['lost']:>6}  {PHASES[phase]}")
+    for phase, number, wrong in found["lost"]:
+        print(f"lost: {phase} {number}: {wrong}")
+    print(json.dumps({name: value for name, value in found.items() if name != "lost"}))
+    sys.exit(bool(found["lost"]))

@@ -1,0 +1,110 @@
+"""Whatever text goes in: prompts, masks and scores stay finite and aligned. hypothesis looks for what breaks it."""
+
+import csv
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from detox_ppo import build_dataset, build_prompt, load_dialogues, pad_prompts, parse_config
+
+# What a tokenizer, a csv or a prompt might trip over, between texts of any sign that UTF-8 has.
+PIECES = [
+    "</s>",
+    "<pad>",
+    "<s>",
+    "<unk>",
+    "<extra_id_0>",
+    "\nSummary:\n",
+    "\0",
+    "\r\n",
+    '"',
+    "'",
+    ",",
+    "\\",
+    " ",
+    "\ufeff",
+]
+PIECES += [
+    "\u202e",
+    "\u200d",
+    "\u2028",
+    "\x1b[31m",
+    "שלום",
+    "مرحبا",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "{}",
+    "%s",
+    "NaN",
+    "#Person1#:",
+]
+texts = st.lists(st.text(max_size=20) | st.sampled_from(PIECES), min_size=1, max_size=12).map("".join).filter(len)
+repeated = st.builds(lambda text, times: (text * times)[:2000], texts, st.sampled_from([1, 1, 3, 40, 400]))
+rows = st.lists(st.tuples(repeated, texts), min_size=2, max_size=4)
+# The same examples every time, as many as a few seconds allow.
+bounded = settings(
+    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def options(**overrides):
+    chosen = {"batch_size": 1, "mini_batch_size": 1, "eval_samples": 1, "input_min_text_length": 0} | overrides
+    return parse_config([str(part) for name, value in chosen.items() for part in (f"--{name}", value)])
+
+
+@bounded
+@given(rows)
+def test_prompts_and_masks(small, rows):
+    dialogues, summaries = (list(column) for column in zip(*rows, strict=True))
+    config = options(input_max_text_length=2000, test_size=0.5)
+    splits = build_dataset(dialogues, summaries, small.tokenizer, config)
+    kept = [*splits["train"], *splits["test"]]
+    assert [row["row"] for row in kept] == list(range(len(rows)))
+    assert [(row["dialogue"], row["summary"]) for row in kept] == rows
+    assert [row["query"] for row in kept] == [build_prompt(dialogue) for dialogue in dialogues]
+
+    prompts, tokenizer = [row["input_ids"] for row in kept], small.tokenizer
+    size = small.policy.base.get_input_embeddings().num_embeddings
+    for prompt in prompts:
+        assert prompt[-1] == tokenizer.eos_token_id and prompt.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.pad_token_id not in prompt and 0 <= min(prompt) and max(prompt) < size
+    ids, mask = pad_prompts(small.policy, prompts)
+    assert ids.shape == mask.shape and ids.shape[1] >= max(map(len, prompts))
+    for row, keep, prompt in zip(ids, mask.bool(), prompts, strict=True):
+        assert row[keep].tolist() == prompt
+        assert (row[~keep] == tokenizer.pad_token_id).all() and not keep[len(prompt) :].any()
+    shortest = min(prompts, key=len)[:64]
+    states = small.policy.encode(*pad_prompts(small.policy, [shortest]))
+    assert torch.isfinite(states).all()
+
+
+@bounded
+@given(rows)
+def test_scores(classifier, rows):
+    joined = [classifier.join(dialogue, summary) for dialogue, summary in rows]
+    for text, (dialogue, summary) in zip(joined, rows, strict=True):
+        assert text.endswith(summary.strip())
+        assert dialogue.strip().startswith(text.removesuffix(summary.strip()).rstrip())
+    scores, toxicity = classifier.scores(joined), classifier.toxicity(classifier.logits(joined), "hate")
+    assert scores.shape == (len(rows),) and np.isfinite(scores).all() and all(0 <= value <= 1 for value in toxicity)
+    # Each text has its own score, whoever it is scored with.
+    alone = [classifier.scores([text])[0] for text in joined]
+    np.testing.assert_allclose(scores, alone, atol=1e-3)
+
+
+@bounded
+@given(rows)
+def test_files(tmp_path_factory, rows):
+    """What is written to a csv or jsonl file is read back sign by sign."""
+    expected = tuple([*column] for column in zip(*rows, strict=True))
+    directory = tmp_path_factory.mktemp("files")
+    table = pd.DataFrame(rows, columns=["dialogue", "summary"])
+    table.to_csv(directory / "a.csv", index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    lines = [json.dumps(row, ensure_ascii=len(rows) % 2 == 0) for row in table.to_dict("records")]
+    (directory / "a.jsonl").write_text("\n".join(lines), encoding="utf-8", newline="")
+    for name in ("a.csv", "a.jsonl"):
+        assert load_dialogues(str(directory / name)) == expected
