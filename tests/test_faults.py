@@ -256,7 +256,7 @@ def test_a_model_that_gives_no_numbers_at_all(small_config, tiny, tmp_path):
     """Found in the evaluation before the first step, in one line."""
     shutil.copytree(tiny / "base", tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], math.nan)
+    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="--model_name .*: its logits are not finite"):
         detox_ppo.run(small_config(model_name=tmp_path / "base", output_dir=tmp_path / "run", eval_samples=1))
