@@ -11,7 +11,8 @@ again, on the same prompts and with the same random numbers.
 
 It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv, adapter/ and a model card with two
 pictures in --output_dir. Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes
-it on the human summaries first. On the CPU or on one GPU; on several by `accelerate launch detox_ppo.py ...`.
+it on the human summaries first. A run that was stopped goes on with --resume. It runs on the CPU or on one GPU, and in
+several processes by `accelerate launch detox_ppo.py ...`.
 """
 
 import bisect
