@@ -295,7 +295,10 @@ def write_shape(directory: Path, shape: dict, tokenizer: Path) -> Path:
     model.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config | {"scale_decoder_outputs": False}))
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    # Up to the shape's vocabulary by words that no text holds: one that knows far fewer would be refused.
+    tokenizer.add_tokens([f"<{i}>" for i in range(shape["vocab_size"] - len(tokenizer))])
+    tokenizer.save_pretrained(directory)
     return directory
 
 
