@@ -9,11 +9,14 @@ the decoder's layers (0: its embeddings), each as it is, as its mean over the to
 """
 
 import argparse
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
-import detox_ppo
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import detox_ppo  # noqa: E402
 
 
 def explained(features: torch.Tensor, target: torch.Tensor, fitted: torch.Tensor) -> float:
