@@ -890,7 +890,7 @@ def check_tokenizer(tokenizer, model, tokens: tuple[str, ...], named: str) -> No
             raise UserError(f"{named}: its tokenizer has no {token}")
     rows = model.get_input_embeddings().num_embeddings
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    if not rows / 2 <= max(words, default=0) + 1 <= rows:
+    if not rows / 10 <= max(words, default=0) + 1 <= rows:
         raise UserError(
             f"{named}: its tokenizer knows {len(words)} words and its model {rows}: it is another model's tokenizer, "
             "or its files (tokenizer.json or the like) are not there"
