@@ -786,6 +786,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        lora = [parameter for name, parameter in model.named_parameters() if ".value." in name and "lora_" in name]
+        # What is trained for the values alone: the head and, with value_adapter, its LoRA.
+        self.value_parameters = [*self.value_head.parameters(), *lora]
         self.eval()
 
     @property
@@ -805,15 +808,8 @@ class Policy(nn.Module):
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
-            for parameter in self.value_parameters():
+            for parameter in self.value_parameters:
                 parameter.requires_grad_(True)  # gradients of values may still have to find their way back
-
-    def value_parameters(self) -> list[nn.Parameter]:
-        """What is trained for the values alone: the head and, with value_adapter, its LoRA."""
-        lora = [
-            parameter for name, parameter in self.model.named_parameters() if ".value." in name and "lora_" in name
-        ]
-        return [*self.value_head.parameters(), *lora]
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, S) prompts to (B, S, d) encoder states."""
@@ -1342,6 +1338,240 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: a run goes on from one as if it had never stopped
+# ---------------------------------------------------------------------------------------------------------------
+
+CHECKSUMS, TUNING_DIR = "checksums.json", "sft_checkpoint"
+# Options that a resumed run may change: the others would make it another run.
+MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
+MAY_CHANGE += " gradient_checkpointing"
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
+
+
+class StopSignals:
+    """Handler of SIGTERM and Ctrl-C: stops the run at once, or, while a step is in hand, leaves it to the loop.
+
+    A second signal is not made to wait.
+    """
+
+    def __init__(self):
+        self.in_step, self.received = False, None
+
+    def __call__(self, number, frame):
+        again, self.received = self.received, number
+        if again or not self.in_step:
+            raise Stopped
+        print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
+
+    def agreed(self) -> bool:
+        """Whether any process got a signal, so that all stop after the same step."""
+        received = next(filter(None, gather_object([self.received])), None)
+        self.received = self.received or received  # a signal may just have come here, for the next time to tell
+        return received is not None
+
+    def raise_if_received(self):
+        agreed = self.agreed()
+        self.in_step = False
+        if agreed:
+            raise Stopped
+
+
+def save_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
+    """Write an adapter in PEFT's format; its own save_pretrained asks the hub about the base's vocabulary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = copy.copy(model.peft_config[adapter])
+    lora.inference_mode = True
+    if isinstance(lora.target_modules, set):
+        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
+    lora.save_pretrained(directory)
+    weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
+    """Give an adapter the weights that save_lora wrote."""
+    peft.set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"), adapter_name=adapter)
+
+
+def save_adapter(policy: Policy, directory: Path) -> None:
+    """Write the trained adapter and the value head beside it, under TRL's key names."""
+    save_lora(policy.model, directory)
+    head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
+    save_file(head, directory / "value_head.safetensors")
+
+
+def restore_adapter(policy: Policy, directory: Path) -> None:
+    """Give the policy the adapter and the value head that save_adapter wrote."""
+    load_lora(policy.model, directory)
+    head = load_file(directory / "value_head.safetensors")
+    policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(path: Path):
+    """Write a file or directory under another name; it takes its own when all of it is on the disk.
+
+    Raises:
+        UserError: it can't be written, for example on a full disk; what was there before is still there.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        remove(aside)
+        yield aside
+        for part in [aside, *aside.rglob("*")]:
+            if part.is_file():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
+        with suppress(OSError):
+            remove(aside)  # half a file would only keep the disk full
+        raise UserError(
+            f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
+            "checkpoint."
+        ) from error
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint, by name."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with open(path, "rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole.
+
+    Raises:
+        UserError: it can't be read, which may pass; a damage stays.
+    """
+    if not checkpoint.is_dir():
+        return "there is no such directory"
+    try:
+        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        found = checksums(checkpoint)
+    except FileNotFoundError:
+        return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
+    except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    except OSError as error:
+        raise UserError(f"--resume: {checkpoint} can't be read: {one_line(error)}") from error
+    wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Complete a checkpoint: write the run's state, then the checksums, which make it valid."""
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint), indent=2), encoding="utf-8")
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, whole or not, the newest first."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None = None) -> None:
+    """Keep the newest checkpoints up to this step, and the best; later ones are of a run that is being done again."""
+    found = find_checkpoints(directory)
+    kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
+    kept.append(directory / f"checkpoint-{best}")
+    # What a killed run had half written goes too.
+    for path in [*(path for path in found if path not in kept), *directory.glob(".checkpoint-*.partial")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"warning: {path} can't be deleted: {one_line(error)}")
+
+
+def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
+    """Write checkpoint-<step> and delete the oldest.
+
+    It holds all that the next step depends on: the adapters, value head, optimizer, KL coefficient. Every random
+    number and the rows of every batch are functions of the seed and the step, so there is no random state to keep.
+    """
+    with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
+        save_adapter(policy, checkpoint / "adapter")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            save_lora(policy.model, checkpoint / name, name)
+        torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
+        write_state(checkpoint, state)
+    prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
+
+
+def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state in place."""
+    with loading(str(checkpoint), "resume"):
+        restore_adapter(policy, checkpoint / "adapter")
+        for name in policy.model.peft_config.keys() - {"default"}:
+            load_lora(policy.model, checkpoint / name, name)
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
+
+
+def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> Path | None:
+    """The checkpoint to go on from; None to start from the beginning.
+
+    Raises:
+        UserError: the one named is damaged, or an unfinished run would be overwritten.
+    """
+    if config.resume not in (None, NEWEST):
+        reason = damage(Path(config.resume))
+        if reason:
+            raise UserError(f"--resume {config.resume}: {reason}")
+        return Path(config.resume)
+    found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
+    if not config.resume:
+        if found and not finished:
+            raise UserError(
+                f"--output_dir {directory} holds an unfinished run ({found[0].name}): --resume goes on with it; to "
+                "start another, choose another directory or delete that one"
+            )
+        return None
+    for checkpoint in found:
+        reason = damage(checkpoint)
+        if not reason:
+            print(f"going on from {checkpoint}")
+            return checkpoint
+        print(f"warning: {checkpoint} is not used: {reason}")
+    # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
+    print(f"--resume: no {'whole ' if found else ''}checkpoint in {directory}, starting from the beginning")
+    return None
+
+
+def read_state(checkpoint: Path, config: DetoxConfig) -> dict:
+    """The state that a checkpoint holds.
+
+    Raises:
+        UserError: it is of a run with other options, or is further than this one is to go.
+    """
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {state['config'].get(name)!r} and is {value!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in MAY_CHANGE.split() and value != state["config"].get(name)
+    ]
+    if changed:
+        raise UserError(f"--resume {checkpoint}: it is of a run with other options: {', '.join(changed)}")
+    if state["step"] > config.max_ppo_steps:
+        raise UserError(f"--resume {checkpoint}: it is beyond --max_ppo_steps {config.max_ppo_steps}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Tuning: the adapter learns the human summaries, before PPO
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1349,7 +1579,7 @@ def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, tor
 class TuningWatch(transformers.TrainerCallback):
     """Shows the tuning's progress, and stops it after the step in hand when asked to."""
 
-    def __init__(self, stop: "StopSignals"):
+    def __init__(self, stop: StopSignals):
         self.stop = stop
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -1423,7 +1653,7 @@ def tune(
     config: DetoxConfig,
     directory: Path,
     state: dict,
-    stop,
+    stop: StopSignals,
     resumed: Path | None = None,
 ) -> None:
     """Tune the trained adapter for sft_steps on prompts and human summaries, and make it the reference too.
@@ -1862,240 +2092,6 @@ def print_results(results: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: a run goes on from one as if it had never stopped
-# ---------------------------------------------------------------------------------------------------------------
-
-CHECKSUMS, TUNING_DIR = "checksums.json", "sft_checkpoint"
-# Options that a resumed run may change: the others would make it another run.
-MAY_CHANGE = "resume output_dir save_steps save_total_limit max_ppo_steps compare_samples report_to dynamodb_table"
-MAY_CHANGE += " gradient_checkpointing"
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
-
-
-class StopSignals:
-    """Handler of SIGTERM and Ctrl-C: stops the run at once, or, while a step is in hand, leaves it to the loop.
-
-    A second signal is not made to wait.
-    """
-
-    def __init__(self):
-        self.in_step, self.received = False, None
-
-    def __call__(self, number, frame):
-        again, self.received = self.received, number
-        if again or not self.in_step:
-            raise Stopped
-        print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
-
-    def agreed(self) -> bool:
-        """Whether any process got a signal, so that all stop after the same step."""
-        received = next(filter(None, gather_object([self.received])), None)
-        self.received = self.received or received  # a signal may just have come here, for the next time to tell
-        return received is not None
-
-    def raise_if_received(self):
-        agreed = self.agreed()
-        self.in_step = False
-        if agreed:
-            raise Stopped
-
-
-def save_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
-    """Write an adapter in PEFT's format; its own save_pretrained asks the hub about the base's vocabulary."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lora = copy.copy(model.peft_config[adapter])
-    lora.inference_mode = True
-    if isinstance(lora.target_modules, set):
-        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
-    lora.save_pretrained(directory)
-    weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") -> None:
-    """Give an adapter the weights that save_lora wrote."""
-    peft.set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"), adapter_name=adapter)
-
-
-def save_adapter(policy: Policy, directory: Path) -> None:
-    """Write the trained adapter and the value head beside it, under TRL's key names."""
-    save_lora(policy.model, directory)
-    head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
-    save_file(head, directory / "value_head.safetensors")
-
-
-def restore_adapter(policy: Policy, directory: Path) -> None:
-    """Give the policy the adapter and the value head that save_adapter wrote."""
-    load_lora(policy.model, directory)
-    head = load_file(directory / "value_head.safetensors")
-    policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def written_aside(path: Path):
-    """Write a file or directory under another name; it takes its own when all of it is on the disk.
-
-    Raises:
-        UserError: it can't be written, for example on a full disk; what was there before is still there.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        remove(aside)
-        yield aside
-        for part in [aside, *aside.rglob("*")]:
-            if part.is_file():
-                with open(part, "rb") as file:
-                    os.fsync(file.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
-        with suppress(OSError):
-            remove(aside)  # half a file would only keep the disk full
-        raise UserError(
-            f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
-            "checkpoint."
-        ) from error
-
-
-def checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file in a checkpoint, by name."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != CHECKSUMS:
-            with open(path, "rb") as file:
-                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole.
-
-    Raises:
-        UserError: it can't be read, which may pass; a damage stays.
-    """
-    if not checkpoint.is_dir():
-        return "there is no such directory"
-    try:
-        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-        found = checksums(checkpoint)
-    except FileNotFoundError:
-        return f"it has no {CHECKSUMS}, so its writing was cut off, or it is no checkpoint of a run"
-    except ValueError:
-        return f"{CHECKSUMS} is damaged"
-    except OSError as error:
-        raise UserError(f"--resume: {checkpoint} can't be read: {one_line(error)}") from error
-    wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
-    return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
-
-
-def write_state(checkpoint: Path, state: dict) -> None:
-    """Complete a checkpoint: write the run's state, then the checksums, which make it valid."""
-    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint), indent=2), encoding="utf-8")
-
-
-def find_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, whole or not, the newest first."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
-
-
-def prune_checkpoints(directory: Path, step: int, limit: int, best: int | None = None) -> None:
-    """Keep the newest checkpoints up to this step, and the best; later ones are of a run that is being done again."""
-    found = find_checkpoints(directory)
-    kept = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= step][:limit]
-    kept.append(directory / f"checkpoint-{best}")
-    # What a killed run had half written goes too.
-    for path in [*(path for path in found if path not in kept), *directory.glob(".checkpoint-*.partial")]:
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            print(f"warning: {path} can't be deleted: {one_line(error)}")
-
-
-def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, limit: int) -> None:
-    """Write checkpoint-<step> and delete the oldest.
-
-    It holds all that the next step depends on: the adapters, value head, optimizer, KL coefficient. Every random
-    number and the rows of every batch are functions of the seed and the step, so there is no random state to keep.
-    """
-    with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
-        save_adapter(policy, checkpoint / "adapter")
-        for name in policy.model.peft_config.keys() - {"default"}:
-            save_lora(policy.model, checkpoint / name, name)
-        torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
-        write_state(checkpoint, state)
-    prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
-
-
-def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state in place."""
-    with loading(str(checkpoint), "resume"):
-        restore_adapter(policy, checkpoint / "adapter")
-        for name in policy.model.peft_config.keys() - {"default"}:
-            load_lora(policy.model, checkpoint / name, name)
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
-
-
-def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> Path | None:
-    """The checkpoint to go on from; None to start from the beginning.
-
-    Raises:
-        UserError: the one named is damaged, or an unfinished run would be overwritten.
-    """
-    if config.resume not in (None, NEWEST):
-        reason = damage(Path(config.resume))
-        if reason:
-            raise UserError(f"--resume {config.resume}: {reason}")
-        return Path(config.resume)
-    found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
-    if not config.resume:
-        if found and not finished:
-            raise UserError(
-                f"--output_dir {directory} holds an unfinished run ({found[0].name}): --resume goes on with it; to "
-                "start another, choose another directory or delete that one"
-            )
-        return None
-    for checkpoint in found:
-        reason = damage(checkpoint)
-        if not reason:
-            print(f"going on from {checkpoint}")
-            return checkpoint
-        print(f"warning: {checkpoint} is not used: {reason}")
-    # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
-    print(f"--resume: no {'whole ' if found else ''}checkpoint in {directory}, starting from the beginning")
-    return None
-
-
-def read_state(checkpoint: Path, config: DetoxConfig) -> dict:
-    """The state that a checkpoint holds.
-
-    Raises:
-        UserError: it is of a run with other options, or is further than this one is to go.
-    """
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {state['config'].get(name)!r} and is {value!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in MAY_CHANGE.split() and value != state["config"].get(name)
-    ]
-    if changed:
-        raise UserError(f"--resume {checkpoint}: it is of a run with other options: {', '.join(changed)}")
-    if state["step"] > config.max_ppo_steps:
-        raise UserError(f"--resume {checkpoint}: it is beyond --max_ppo_steps {config.max_ppo_steps}")
-    return state
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -2256,11 +2252,10 @@ def card_data(config: DetoxConfig, results: dict) -> ModelCardData:
 
 def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
-    found = {path: path.split("/") for path in measures(results)}
-    columns = [name for name in ("base", "before", "after", "human") if any(name in parts for parts in found.values())]
+    found = [(path.split("/"), value) for path, value in measures(results).items()]
+    columns = [name for name in ("base", "before", "after", "human") if any(name in parts for parts, _ in found)]
     columns, rows = [*columns, "other"], {}
-    for path, value in measures(results).items():
-        parts = found[path]
+    for parts, value in found:
         column = next((part for part in parts if part in columns), "other")
         rows.setdefault("/".join(part for part in parts if part != column), {})[column] = value
     figures = markdown_table(
@@ -2530,7 +2525,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         tqdm.write(f"  rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}, {so_far}")
         return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
 
-    critic, active = policy.value_parameters(), policy.model.parameters()
+    critic, active = policy.value_parameters, policy.model.parameters()
     actor = [p for p in active if p.requires_grad and not any(p is other for other in critic)]
     optimizer = torch.optim.Adam(
         [{"params": actor}, {"params": critic, "lr": config.value_learning_rate or config.learning_rate}],

@@ -96,11 +96,8 @@ def parse_options():
 
 def main():
     options = parse_options()
-    directory = Path(options.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    models = step_time.find_models(options, directory)
+    directory, models = step_time.prepare(options)
     shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
-    print(f"{step_time.processor()}, {options.threads} threads, {options.dtype}")
     batches, prompts = (BATCHES[:2], PROMPTS[:2]) if options.short else (BATCHES, PROMPTS)
     with tempfile.TemporaryDirectory(prefix="growth_") as scratch:
         scratch = Path(scratch)

@@ -158,10 +158,7 @@ def parse_options():
 
 def main():
     options = parse_options()
-    directory = Path(options.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    models = step_time.find_models(options, directory)
-    print(f"{step_time.processor()}, {options.threads} threads a process, {options.dtype}")
+    directory, models = step_time.prepare(options, "threads a process")
     found = {processes: [] for processes in options.processes}
     with tempfile.TemporaryDirectory(prefix="scaling_") as scratch:
         scratch = Path(scratch)

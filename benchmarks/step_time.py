@@ -382,6 +382,15 @@ def find_models(options, scratch):
     return {name: str(path) for name, path in models.items()}
 
 
+def prepare(options, threads="threads"):
+    """Make a benchmark's output_dir and find its models; tell what it runs on. Returns both."""
+    directory = Path(options.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    models = find_models(options, directory)
+    print(f"{processor()}, {options.threads} {threads}, {options.dtype}")
+    return directory, models
+
+
 def processor():
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

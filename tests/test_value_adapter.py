@@ -66,7 +66,7 @@ def test_counts_do_not_change(small_config, small):
     policy, _ = load_policy(config, *resolve_device(config))
     for adapter, head in (("default", False), ("default", True)):
         assert policy.count_parameters(adapter, head) == small.policy.count_parameters(adapter, head)
-    assert len(policy.value_parameters()) == len(small.policy.value_parameters()) + len(
+    assert len(policy.value_parameters) == len(small.policy.value_parameters) + len(
         [name for name, _ in policy.named_parameters() if ".value." in name]
     )
 
