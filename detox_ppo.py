@@ -39,7 +39,7 @@ import types
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -2364,7 +2364,8 @@ def upload_comparison(table: str, directory: str | Path) -> None:
         UserError: awswrangler, the table, the region or the credentials are missing, or the service refuses; with the
             command that tries again.
     """
-    code = f"import detox_ppo; detox_ppo.upload_comparison({json.dumps(table)}, {json.dumps(str(directory))})"
+    call = f"upload_comparison({json.dumps(table)}, {json.dumps(str(directory))})"
+    code = f"import detox_ppo; detox_ppo.main(job=lambda stop: detox_ppo.{call})"
     retry = f"Everything is saved in {directory}. To retry the upload alone: python -c {shlex.quote(code)}"
     try:
         import awswrangler
@@ -2834,7 +2835,8 @@ def explain(error: Exception) -> str | None:
             f"another process of this run has ended ({one_line(error).split('. ')[0]}). What accelerate or torchrun "
             "prints below names it. The newest checkpoint is whole, --resume goes on from it."
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    on_disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM)
+    if isinstance(error, OSError) and error.errno in on_disk:
         return f"{one_line(error)}. When that is mended, --resume goes on from the newest checkpoint."
     return None
 
@@ -2846,8 +2848,8 @@ def silence():
         yield
 
 
-def main(args: list[str] | None = None) -> None:
-    """Parse the options and run.
+def main(args: list[str] | None = None, job: Callable[[StopSignals], object] | None = None) -> None:
+    """Parse the options and run, or do another job of this module with the same care for signals and errors.
 
     Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM and 130 after
     Ctrl-C, when all up to the step in hand is saved.
@@ -2864,7 +2866,7 @@ def main(args: list[str] | None = None) -> None:
                 raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         with nullcontext() if processes.is_main_process else silence():
-            run(parse_config(sys.argv[1:] if args is None else args), stop)
+            job(stop) if job else run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:
         name = signal.Signals(stop.received).name

@@ -105,6 +105,14 @@ def test_an_output_directory_on_a_read_only_disk_is_found_first(small_arguments,
         assert refusal(directory, small_arguments, capsys) == "Read-only file system"
 
 
+def test_a_directory_where_a_file_should_go(small_arguments, tmp_path, capsys):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        detox_ppo.main(small_arguments(output_dir=tmp_path / "run"))
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert stopped.value.code == 2 and "Is a directory" in error and "metrics.jsonl" in error
+
+
 def test_a_checkpoint_that_can_only_be_read(undisturbed, forked, disk, tmp_path):
     archive = disk(tmp_path / "disk", "size=40m")
     shutil.copytree(undisturbed.directory / "run" / "checkpoint-2", archive / "checkpoint-2")

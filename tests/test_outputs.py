@@ -307,14 +307,16 @@ def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_pa
     assert "--dynamodb_table missing" in message and "\n" not in message and "ResourceNotFound" in message
     # the command in the message, run as it is by a shell, once the table is there
     command = message.split("retry the upload alone: ")[1]
-    assert command.startswith('python -c \'import detox_ppo; detox_ppo.upload_comparison("missing", ')
+    assert command.startswith("python -c ") and 'detox_ppo.upload_comparison("missing", ' in command
+    command = command.replace("python", sys.executable, 1)
+    again = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "ResourceNotFound" in again.stderr
     dynamodb.create_table(
         TableName="missing",
         KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
         AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
         BillingMode="PAY_PER_REQUEST",
     )
-    command = command.replace("python", sys.executable, 1)
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert dynamodb.scan(TableName="missing")["Count"] == 2
