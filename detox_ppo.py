@@ -12,7 +12,7 @@ again, on the same prompts and with the same random numbers.
 It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv, adapter/ and a model card with two
 pictures in --output_dir. Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes
 it on the human summaries first. A run that was stopped goes on with --resume. It runs on the CPU or on one GPU, and in
-several processes by `accelerate launch detox_ppo.py ...`.
+several processes by `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 """
 
 import bisect
@@ -85,7 +85,7 @@ SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves i
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
-SECRET_NAMES = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY", re.IGNORECASE)
+SECRET_NAMES = re.compile("TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|_KEY(?!_PATH|_FILE)", re.IGNORECASE)
 # user:password of a URL, telling parameters of its query, and the hub's tokens.
 SECRETS = re.compile(
     r"(://)[^/\s]+(?=@)|([?&][\w-]*(?:token|signature|credential|key|secret|password)[\w-]*=)[^&\s]+|\b(?-i:hf_[0-9A-Za-z]{20,})",
@@ -382,9 +382,10 @@ def check_config(config: DetoxConfig) -> None:
         low, high = kind.format("min"), kind.format("max")
         if getattr(config, low) >= getattr(config, high):
             raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
-    if config.batch_size % config.mini_batch_size:
-        sizes = f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
-        raise UserError(sizes)
+    for whole, part in (("batch_size", "mini_batch_size"), ("max_ppo_steps", "eval_every")):
+        if getattr(config, part) and getattr(config, whole) % getattr(config, part):
+            sizes = f"--{whole} {getattr(config, whole)} is not a multiple of --{part} {getattr(config, part)}"
+            raise UserError(sizes)
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
@@ -396,12 +397,9 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
         name = "cpu" if processes.device.type == "cpu" else str(processes.device)
     elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {config.device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
-    if device.type != "cuda" and str(device) != "cpu":
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {config.device!r} is not supported: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {config.device}: this machine has {torch.cuda.device_count()} GPUs for PyTorch")
     if config.dtype != "auto":
@@ -729,9 +727,12 @@ def recompute_activations(model: transformers.PreTrainedModel) -> None:
     model.get_decoder().config.use_cache = False  # the tuning has no need of it, and each layer would fill it twice
 
 
-def attention_for(device: torch.device) -> str:
-    """On CPUs plain attention beats PyTorch's fused kernel; in bfloat16 with gradients four times over."""
-    return "eager" if device.type == "cpu" else "sdpa"
+def attention_for(device: torch.device) -> str | None:
+    """On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over.
+
+    Elsewhere None leaves the choice to transformers, which knows the models that have no fused one.
+    """
+    return "eager" if device.type == "cpu" else None
 
 
 def padded_width(lengths: Iterable[int]) -> int:
@@ -774,6 +775,12 @@ class ValueHead(nn.Module):
         return self.summary(self.dropout(hidden.float())).squeeze(-1)
 
 
+def adapter_of(parameter_name: str) -> str | None:
+    """The adapter whose LoRA holds a parameter; None for the base's."""
+    found = re.search(r"\.lora_\w+\.(\w+)\.", parameter_name)
+    return found and found[1]
+
+
 class Policy(nn.Module):
     """An encoder-decoder with the adapters "default" (trained) and "reference" (frozen), and a value head.
 
@@ -786,7 +793,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.value_head = ValueHead(model.get_base_model().config.hidden_size)
-        lora = [parameter for name, parameter in model.named_parameters() if ".value." in name and "lora_" in name]
+        lora = [parameter for name, parameter in model.named_parameters() if adapter_of(name) == "value"]
         # What is trained for the values alone: the head and, with value_adapter, its LoRA.
         self.value_parameters = [*self.value_head.parameters(), *lora]
         self.eval()
@@ -808,8 +815,6 @@ class Policy(nn.Module):
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
-            for parameter in self.value_parameters:
-                parameter.requires_grad_(True)  # gradients of values may still have to find their way back
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, S) prompts to (B, S, d) encoder states."""
@@ -835,19 +840,10 @@ class Policy(nn.Module):
         bias = getattr(self.base, "final_logits_bias", None)  # BART's
         return (logits if bias is None else logits + bias).float()
 
-    def count_parameters(self, adapter: str, value_head: bool) -> tuple[int, int]:
-        """(trainable, all) parameters of the base with one of the adapters, and the value head if asked for."""
-        others = [f".{name}." for name in self.model.peft_config if name != adapter]
-        counted = [
-            parameter
-            for name, parameter in self.named_parameters()
-            if not any(other in name for other in others) and (value_head or not name.startswith("value_head."))
-        ]
-        trainable = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-        # The value head is the policy's to train; beside the reference it is only counted, as TRL's copy does.
-        if value_head and adapter != "default":
-            trainable -= sum(p.numel() for p in self.value_head.parameters() if p.requires_grad)
-        return trainable, sum(parameter.numel() for parameter in counted)
+    def count_parameters(self, adapter: str) -> tuple[int, int]:
+        """(trainable, all) parameters of the base with one of the adapters, the value head not counted."""
+        counted = [p for name, p in self.model.named_parameters() if adapter_of(name) in (None, adapter)]
+        return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
 
 
 def load_model(kind, name: str, option_name: str, dtype: torch.dtype, device: torch.device):
@@ -908,6 +904,9 @@ def load_adapter(base, base_name: str, adapter_name: str) -> peft.PeftModel:
     # PEFT falls back to the hub for an adapter's base unless told which it is.
     adapter_config.base_model_name_or_path = base_name
     adapter_config.inference_mode = False
+    for name in ("bias", "modules_to_save"):
+        if (value := getattr(adapter_config, name)) not in ("none", None, []):
+            raise UserError(f"{pair}: its {name} {value!r} trains the base's own weights, which the reference shares")
     if adapter_config.init_lora_weights not in (True, False, "gaussian"):
         # PiSSA and its like change the base itself, which the reference shares.
         raise UserError(f"{pair}: its init_lora_weights {adapter_config.init_lora_weights!r} would change the base")
@@ -990,8 +989,26 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     return Policy(model).to(device), tokenizer
 
 
-def check_lengths(policy: Policy, tokenizer, splits: datasets.DatasetDict, config: DetoxConfig) -> None:
-    """Check that model and memory take the longest prompt and the longest response that the options allow.
+@torch.no_grad()
+def check_logits(policy: Policy, config: DetoxConfig) -> None:
+    """Check that the policy makes its logits as the model itself does, of a family that was not tried before.
+
+    Raises:
+        UserError: it does not; UMT5, say, scales what its head reads.
+    """
+    special = policy.base.config
+    prompt = torch.tensor([[special.eos_token_id]], device=policy.device)
+    start, mask = torch.full_like(prompt, special.decoder_start_token_id), torch.ones_like(prompt)
+    expected = policy.base(input_ids=prompt, attention_mask=mask, decoder_input_ids=start).logits.float()
+    found = policy.logits(policy.decode(start, policy.encode(prompt, mask), mask))
+    if (found - expected).abs().max() > 0.05 * expected.abs().max():
+        raise UserError(f"--model_name {config.model_name}: a {special.model_type} makes its logits in another way")
+
+
+def check_lengths(
+    policy: Policy, tokenizer, splits: datasets.DatasetDict, classifier_length: int, config: DetoxConfig
+) -> None:
+    """Check that models and memory take the longest prompt and the longest response that the options allow.
 
     T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
 
@@ -1020,20 +1037,23 @@ def check_lengths(policy: Policy, tokenizer, splits: datasets.DatasetDict, confi
         if needed > memory:
             sizes = f"{needed / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB in all"
             raise UserError(f"{what}, whose attention alone takes {sizes}; lower it")
+        if part == "decoder" and tokens > classifier_length and option_name != "sft_max_target_length":
+            raise UserError(f"{what}, but {config.reward_model_name} reads {classifier_length}; lower it")
 
 
 def print_parameters(policy: Policy) -> None:
-    """Print the counts of policy, policy with value head, and reference."""
+    """Print the counts of policy, policy with value head, and reference; the head is counted beside the last too."""
     print(policy.value_head)
-    with_head, default = policy.count_parameters("default", True), policy.count_parameters("default", False)
+    head = sum(parameter.numel() for parameter in policy.value_head.parameters())
+    trainable, total = policy.count_parameters("default")
     with policy.adapter("reference"):
-        reference = policy.count_parameters("reference", True)
-    for name, (trainable, total) in (
-        ("policy", default),
-        ("policy with value head", with_head),
-        ("reference", reference),
+        reference, _ = policy.count_parameters("reference")
+    for name, trained, counted in (
+        ("policy", trainable, total),
+        ("policy with value head", trainable + head, total + head),
+        ("reference", reference, total + head),
     ):
-        print(f"{name}: trainable {trainable:,} of {total:,} = {trainable / total:.2%}")
+        print(f"{name}: trainable {trained:,} of {counted:,} = {trained / counted:.2%}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1167,13 +1187,11 @@ def sampling_support(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Te
     """
     if not 0 < top_k < logits.shape[-1] and top_p == 1:
         return None
-    ordered, order = logits.sort(dim=-1, descending=True)
     if top_k:
-        ordered[:, top_k:] = -math.inf
-    probabilities = ordered.softmax(dim=-1)
-    kept = (probabilities.cumsum(dim=-1) - probabilities < top_p) & (probabilities > 0)
-    kept[:, 0] = True
-    return torch.zeros_like(kept).scatter(1, order, kept)
+        logits = transformers.TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = transformers.TopPLogitsWarper(top_p)(None, logits)
+    return logits != -math.inf
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -1202,7 +1220,8 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, support: torch.Te
     """
     logits = logits.float()
     if support is not None:
-        logits = logits.masked_fill(~support, -math.inf)
+        # Not -inf, of which TRL's kernel for GPUs makes NaN where a whole block of the vocabulary has it.
+        logits = logits.masked_fill(~support, torch.finfo(logits.dtype).min)
     return selective_log_softmax(logits[None], tokens[None])[0]  # one leading row: TRL loops over rows
 
 
@@ -1304,11 +1323,11 @@ def sample_responses(
     return Responses(prompts, tokens, lengths, finished, support, encoder_states)
 
 
-def score_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (nats) and values of every response token under the active adapter, both (B, T), 0 in padding.
+def response_states(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states (N, d) of all response tokens under the active adapter, and their mask (B, T), N of it true.
 
-    The decoder reads [start] + tokens[:-1], so position t scores token t: the start token is handled here, once.
-    The head runs on the real tokens alone, never on padding.
+    The decoder reads [start] + tokens[:-1], so position t tells of token t: the start token is handled here, once.
+    The heads run on the real tokens alone, never on padding.
     """
     tokens = responses.tokens
     mask = response_mask(responses.lengths, tokens.shape[1])
@@ -1317,24 +1336,36 @@ def score_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor,
     encoder_states = responses.encoder_states
     if encoder_states is None:
         encoder_states = policy.encode(input_ids, attention_mask)
-    hidden = policy.decode(torch.cat([start, tokens[:, :-1]], dim=1), encoder_states, attention_mask)[mask]  # (N, d)
+    return policy.decode(torch.cat([start, tokens[:, :-1]], dim=1), encoder_states, attention_mask)[mask], mask
+
+
+def score_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (nats) and values of every response token, both (B, T), 0 in padding."""
+    hidden, mask = response_states(policy, responses)
     support = None if responses.support is None else responses.support[mask]
-    zeros = torch.zeros(tokens.shape, device=tokens.device)
-    logprobs = zeros.masked_scatter(mask, token_logprobs(policy.logits(hidden), tokens[mask], support))
-    return logprobs, zeros.masked_scatter(mask, policy.value_head(hidden))
+    logprobs = token_logprobs(policy.logits(hidden), responses.tokens[mask], support)
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, policy.value_head(hidden))
+
+
+def value_responses(policy: Policy, responses: Responses) -> tuple[torch.Tensor]:
+    """The values (B, T) alone."""
+    hidden, mask = response_states(policy, responses)
+    return (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, policy.value_head(hidden)),)
 
 
 @torch.no_grad()
-def score_batch(policy: Policy, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-    """score_responses of a whole batch, a micro-batch at a time and without gradients."""
-    logprobs = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
-    values = torch.zeros_like(logprobs)
+def score_batch(policy: Policy, responses: Responses, score=score_responses) -> list[torch.Tensor]:
+    """score_responses or value_responses of a whole batch, a micro-batch at a time and without gradients."""
+    columns = []
     prompt_lengths = [len(prompt) for prompt in responses.prompts]
     for rows in micro_batches(prompt_lengths, range(len(prompt_lengths)), policy.base):
         part = responses.select(rows)
-        width = part.tokens.shape[1]
-        logprobs[rows, :width], values[rows, :width] = score_responses(policy, part)
-    return logprobs, values
+        found = score(policy, part)
+        columns = columns or [torch.zeros(responses.tokens.shape, device=policy.device) for _ in found]
+        for column, values in zip(columns, found, strict=True):
+            column[rows, : values.shape[1]] = values
+    return columns
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1398,15 +1429,19 @@ def load_lora(model: peft.PeftModel, directory: Path, adapter: str = "default") 
 
 
 def save_adapter(policy: Policy, directory: Path) -> None:
-    """Write the trained adapter and the value head beside it, under TRL's key names."""
+    """Write the trained adapter, and beside it the value head under TRL's key names and its LoRA, if it has one."""
     save_lora(policy.model, directory)
+    if "value" in policy.model.peft_config:
+        save_lora(policy.model, directory / "value", "value")
     head = {f"v_head.{key}": tensor.cpu().contiguous() for key, tensor in policy.value_head.state_dict().items()}
     save_file(head, directory / "value_head.safetensors")
 
 
 def restore_adapter(policy: Policy, directory: Path) -> None:
-    """Give the policy the adapter and the value head that save_adapter wrote."""
+    """Give the policy what save_adapter wrote."""
     load_lora(policy.model, directory)
+    if "value" in policy.model.peft_config:
+        load_lora(policy.model, directory / "value", "value")
     head = load_file(directory / "value_head.safetensors")
     policy.value_head.load_state_dict({name.removeprefix("v_head."): tensor for name, tensor in head.items()})
 
@@ -1434,6 +1469,8 @@ def written_aside(path: Path):
             shutil.rmtree(path)
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
+        if isinstance(error, RuntimeError) and explain(error):
+            raise  # memory that ran out, or another process that has ended
         with suppress(OSError):
             remove(aside)  # half a file would only keep the disk full
         raise UserError(
@@ -1506,8 +1543,7 @@ def save_checkpoint(directory: Path, policy: Policy, optimizer, state: dict, lim
     """
     with written_aside(directory / f"checkpoint-{state['step']}") as checkpoint:
         save_adapter(policy, checkpoint / "adapter")
-        for name in policy.model.peft_config.keys() - {"default"}:
-            save_lora(policy.model, checkpoint / name, name)
+        save_lora(policy.model, checkpoint / "reference", "reference")
         torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
         write_state(checkpoint, state)
     prune_checkpoints(directory, state["step"], limit, state.get("best", {}).get("step"))
@@ -1517,8 +1553,7 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place."""
     with loading(str(checkpoint), "resume"):
         restore_adapter(policy, checkpoint / "adapter")
-        for name in policy.model.peft_config.keys() - {"default"}:
-            load_lora(policy.model, checkpoint / name, name)
+        load_lora(policy.model, checkpoint / "reference", "reference")
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", policy.device, weights_only=True))
 
 
@@ -1528,19 +1563,18 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
     Raises:
         UserError: the one named is damaged, or an unfinished run would be overwritten.
     """
-    if config.resume not in (None, NEWEST):
-        reason = damage(Path(config.resume))
-        if reason:
-            raise UserError(f"--resume {config.resume}: {reason}")
-        return Path(config.resume)
+    named = Path(config.resume) if config.resume not in (None, NEWEST) else None
+    if named and (reason := damage(named)):
+        raise UserError(f"--resume {named}: {reason}")
     found = find_checkpoints(directory) + find_checkpoints(directory / TUNING_DIR)
-    if not config.resume:
-        if found and not finished:
-            raise UserError(
-                f"--output_dir {directory} holds an unfinished run ({found[0].name}): --resume goes on with it; to "
-                "start another, choose another directory or delete that one"
-            )
-        return None
+    goes_on = config.resume == NEWEST or (named and directory.resolve() in named.resolve().parents)
+    if found and not finished and not goes_on:
+        raise UserError(
+            f"--output_dir {directory} holds an unfinished run ({found[0].name}): --resume, without a name, goes on "
+            "with it; to start another, choose another directory or delete that one"
+        )
+    if config.resume != NEWEST:
+        return named
     for checkpoint in found:
         reason = damage(checkpoint)
         if not reason:
@@ -1822,50 +1856,58 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 def health(history: list[dict], config: DetoxConfig) -> tuple[str, dict[str, str]]:
     """The newest of the steps' metrics in plain words, and warnings by kind, each with its cause and the way out."""
-    now, history, warned = history[-1], [step for step in history if not step["ppo/skipped_steps"]], {}
+    now, history = history[-1], [step for step in history if not step["ppo/skipped_steps"]]
     if now["ppo/skipped_steps"]:
         return "skipped: its numbers are not finite", {}
     kl, score = now["objective/kl"], [step["ppo/mean_scores"] for step in history]
     # The last ten steps against the ten before, beyond what samples and steps vary by.
     half = max(1, min(10, len(score) // 2))
     early, late = score[-2 * half : -half] or score[:1], score[-half:]
-    noise = (
-        2 * max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size)) ** 0.5
-    )
-    rise = np.mean(late) - np.mean(early)
+    varied = max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size))
+    rise, noise = np.mean(late) - np.mean(early), 2 * varied**0.5
     trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
     far = kl > 3 * config.target_kl
     distance = "far from" if far else "moving away from" if kl > config.target_kl else "close to"
-    if far:
-        warned["kl"] = f"objective/kl {kl:.1f} is above three times target_kl {config.target_kl:g}: the policy leaves "
-        warned["kl"] += "the summarizer it was. Raise init_kl_coef or lower learning_rate."
-    if kl < -1:
-        warned["negative kl"] = (
-            f"objective/kl is {kl:.1f}, which only few samples can make: it is positive on average. "
-        )
-        warned["negative kl"] += "Raise batch_size; if it stays so, lower learning_rate."
-    if now["ppo/skipped_minibatches"]:
-        warned["skipped"] = f"{now['ppo/skipped_minibatches']} minibatches were skipped, their mean ratio was above "
-        warned["skipped"] += f"ratio_threshold {config.ratio_threshold:g}. Lower learning_rate or ppo_epochs."
-    entropy = [step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now)]
-    if entropy[1] < 0.1 * entropy[0]:
-        warned["entropy"] = (
-            f"entropy fell from {entropy[0]:.3f} to {entropy[1]:.3f} nats a token: the policy says nearly "
-        )
-        warned["entropy"] += "the same whatever it is asked. Raise init_kl_coef or lower learning_rate."
-    if len(score) >= 50:
-        early, late = score[:25], score[-25:]
-        spread = (np.var(early) + np.var(late)) ** 0.5 / 5
-        if np.mean(late) - np.mean(early) <= 2 * spread:
-            warned["flat"] = f"the score has not risen in {len(score)} steps ({np.mean(early):.2f} to "
-            warned["flat"] += f"{np.mean(late):.2f}). Raise learning_rate, or batch_size where scores are noisy."
-    if now["tokens/finished_share"] < 0.5:
-        warned["cut"] = (
-            f"{1 - now['tokens/finished_share']:.0%} of the responses were cut at their cap before they ended: "
-        )
-        warned["cut"] += "half sentences are scored. Raise output_min_length and output_max_length."
-    ended = f"{now['tokens/finished_share']:.0%} of summaries end by themselves"
-    return f"score {trend}, {distance} the reference, {ended}", warned
+    first_entropy, entropy = (
+        step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now)
+    )
+    early, late = score[:25], score[-25:]
+    flat = len(score) >= 50 and np.mean(late) - np.mean(early) <= 2 * (np.var(early) + np.var(late)) ** 0.5 / 5
+    ended, skipped = now["tokens/finished_share"], now["ppo/skipped_minibatches"]
+    warned = {
+        "kl": (
+            far,
+            f"objective/kl {kl:.1f} is above three times target_kl {config.target_kl:g}: the policy leaves the "
+            "summarizer it was. Raise init_kl_coef or lower learning_rate.",
+        ),
+        "negative kl": (
+            kl < -1,
+            f"objective/kl is {kl:.1f}, which only few samples can make: it is positive on average. Raise batch_size; "
+            "if it stays so, lower learning_rate.",
+        ),
+        "skipped": (
+            skipped,
+            f"{skipped} minibatches were skipped, their mean ratio was above ratio_threshold "
+            f"{config.ratio_threshold:g}. Lower learning_rate or ppo_epochs.",
+        ),
+        "entropy": (
+            entropy < 0.1 * first_entropy,
+            f"entropy fell from {first_entropy:.3f} to {entropy:.3f} nats a token: the policy says nearly the same "
+            "whatever it is asked. Raise init_kl_coef or lower learning_rate.",
+        ),
+        "flat": (
+            flat,
+            f"the score has not risen in {len(score)} steps ({np.mean(early):.2f} to {np.mean(late):.2f}). Raise "
+            "learning_rate, or batch_size where scores are noisy.",
+        ),
+        "cut": (
+            ended < 0.5,
+            f"{1 - ended:.0%} of the responses were cut at their cap before they ended: half sentences are scored. "
+            "Raise output_min_length and output_max_length.",
+        ),
+    }
+    words = f"score {trend}, {distance} the reference, {ended:.0%} of summaries end by themselves"
+    return words, {kind: text for kind, (holds, text) in warned.items() if holds}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1879,7 +1921,7 @@ def evaluate_policy(
     """Sample eval_samples_per_prompt summaries of each row's dialogue with the active adapter, and score them.
 
     Returns:
-        lists in the order of the rows. Of each row's first summary: response. Means over each row's summaries:
+        lists in the order of the rows. Of each row's first summary: response, its_reward. Means over each row's:
         length (tokens), reward, toxicity, summary_toxicity, kl (nats a summary, to the reference). Of all summaries:
         responses, finished (ended before the cap) and the row each belongs to, as sample_rows.
     """
@@ -1913,7 +1955,10 @@ def evaluate_policy(
     if not (logits.isfinite().all() and summary_logits.isfinite().all()):
         raise UserError(f"--reward_model_name {config.reward_model_name}: its scores are not finite numbers")
     if not np.isfinite(kl).all():
-        raise UserError(f"--model_name {config.model_name}: its logits are not finite numbers (dtype: {config.dtype})")
+        raise UserError(
+            f"--model_name {config.model_name}: with its adapter the logits are not finite numbers "
+            f"({policy.base.dtype}). Set dtype float32, or lower learning_rate if that came with the training."
+        )
     scored = logits if config.score_text == "query_response" else summary_logits
 
     def row_means(values):
@@ -1921,6 +1966,7 @@ def evaluate_policy(
 
     return {
         "response": list(texts[::repeats]),
+        "its_reward": scored[::repeats, classifier.reward_index].tolist(),
         "length": row_means(lengths),
         "reward": row_means(scored[:, classifier.reward_index].tolist()),
         "toxicity": row_means(classifier.toxicity(logits, config.toxic_label)),
@@ -2104,8 +2150,8 @@ def build_comparison(rows, before: dict, after: dict) -> pd.DataFrame:
             "query": rows["query"],
             "response_before": before["response"][:count],
             "response_after": after["response"][:count],
-            "reward_before": before["reward"][:count],
-            "reward_after": after["reward"][:count],
+            "reward_before": before["its_reward"][:count],
+            "reward_after": after["its_reward"][:count],
         }
     )
     table["reward_diff"] = table["reward_after"] - table["reward_before"]
@@ -2189,15 +2235,11 @@ def write_pictures(directory: Path, metrics: list[dict], before: dict, after: di
     figure.savefig(directory / "toxicity.png", dpi=120)
 
 
-def measures(results: dict, prefix: str = "") -> dict:
+def measures(results: dict) -> dict:
     """What a run measured, on one level: {"toxicity": {"after": {"mean": x}}} becomes {"toxicity/after/mean": x}."""
-    found = {}
-    for name, value in results.items():
-        if isinstance(value, dict) and name not in ("config", "environment", "warnings", "timings"):
-            found |= measures(value, f"{prefix}{name}/")
-        elif prefix:
-            found[prefix + name] = value
-    return found
+    others = ("config", "environment", "warnings", "timings")
+    measured = {name: value for name, value in results.items() if name not in others}
+    return pd.json_normalize(measured, sep="/").to_dict("records")[0]
 
 
 def escape(text: str, longest: int = 300) -> str:
@@ -2449,6 +2491,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         Stopped: a signal that stop took note of; what was done so far is in a checkpoint.
     """
     started, stop = time.perf_counter(), stop or StopSignals()
+    config = dataclasses.replace(config)  # build_dataset will set eval_samples -1 to a number
     output_dir, model_dir, checkpoint_dir = places(config)
     processes = PartialState()
     writes = processes.is_main_process  # one process writes, for all
@@ -2471,11 +2514,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     }
     dialogues, summaries = load_dialogues(config.dataset_name)
     policy, tokenizer = load_policy(config, device, dtype)
+    check_logits(policy, config)
     print_parameters(policy)
     classifier = HateClassifier(config, device)
     print_examples(classifier)
     splits = build_dataset(dialogues, summaries, tokenizer, config)
-    check_lengths(policy, tokenizer, splits, config)
+    check_lengths(policy, tokenizer, splits, classifier.max_length, config)
     train, test = splits["train"], splits["test"]
     texts = [list(split[column]) for split in (train, test) for column in ("query", "summary")]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -2537,6 +2581,14 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     tuning_dir = checkpoint_dir / TUNING_DIR
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
+        if resumed.parent.resolve() != checkpoint_dir.resolve() and writes:
+            # What may be needed again comes along; the other directory may be gone by then.
+            for step in {state["step"], state.get("best", {}).get("step", state["step"])}:
+                source = resumed if step == state["step"] else resumed.parent / f"checkpoint-{step}"
+                if reason := damage(source):
+                    raise UserError(f"--resume {resumed}: its best adapter so far is in {source}: {reason}")
+                with written_aside(checkpoint_dir / f"checkpoint-{step}") as copied:
+                    shutil.copytree(source, copied)
     else:
         if not resumed:
             evaluate_now("base" if config.sft_steps else "before")
@@ -2546,11 +2598,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         if config.sft_steps:
             started_part = time.perf_counter()
             tune(policy, tokenizer, train, config, tuning_dir, state, stop, resumed)
-            timings["tuning"] = timings.get("tuning", 0) + time.perf_counter() - started_part
+            timings["tuning"] = time.perf_counter() - started_part
             evaluate_now("before")
         if config.eval_every:
             judge(0)
         state["stage"] = "ppo"
+        timings["total"] = earlier + time.perf_counter() - started
         if writes:
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
     if writes:
@@ -2566,8 +2619,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     metrics_file.writelines(json.dumps(line) + "\n" for line in history)
     first, last = state["step"] + 1, config.max_ppo_steps
     bar = tqdm(range(first, last + 1), desc="PPO", unit="step", initial=first - 1, total=last, disable=None)
+    stop.in_step = True
     for step in bar:
-        stop.in_step = True
         clock = [time.perf_counter()]
         # Rows are a function of (seed, step): an epoch is a fresh shuffle, its last incomplete batch is dropped.
         epoch, index = divmod(step - 1, steps_per_epoch)
@@ -2588,13 +2641,13 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
         # 2. Log-probabilities and values of the policy that sampled, then of the reference.
         old_logprobs, old_values = score_batch(policy, responses)
-        clock.append(time.perf_counter())
-        responses.encoder_states = None  # the reference's are others, and the update's need gradients
-        with policy.adapter("reference"):
-            ref_logprobs, _ = score_batch(policy, responses)
+        responses.encoder_states = None  # the other adapters' are others, and the update's need gradients
         if config.value_adapter:
             with policy.adapter("value"):
-                _, old_values = score_batch(policy, responses)
+                (old_values,) = score_batch(policy, responses, value_responses)
+        clock.append(time.perf_counter())
+        with policy.adapter("reference"):
+            ref_logprobs, _ = score_batch(policy, responses)
         clock.append(time.perf_counter())
 
         # 3. Score the text.
@@ -2632,26 +2685,29 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
                     break
                 optimizer.zero_grad()
                 update = Counter()
-                for rows in micro_batches(prompt_lengths, share(mb, prompt_lengths), policy.base):
-                    part = responses.select(rows)
+                for part_rows in micro_batches(prompt_lengths, share(mb, prompt_lengths), policy.base):
+                    part = responses.select(part_rows)
                     width = part.tokens.shape[1]
-                    rows_mask = mask[rows, :width]
-                    logprobs, values = score_responses(policy, part)
-                    if config.value_adapter:
-                        with policy.adapter("value", trainable=True):
-                            _, values = score_responses(policy, part)
-                    pg_loss, stats = policy_loss(
-                        logprobs, old_logprobs[rows, :width], advantages[rows, :width], rows_mask, config.cliprange
-                    )
-                    vf_loss, vf_clipfrac = value_loss(
-                        values, old_values[rows, :width], returns[rows, :width], rows_mask, config.cliprange_value
+                    mb_mask, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = (
+                        column[part_rows, :width] for column in (mask, old_logprobs, old_values, advantages, returns)
                     )
                     # Weighed by its tokens, the parts' gradients add up to the minibatch's, over the processes too.
-                    weight = rows_mask.sum() / mask[mb].sum()
-                    loss = weight * (pg_loss + config.vf_coef * vf_loss)
-                    loss.backward()
-                    update["ppo/loss/total"] += loss.item()
+                    weight = mb_mask.sum() / mask[mb].sum()
+                    logprobs, values = score_responses(policy, part)
+                    pg_loss, stats = policy_loss(logprobs, mb_old_logprobs, mb_advantages, mb_mask, config.cliprange)
+                    vf_inputs = mb_old_values, mb_returns, mb_mask, config.cliprange_value
+                    if config.value_adapter:
+                        (weight * pg_loss).backward()
+                        with policy.adapter("value", trainable=True):
+                            (values,) = value_responses(policy, part)
+                            vf_loss, vf_clipfrac = value_loss(values, *vf_inputs)
+                            # Backward in here too, where activations may be computed again.
+                            (weight * config.vf_coef * vf_loss).backward()
+                    else:
+                        vf_loss, vf_clipfrac = value_loss(values, *vf_inputs)
+                        (weight * (pg_loss + config.vf_coef * vf_loss)).backward()
                     for name, value in (
+                        ("ppo/loss/total", pg_loss + config.vf_coef * vf_loss),
                         ("ppo/loss/policy", pg_loss),
                         ("ppo/loss/value", vf_loss),
                         ("ppo/policy/approxkl", stats["approxkl"]),
@@ -2715,7 +2771,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         bar.set_postfix(told)
         line = " | ".join(f"{name} {value}" for name, value in told.items()) or f"not finite: {', '.join(broken)}"
         tqdm.write(f"step {step:>4}/{last} | {line} | {metrics['time/step']:6.1f} s", file=sys.stdout)
-        if config.eval_every and step % config.eval_every == 0:
+        usable = not {"log-probabilities", "values"} & set(broken)
+        if config.eval_every and step % config.eval_every == 0 and usable:
             metrics |= judge(step)
         metrics_file.write(json.dumps(metrics) + "\n")
         metrics_file.flush()
@@ -2738,17 +2795,19 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         timings["ppo"] = timings.get("ppo", 0) + metrics["time/step"]
         timings["total"] = earlier + time.perf_counter() - started
         # Where the policy's own numbers are broken, the newest checkpoint is the last good state.
-        give_up, usable = state["skipped_in_row"] >= 3, not {"log-probabilities", "values"} & set(broken)
+        give_up = state["skipped_in_row"] >= 3
         best = "best" in state and state["best"]["step"] == step
         due = stop.agreed() or step % config.save_steps == 0 or step == last or best or give_up
         if usable and due and writes:
             save_checkpoint(checkpoint_dir, policy, optimizer, state, config.save_total_limit)
-        stop.raise_if_received()
+        if due and stop.agreed():  # where none is due, a signal that has just come waits for the next step
+            raise Stopped
         if give_up:
             raise UserError(
                 f"step {step}: three steps in a row gave numbers that are not finite ({', '.join(broken)}). The last "
                 f"good state is {find_checkpoints(checkpoint_dir)[0]}. Lower learning_rate, or set dtype float32."
             )
+    stop.raise_if_received()
     metrics_file.close()
     if writes:
         # Again, if a kill cut it off.
@@ -2756,10 +2815,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     processes.wait_for_everyone()
     if "best" in state:
-        # A run that was resumed elsewhere may have its best checkpoint where it came from.
-        name = f"checkpoint-{state['best']['step']}"
-        candidates = [checkpoint_dir / name] + ([resumed.parent / name] if resumed else [])
-        restore_adapter(policy, next(path for path in candidates if path.is_dir()) / "adapter")
+        restore_adapter(policy, checkpoint_dir / f"checkpoint-{state['best']['step']}" / "adapter")
         print(f"the best adapter by the rows set aside is that of step {state['best']['step']}")
     if writes:
         with written_aside(model_dir / "adapter") as directory:
@@ -2813,7 +2869,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         tracker.end_training()
     left = "results.json, README.md with pictures, metrics.jsonl, comparison.csv, adapter/"
     left += ", sft_adapter/" if config.sft_steps else ""
-    print(f"\n{timings['total']:.0f} s in all; {left} in {output_dir}")
+    where = output_dir if model_dir == output_dir else f"{output_dir} and {model_dir}"
+    print(f"\n{timings['total']:.0f} s in all; {left} in {where}")
     if config.dynamodb_table:
         upload_comparison(config.dynamodb_table, output_dir)
     return results

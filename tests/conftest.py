@@ -56,6 +56,20 @@ def small_config(small_arguments):
     return lambda **overrides: detox_ppo.parse_config(small_arguments(**overrides))
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """Runs spend no time on what most tests don't look at: 10,000 resamples of four prompts, and pictures."""
+    from matplotlib.figure import Figure
+
+    import detox_ppo
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_training", "draw_toxicity"):
+            patch.setattr(detox_ppo, name, lambda *_: Figure(figsize=(1, 1)))
+        patch.setattr(detox_ppo.paired_statistics, "__defaults__", (20,))
+        yield
+
+
 @pytest.fixture(scope="session")
 def load_small(small_config):
     """Load a policy and its tokenizer in float32 on the CPU; for tests that change what they load."""

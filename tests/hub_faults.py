@@ -1,8 +1,9 @@
 """Every fault of the hub against everything that a run loads: the real command, over and over in one process.
 
-`python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code
-and the messages. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT once, when they are
-imported, so that the hub has to be there before them.
+`python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code,
+the messages and what else was printed. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT
+once, when they are imported, so that the hub has to be there before them. A URL with a password, and whatever secrets
+the caller put into the environment, are for the caller to look for in all of that.
 """
 
 import contextlib
@@ -14,18 +15,22 @@ import sys
 import time
 from pathlib import Path
 
-from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, small_repositories
+from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, hub_environment, small_repositories
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {BASE: "model_name", ADAPTER: "adapter_name", CLASSIFIER: "reward_model_name", DIALOGUES: "dataset_name"}
 # What befalls the files of a repository, or, with "api", already the question for its commit.
 FAULTS = ("401", "404", "500", "half", "silent", "api 401", "api 404", "api 500", "api silent")
+# Repositories that are not there.
+UNKNOWN = {"model_name": "example/none", "dataset_name": "example/none", "adapter_name": "a/b/c"}
+PASSWORD = "battery-staple"
 
 
 def main(directory):
     repositories = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
     with StandInHub(*repositories) as hub:
-        os.environ |= hub.environment(directory / "home")
+        secrets = {name: os.environ[name] for name in ("HF_TOKEN",) if name in os.environ}
+        os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home") | secrets
         os.environ.pop("HF_HUB_OFFLINE", None)
         sys.path.insert(0, str(ROOT))
         import huggingface_hub.file_download
@@ -38,19 +43,25 @@ def main(directory):
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
+
+        def tell(name, repo_id, *more):
+            shutil.rmtree(directory / "home", ignore_errors=True)
+            code, printed, messages = 0, io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(messages):
+                try:
+                    detox_ppo.main([*args, *more])
+                except SystemExit as stop:
+                    code = stop.code
+                except Exception as error:
+                    code = repr(error)
+            print(json.dumps([name, repo_id, code, messages.getvalue(), printed.getvalue()]), flush=True)
+
+        for option, repo_id in UNKNOWN.items():
+            tell(f"unknown {option}", repo_id, f"--{option}", repo_id)
         for name in FAULTS:
             for repo_id in OPTIONS:
-                shutil.rmtree(directory / "home", ignore_errors=True)
                 hub.api, hub.fault, hub.only = name.startswith("api "), name.removeprefix("api "), repo_id
-                code, messages = 0, io.StringIO()
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(messages):
-                    try:
-                        detox_ppo.main(args)
-                    except SystemExit as stop:
-                        code = stop.code
-                    except Exception as error:
-                        code = repr(error)
-                print(json.dumps([name, repo_id, code, messages.getvalue()]), flush=True)
+                tell(name, repo_id)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, P
 
 from detox_ppo import build_prompt, load_dialogues, main
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
 BASE, ADAPTER, CLASSIFIER = "model_name", "adapter_name", "reward_model_name"
@@ -383,6 +386,8 @@ DAMAGE = {
     "adapter of another rank": (ADAPTER, edited("adapter_config.json", r=3), FIT),
     "adapter of rank 0": (ADAPTER, edited("adapter_config.json", r=0), FIT),
     "adapter with a word as scale": (ADAPTER, edited("adapter_config.json", lora_alpha="x"), FIT),
+    "adapter with biases": (ADAPTER, edited("adapter_config.json", bias="lora_only"), ["bias", "lora_only"]),
+    "adapter with a whole layer": (ADAPTER, edited("adapter_config.json", modules_to_save=["lm_head"]), ["lm_head"]),
     "adapter that changes the base": (ADAPTER, edited("adapter_config.json", init_lora_weights="pissa"), ["pissa"]),
     "adapter of another kind": (ADAPTER, other_kind_of_adapter, ["LORA", "IA3"]),
     "adapter of an unknown kind": (ADAPTER, edited("adapter_config.json", peft_type="NEW"), ["NEW"]),
@@ -435,6 +440,12 @@ def test_longer_than_the_model_takes(overrides, positions, words, small_argument
         assert word in message
 
 
+@pytest.mark.parametrize("option", ["output_max_length", "eval_max_new_tokens"])
+def test_summaries_longer_than_the_classifier_reads(option, small_arguments, tmp_path, capsys):
+    message = complaint(small_arguments(**{option: 600, "output_dir": tmp_path / "run"}), capsys)
+    assert f"--{option} 600" in message and f"{TINY / 'classifier'} reads 512" in message
+
+
 def test_human_summary_longer_than_the_decoder_takes(small_arguments, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text(lines(*[{"dialogue": "Hello.", "summary": ROW["dialogue"]}] * 20))
@@ -467,9 +478,10 @@ def test_odd_rows_run_through(kind, small_arguments, tmp_path):
         path.write_text("\ufeff" + lines(*rows), encoding="utf-8")
     # Windows' ends of lines are kept within a text.
     assert load_dialogues(str(path)) == ([row["dialogue"] for row in rows], [row["summary"] for row in rows])
-    options = {"test_size": 0.5, "eval_samples": 7, "sft_steps": 1, "sft_batch_size": 7, "compare_samples": 7}
+    options = {"test_size": 0.5, "eval_samples": -1, "sft_steps": 1, "sft_batch_size": 7, "compare_samples": 7}
     main(small_arguments(dataset_name=path, output_dir=tmp_path / "run", max_ppo_steps=1, **options))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["toxicity"]["after"]["n"] == results["config"]["eval_samples"] == 7
     assert np.isfinite([results["reward"]["after"]["mean"], results["toxicity"]["after"]["mean"]]).all()
     table = pd.read_csv(tmp_path / "run" / "comparison.csv", keep_default_na=False, lineterminator="\n")
     assert sorted(table["query"]) == sorted(build_prompt(row["dialogue"]) for row in rows[7:])
@@ -483,20 +495,9 @@ def test_100_000_characters_of_few_tokens_run_through(small_arguments, tmp_path)
 # And in a process of its own
 
 
-def test_mistakes_of_a_process(small_arguments, tmp_path):
+def test_a_mistake_of_a_process(small_arguments, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{\n")
-    mistakes = {
-        "--bach_size": ["--bach_size", "8"],
-        str(tmp_path / "nothing"): small_arguments(model_name=tmp_path / "nothing", output_dir=tmp_path / "run"),
-        "line 1": small_arguments(dataset_name=tmp_path / "broken.jsonl", output_dir=tmp_path / "run"),
-    }
-    script, pipes = (
-        [sys.executable, str(ROOT / "detox_ppo.py")],
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-    )
-    processes = {word: subprocess.Popen([*script, *args], text=True, **pipes) for word, args in mistakes.items()}
-    for word, process in processes.items():
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 2
-        (line,) = err.splitlines()
-        assert line.startswith("detox_ppo.py: error: ") and word in line
+    args = small_arguments(dataset_name=tmp_path / "broken.jsonl", output_dir=tmp_path / "run")
+    done = subprocess.run([sys.executable, ROOT / "detox_ppo.py", *args], capture_output=True, text=True, timeout=300)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("detox_ppo.py: error: ") and "line 1" in line

@@ -1,7 +1,6 @@
 """The benchmarks run, shortened (the side-by-side timing without the classic trainer's environment), and measure."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,17 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def output():
-    command = [sys.executable, "benchmarks/step_time.py", "--short", "--threads", "1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def test_ours_alone_is_measured_and_the_ratios_are_null(output):
+def test_ours_alone_is_measured_and_the_ratios_are_null(monkeypatch, capsys):
+    import step_time
+
+    dtypes = ("float32",)
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--short", "--threads", "1", "--dtypes", *dtypes])
+    step_time.main()
+    output = capsys.readouterr().out
     last = json.loads(output.splitlines()[-1])
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         assert last[f"ratio_{dtype}"] is None and last[f"memory_ratio_{dtype}"] is None
         assert last[f"peak_share_{dtype}"] > 0
         ours = last["details"][dtype]["ours"]
@@ -33,8 +35,7 @@ def test_ours_alone_is_measured_and_the_ratios_are_null(output):
     assert "ours alone" in output
 
 
-def test_the_arithmetic_counted_for_the_full_shapes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_arithmetic_counted_for_the_full_shapes():
     import step_time
 
     shape = {
@@ -57,27 +58,38 @@ def test_the_arithmetic_counted_for_the_full_shapes(monkeypatch):
     assert attention == 36 * 4 * 768
 
 
-def test_growth_is_measured_fitted_and_drawn(tmp_path):
-    command = [sys.executable, "benchmarks/growth.py", "--short", "--threads", "1", "--output_dir", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    last = json.loads(run.stdout.splitlines()[-1])
+def test_growth_is_measured_fitted_and_drawn(tmp_path, monkeypatch, capsys):
+    import growth
+
+    # One point a line; that the fit finds its coefficients is shown below.
+    monkeypatch.setattr(growth, "BATCHES", (8,))
+    monkeypatch.setattr(growth, "PROMPTS", (200,))
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--short", "--threads", "1", "--output_dir", str(tmp_path)])
+    growth.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads((tmp_path / "growth.json").read_text())
-    assert [point["batch_size"] for point in last["batch_size"]] == [8, 16]
-    assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([100, 200], abs=3)
+    assert [point["batch_size"] for point in last["batch_size"]] == [8]
+    assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([200], abs=3)
     for point in last["batch_size"] + last["prompt_tokens"]:
         assert min(point["seconds"], point["memory"], point["tflop"], point["positions"]) > 0
-        fitted = point["tflop"] * last["seconds_per_tflop"] + point["positions"] * last["seconds_per_position"]
-        assert point["expected"] == pytest.approx(fitted)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fit_of_the_growth_by_hand():
+    import growth
+
+    sizes = [(1, 10), (4, 10), (2, 70), (9, 30)]
+    points = [{"tflop": tflop, "positions": n, "seconds": 3 * tflop + 0.02 * n} for tflop, n in sizes]
+    found = growth.fit(points)
+    assert found == {"seconds_per_tflop": pytest.approx(3), "seconds_per_position": pytest.approx(0.02)}
+    assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
 
 
 # Memory
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def memory():
     import memory
 
     return memory
@@ -126,8 +138,7 @@ def test_the_memory_formula_meets_the_measured_peak(memory, monkeypatch, capsys)
 
 
 @pytest.fixture
-def scaling(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def scaling():
     import scaling
 
     return scaling

@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 import detox_ppo
 from detox_ppo import DetoxConfig, UserError, main, parse_config, resolve_device
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "detox_ppo.py"
 
@@ -152,6 +155,16 @@ def yaml_file(tmp_path, text):
 
 def test_defaults():
     assert dataclasses.asdict(parse_config([])) == DEFAULTS
+
+
+def test_sizes_that_do_not_divide():
+    told = complaint(["--batch_size", 8, "--mini_batch_size", 3])
+    assert told == "--batch_size 8 is not a multiple of --mini_batch_size 3"
+    # Else the adapters of the last steps could not be chosen.
+    for steps in (3, 20):
+        told = complaint(["--max_ppo_steps", 10, "--eval_every", steps])
+        assert told == f"--max_ppo_steps 10 is not a multiple of --eval_every {steps}"
+    assert parse_config(["--max_ppo_steps", "0", "--eval_every", "3"]).eval_every == 3
 
 
 def test_every_option_is_used():
@@ -401,9 +414,7 @@ def test_a_run_leaves_its_files(runs):
 
 
 def test_results(results):
-    assert results["config"] == json.loads(json.dumps(results["config"])) and set(results["config"]) == set(
-        DEFAULTS
-    ) - {"resume"}
+    assert set(results["config"]) == set(DEFAULTS) - {"resume"}
     assert results["config"]["max_ppo_steps"] == 2 and results["config"]["learning_rate"] == 1e-3
     told = results["environment"]
     for package in ("python", "torch", "transformers", "datasets", "peft", "trl", "evaluate", "numpy", "pandas"):
@@ -551,6 +562,62 @@ def test_options_of_the_update(small_config, tmp_path, updates):
     limit = min(unclipped) / 2
     detox_ppo.run(small_config(output_dir=tmp_path, max_grad_norm=limit, **options))
     assert len(updates) == 8 and max(updates) <= limit * 1.001
+
+
+def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(small_config, tmp_path, monkeypatch, capsys):
+    """The options, each in its place; means over all tokens of the batch, and over all minibatches of all epochs."""
+    calls = {}
+
+    def record(name, function):
+        def recorded(*args):
+            found = function(*args)
+            calls.setdefault(name, []).append((args, found))
+            return found
+
+        monkeypatch.setattr(detox_ppo, name, recorded)
+
+    for name in ("compute_rewards", "compute_advantages", "policy_loss", "value_loss"):
+        record(name, getattr(detox_ppo, name))
+    monkeypatch.setattr(detox_ppo, "health", lambda *_: ("in words", {"kl": "too far"}))
+    options = {"gamma": 0.9, "lam": 0.8, "cliprange": 0.1, "cliprange_value": 0.3, "vf_coef": 0.7, "ppo_epochs": 2}
+    options |= {"learning_rate": 1e-3, "init_kl_coef": 0.4, "adaptive_kl": False, "eval_samples": 1}
+    detox_ppo.run(small_config(output_dir=tmp_path, **options))
+    assert {args[-1] for args, _ in calls["compute_rewards"]} == {0.4}
+    assert {args[-2:] for args, _ in calls["compute_advantages"]} == {(0.9, 0.8)}
+    assert {args[-1] for args, _ in calls["policy_loss"]} == {0.1}
+    assert {args[-1] for args, _ in calls["value_loss"]} == {0.3}
+
+    for step, line in enumerate(read_metrics(tmp_path)):
+        (scores, logprobs, reference, mask, _), _ = calls["compute_rewards"][step]
+        (values, *_), (advantages, returns) = calls["compute_advantages"][step]
+        kl, returns_of_tokens = (logprobs - reference)[mask], returns[mask]
+        expected = {
+            "objective/kl": kl.sum() / 4,  # a response
+            "objective/entropy": -logprobs[mask].sum() / 4,
+            "ppo/mean_scores": scores.mean(),
+            "ppo/std_scores": ((scores - scores.mean()) ** 2).mean() ** 0.5,
+            "ppo/mean_non_score_reward": -0.4 * kl.mean(),  # a token
+            "ppo/returns/mean": returns_of_tokens.mean(),
+            "ppo/returns/var": returns_of_tokens.var(),
+            "ppo/val/var_explained": 1 - (returns - values)[mask].var() / returns_of_tokens.var(),
+            "tokens/responses_len_mean": mask.sum() / 4,
+        }
+        policy_losses, value_losses = (calls[name][4 * step : 4 * step + 4] for name in ("policy_loss", "value_loss"))
+        of_policy = [(loss, stats) for _, (loss, stats) in policy_losses]
+        of_values = [loss for _, (loss, _) in value_losses]
+        expected |= {
+            "ppo/loss/policy": sum(loss for loss, _ in of_policy) / 4,
+            "ppo/loss/value": sum(of_values) / 4,
+            "ppo/loss/total": (sum(loss for loss, _ in of_policy) + 0.7 * sum(of_values)) / 4,
+            "ppo/policy/approxkl": sum(stats["approxkl"] for _, stats in of_policy) / 4,
+            "ppo/policy/clipfrac": sum(stats["clipfrac"] for _, stats in of_policy) / 4,
+            "ppo/policy/ratio": sum(stats["ratio"] for _, stats in of_policy) / 4,
+        }
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    # A warning is told once, a step's words always.
+    told = capsys.readouterr().out
+    assert told.count("in words") == 2 and told.count("too far") == 1 and "warning, step 1: too far" in told
 
 
 def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, updates, monkeypatch):

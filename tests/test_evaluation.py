@@ -283,13 +283,15 @@ def test_a_healthy_step_in_words(small):
 @pytest.mark.parametrize("samples", [1, 5, 8])
 def test_exactly_as_many_prompts_as_asked_for(evaluate, samples):
     result = evaluate(eval_samples=samples)
-    each = {"response", "length", "reward", "toxicity", "summary_toxicity", "kl"}
+    each = {"response", "its_reward", "length", "reward", "toxicity", "summary_toxicity", "kl"}
     assert set(result) == each | {"responses", "finished", "sample_rows"}
     assert {len(values) for values in result.values()} == {samples}
 
 
 def test_several_summaries_a_prompt(evaluate):
     one, three = (evaluate(eval_samples=4, eval_samples_per_prompt=count) for count in (1, 3))
+    # The comparison shows one summary beside its own reward, not beside the mean of three.
+    assert three["its_reward"] == pytest.approx(one["reward"]) and one["its_reward"] == one["reward"]
     assert three["sample_rows"] == [row for row in range(4) for _ in range(3)]
     assert three["response"] == one["response"] == three["responses"][::3]
     assert len(set(three["responses"])) > 6
@@ -380,8 +382,8 @@ def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small, splits):
 
 
 def test_comparison_shows_the_largest_gain_first():
-    before = {"response": ["a", "b", "c", "d"], "reward": [1.0, 2.0, 3.0, 4.0]}
-    after = {"response": ["A", "B", "C", "D"], "reward": [1.5, 0.0, 5.0, 9.0]}
+    before = {"response": ["a", "b", "c", "d"], "its_reward": [1.0, 2.0, 3.0, 4.0]}
+    after = {"response": ["A", "B", "C", "D"], "its_reward": [1.5, 0.0, 5.0, 9.0]}
     rows = datasets.Dataset.from_dict({"query": ["q1", "q2", "q3"]})  # fewer than were evaluated
     table = build_comparison(rows, before, after)
     assert list(table.columns) == [

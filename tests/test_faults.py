@@ -20,6 +20,9 @@ from safetensors.torch import load_file, save_file
 import detox_ppo
 from detox_ppo import UserError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -150,7 +153,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_out_of_memory_says_which_options_to_lower(undisturbed, forked, tmp_path):
-    large = ["--batch_size", "24", "--mini_batch_size", "24", "--output_max_length", "1000"]
+    large = ["--batch_size", "24", "--mini_batch_size", "24", "--output_max_length", "512"]
     args = [*undisturbed.args, "--sft_steps", "0", *large]
     run = forked.run(args, tmp_path, [FAST, ["forks:short_of_memory", {"spare": 2**22}]])
     assert run.code == 2 and "Traceback" not in run.output
@@ -173,16 +176,7 @@ def test_a_defect_is_shown_as_one():
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    from matplotlib.figure import Figure
-
-    for name in ("draw_training", "draw_toxicity"):
-        monkeypatch.setattr(detox_ppo, name, lambda *_: Figure(figsize=(1, 1)))
-    monkeypatch.setattr(detox_ppo.paired_statistics, "__defaults__", (20,))
-
-
-@pytest.fixture
-def broken_steps(monkeypatch, quick):
+def broken_steps(monkeypatch):
     """Breaks chosen steps of a run in chosen ways."""
     faults, now = {}, {"step": 0}
     sample, scores, logits, loss = (
@@ -266,7 +260,7 @@ def test_a_model_that_gives_no_numbers_at_all(small_config, tiny, tmp_path):
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="--model_name .*: its logits are not finite"):
+    with pytest.raises(UserError, match="--model_name .*: with its adapter the logits are not finite"):
         detox_ppo.run(small_config(model_name=tmp_path / "base", output_dir=tmp_path / "run", eval_samples=1))
 
 

@@ -68,12 +68,3 @@ def test_unreachable_hub_is_one_message_with_the_way_out(tmp_path):
     # One message, not one for each retry.
     assert len(finished.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / "results.json").exists()
-
-
-@pytest.mark.parametrize(
-    "option, name", [("model_name", "example/none"), ("dataset_name", "example/none"), ("model_name", "a/b/c")]
-)
-def test_repository_that_is_not_there_is_named(repositories, tmp_path, option, name):
-    with StandInHub(*repositories) as hub:
-        message = complaint(detox([f"--{option}", name], hub.environment(tmp_path / "home"), tmp_path))
-    assert f"--{option} {name}" in message

@@ -5,24 +5,10 @@ import http.client
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import hub
 import pytest
-from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, Repository, StandInHub, hub_environment
-
-TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
-
-# The libraries wait 23 s in all between their attempts at a dead hub; the attempts stay, the waiting goes.
-IMPATIENT = "import time\ntime.sleep = lambda seconds: None\n"
-DOWNLOAD = """
-import json, sys
-from huggingface_hub import hf_hub_download
-try:
-    print(json.dumps(open(hf_hub_download(*sys.argv[1:3], revision=sys.argv[3], repo_type="dataset")).read()))
-except Exception as error:
-    print(json.dumps([type(error).__name__, isinstance(error, OSError)]))
-"""
+from hub import DIALOGUES, Repository, StandInHub, hub_environment
 
 
 def client(environment, code, *arguments):
@@ -113,82 +99,6 @@ print(json.dumps([HfApi().dataset_info("knkarthick/dialogsum").sha, rows, loaded
         sha, rows, last = client(server.environment(tmp_path / "home"), code)
     assert sha == server.sha(DIALOGUES)
     assert rows == {"train": 200, "validation": 3, "test": 2} and last == "test_1"
-
-
-def test_models_and_adapter(tmp_path):
-    if not all((TINY / folder).is_dir() for folder in ("base", "classifier", "adapter", "dialogues")):
-        pytest.skip(f"the bundled small world is not in {TINY}")
-    code = """
-import json, sys
-import torch
-from huggingface_hub import HfApi
-from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
-
-def load(base, classifier, adapter):
-    policy = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), adapter)
-    judge = AutoModelForSequenceClassification.from_pretrained(classifier)
-    tokens = [AutoTokenizer.from_pretrained(name)("Hello there!").input_ids for name in (base, classifier)]
-    return policy.state_dict() | judge.state_dict(), tokens
-
-names, tiny = sys.argv[1:4], sys.argv[4]
-got, got_tokens = load(*names)
-own, own_tokens = load(*(f"{tiny}/{folder}" for folder in ("base", "classifier", "adapter")))
-same = got.keys() == own.keys() and all(torch.equal(got[key], own[key]) for key in got)
-print(json.dumps([[HfApi().model_info(name).sha for name in names], same, got_tokens == own_tokens]))
-"""
-    models, datasets = hub.small_repositories(tmp_path / "repositories", TINY)
-    names = (BASE, CLASSIFIER, ADAPTER)
-    with StandInHub(models, datasets) as server:
-        environment = server.environment(tmp_path / "home")
-        shas, same_weights, same_tokens = client(environment, code, *names, str(TINY))
-    assert shas == [server.sha(name) for name in names]
-    assert same_weights and same_tokens
-    fetched = {path for method, path in server.requests if method == "GET" and "/resolve/" in path}
-    assert f"/{BASE}/resolve/{server.sha(BASE)}/model.safetensors" in fetched
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "file", "revision", "error"),
-    [
-        (DIALOGUES, "none.csv", "main", "RemoteEntryNotFoundError"),
-        (DIALOGUES, "train.csv", "none", "RevisionNotFoundError"),
-        ("example/none", "train.csv", "main", "RepositoryNotFoundError"),
-    ],
-)
-def test_what_is_not_there(dialogues, tmp_path, repo_id, file, revision, error):
-    with StandInHub({}, {DIALOGUES: dialogues}) as server:
-        result = client(server.environment(tmp_path / "home"), DOWNLOAD, repo_id, file, revision)
-    assert result == [error, True]
-
-
-@pytest.mark.parametrize(
-    ("fault", "error", "is_oserror"),
-    [
-        ("401", "HfHubHTTPError", True),
-        ("404", "RemoteEntryNotFoundError", True),
-        ("500", "LocalEntryNotFoundError", True),
-        ("half", "RemoteProtocolError", False),
-        ("refused", "LocalEntryNotFoundError", True),
-    ],
-)
-def test_faults_end_in_errors(dialogues, tmp_path, fault, error, is_oserror):
-    """None of them hangs, and which exception each becomes is what callers have to catch."""
-    server = StandInHub({}, {DIALOGUES: dialogues}, fault=None if fault == "refused" else fault)
-    with server:
-        environment = server.environment(tmp_path / "home")
-        if fault != "refused":
-            result = client(environment, IMPATIENT + DOWNLOAD, DIALOGUES, "train.csv", "main")
-    if fault == "refused":  # the port was free a moment ago and is closed now
-        result = client(environment, IMPATIENT + DOWNLOAD, DIALOGUES, "train.csv", "main")
-    assert result == [error, is_oserror]
-
-
-def test_half_lets_small_files_through(dialogues, tmp_path):
-    with StandInHub({}, {DIALOGUES: dialogues}, fault="half") as server:
-        environment = server.environment(tmp_path / "home")
-        text = client(environment, DOWNLOAD, DIALOGUES, "README.md", "main")
-    assert text == (dialogues / "README.md").read_text()
 
 
 def test_an_unknown_fault_is_refused():

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 import detox_ppo
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 STEPS = 30
 
 
@@ -34,10 +37,12 @@ def watched(small_config, tmp_path_factory):
         notes.append(SimpleNamespace(tensors=tensors, memory=memory, files=len(os.listdir("/proc/self/fd"))))
         return rewards(*args)
 
+    gc.freeze()  # what is there already need not be counted in every step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detox_ppo, "load_policy", keep_policy)
         patch.setattr(detox_ppo, "compute_rewards", note)
         detox_ppo.run(small_config(max_ppo_steps=STEPS, eval_samples=1, output_dir=tmp_path_factory.mktemp("long")))
+    gc.unfreeze()
     assert len(notes) == STEPS
     return notes, kept["policy"]
 

@@ -201,7 +201,7 @@ def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path
     config, _, results = finished
     texts = (NASTY * 2)[:12]
     rewards = np.arange(12.0)
-    found = {"response": texts, "reward": rewards}
+    found = {"response": texts, "reward": rewards, "its_reward": rewards}
     queries = Dataset.from_dict({"query": list(map(detox_ppo.build_prompt, texts))})
     table = detox_ppo.build_comparison(queries, found, found)
     changed = dataclasses.replace(

@@ -11,6 +11,8 @@ from kill_points import FAST, arguments, differences, left, strike
 
 import detox_ppo
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def copy(undisturbed, tmp_path):
@@ -163,10 +165,24 @@ def test_changed_data_is_refused(undisturbed, forked, tmp_path):
     assert run.code == 2 and "models or data have changed since: dataset fingerprint was" in run.error
 
 
+def test_another_commit_of_a_model_is_refused(undisturbed, copy, capsys, monkeypatch):
+    state = copy / "run" / "checkpoint-3" / "state.json"
+    told = json.loads(state.read_text())
+    assert told["commits"]["model_name"] is None  # local directories have none
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(detox_ppo, "hub_commit", lambda *_: "c0ffee")
+    with pytest.raises(SystemExit):
+        detox_ppo.main([*undisturbed.args, "--resume"])
+    assert "models or data have changed since: commits was" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     line = complaint(undisturbed.args, capsys)
-    assert "run holds an unfinished run (checkpoint-3): --resume goes on with it" in line
+    assert "run holds an unfinished run (checkpoint-3): --resume, without a name, goes on with it" in line
+    # Nor by a run that goes on from elsewhere.
+    shutil.copytree(undisturbed.directory / "run" / "checkpoint-2", copy / "elsewhere" / "checkpoint-2")
+    assert "holds an unfinished run" in complaint([*undisturbed.args, "--resume", "elsewhere/checkpoint-2"], capsys)
 
 
 def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forked, tmp_path):

@@ -13,6 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import detox_ppo
 from detox_ppo import HateClassifier, Toxicity, UserError, print_examples
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 GREAT = "You are a great person and i like you."
 TERRIBLE = "You are a terrible person and i hate you."
 SUMMARY = "#Person1# asks #Person2# to bring the umbrella to the station on Monday, that idiot."

@@ -29,6 +29,9 @@ from detox_ppo import (
     token_logprobs,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 SEED = 3
 
 

@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 
 from detox_ppo import main
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
 PARTS = {"model_name": "base", "adapter_name": "adapter", "reward_model_name": "classifier"}
@@ -86,8 +89,10 @@ CODE = "import os\nos.mkdir({!r})\nclass Anything:\n    pass\n"
 AUTO = "AutoConfig AutoTokenizer AutoModel AutoModelForSeq2SeqLM AutoModelForSequenceClassification".split()
 
 
-@pytest.mark.parametrize("model_type", [None, "invented"], ids=["known kind", "kind that only the code knows"])
-@pytest.mark.parametrize("option", PARTS)
+@pytest.mark.parametrize(
+    "option, model_type",
+    [(option, None) for option in PARTS] + [("model_name", "invented"), ("reward_model_name", "invented")],
+)
 def test_code_beside_a_model_is_not_run(option, model_type, trap, tmp_path, small_arguments, capsys, monkeypatch):
     directory = copied(option, tmp_path)
     (directory / "evil.py").write_text(CODE.format(str(trap)))
@@ -101,13 +106,11 @@ def test_code_beside_a_model_is_not_run(option, model_type, trap, tmp_path, smal
     # Somebody at the keyboard, or a pipe, says yes to whatever is asked.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     args = small_arguments(**{option: directory, "output_dir": tmp_path / "run", "max_ppo_steps": 0})
-    if model_type and option != "adapter_name":
+    if model_type:  # a kind that only the code knows
         assert str(directory) in refusal(args, capsys)
     else:
-        try:
-            main(args)
-        except SystemExit as stop:
-            assert stop.code == 2
+        main(args)
+        assert (tmp_path / "run" / "results.json").exists()
     assert not trap.exists()
 
 

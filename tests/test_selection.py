@@ -1,13 +1,17 @@
 """Early stop of a step's updates, and the choice of the best adapter by rows that nothing else sees."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import detox_ppo
-from detox_ppo import build_dataset, load_dialogues, run
+from detox_ppo import UserError, build_dataset, load_dialogues, run
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def read_metrics(directory):
@@ -117,8 +121,19 @@ def test_the_best_is_known_after_a_resume_elsewhere(judged, small_config, tmp_pa
         resume=tmp_path / "checkpoint-2",
     )
     assert run(config)["best"]["step"] == 1
-    assert (weights(tmp_path / "elsewhere" / "adapter").keys()) == weights(
-        tmp_path / "checkpoint-1" / "adapter"
-    ).keys()
-    for name, tensor in weights(tmp_path / "checkpoint-1" / "adapter").items():
+    best = weights(tmp_path / "checkpoint-1" / "adapter")
+    # Once more, without the directory that the first resume went on from.
+    for path in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (tmp_path / "elsewhere" / "results.json").unlink()
+    assert run(dataclasses.replace(config, resume="newest"))["best"]["step"] == 1
+    for name, tensor in best.items():
         assert torch.equal(tensor, weights(tmp_path / "elsewhere" / "adapter")[name])
+
+
+def test_a_best_adapter_that_was_left_behind_is_named(judged, small_config, tmp_path):
+    judged([(0.5, 0.8), (0.01, 0.8), (0.3, 0.8)], max_ppo_steps=2)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    options = {"output_dir": tmp_path / "elsewhere", "resume": tmp_path / "checkpoint-2", "max_ppo_steps": 2}
+    with pytest.raises(UserError, match="checkpoint-1: there is no such directory"):
+        run(small_config(eval_every=1, learning_rate=1e-3, **options))

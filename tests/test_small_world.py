@@ -57,7 +57,7 @@ def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypa
     for name in ("base", "classifier"):
         (tmp_path / name).symlink_to(tiny / name)
     monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 16)
-    build.tune_adapter(build.training_rows(0)["adapter"][:48], 0, tmp_path)
+    build.tune_adapter(build.draw_rows("adapter", 48, "models", build.ADAPTER_INSULTS, 0), 0, tmp_path)
     made, bundled = tmp_path / "adapter", tiny / "adapter"
     assert {path.name for path in made.iterdir()} == {path.name for path in bundled.iterdir()}
     assert (made / "adapter_config.json").read_text() == (bundled / "adapter_config.json").read_text()
@@ -90,4 +90,5 @@ def test_ppo_detoxifies_it(tiny, tmp_path, capsys):
     command = [sys.executable, str(tiny / "slot_accuracy.py"), str(tmp_path / "run" / "comparison.csv")]
     last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     accuracy = json.loads(last)
-    assert accuracy["n"] == 64 and 0.8 < accuracy["before"] <= 1 and 0.8 < accuracy["after"] <= 1
+    assert accuracy["n"] == 64 and 0.9 < accuracy["before"] <= 1
+    assert accuracy["after"] > accuracy["before"] - 0.03

@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 import detox_ppo
 from detox_ppo import UserError, run, start_tracker
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 OPTIONS = {"max_ppo_steps": 2, "eval_samples": 2, "compare_samples": 1}
 
 

@@ -23,6 +23,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 import detox_ppo
@@ -36,6 +38,9 @@ from detox_ppo import (
     tune,
     tuning_loss,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 CPU = torch.device("cpu")
 
@@ -321,6 +326,16 @@ def test_families(small_config, jsonl, rows, tmp_path, make, make_tokenizer, sta
         assert loaded.target_modules == modules
         weights = adapter_weights(tmp_path / "run" / name)
         assert all(weights[key].any() for key in weights if "lora_B" in key)
+
+
+def test_a_family_that_makes_its_logits_otherwise_is_refused(small_config, tmp_path):
+    tokenizer = t5_tokenizer()
+    UMT5ForConditionalGeneration(UMT5Config(vocab_size=len(tokenizer), **T5_SHAPE)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = small_config(model_name=tmp_path, adapter_name="", lora_target_modules="q")
+    policy, _ = load_policy(config, CPU, torch.float32)
+    with pytest.raises(UserError, match="umt5 makes its logits in another way"):
+        detox_ppo.check_logits(policy, config)
 
 
 def test_a_family_that_peft_does_not_know_wants_its_layers_named(small_config, tiny, tmp_path):
