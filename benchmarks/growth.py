@@ -1,7 +1,7 @@
 """How the cost of a PPO step grows with the batch and with the prompts: a table, a fit and a picture.
 
-    python benchmarks/growth.py --models DIR --output_dir DIR       # true shapes, about ten minutes on 2 cores
-    python benchmarks/growth.py --short --output_dir DIR            # the bundled small models, for CI
+    python benchmarks/growth.py              # true shapes, about ten minutes on 2 cores
+    python benchmarks/growth.py --short      # the bundled small models, for CI
 
 Each point is a process of its own, with one step to warm up and one that is timed, at FLAN-T5-base shapes with random
 weights (see step_time.py). The batch grows at DialogSum's prompts, the prompts grow at a batch of 8. The fit expected:
@@ -83,7 +83,7 @@ def draw(series, path):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
-    parser.add_argument("--output_dir", default="growth", help="for growth.png and growth.json")
+    parser.add_argument("--output_dir", default="checkpoints/growth", help="for growth.png and growth.json")
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--short", action="store_true", help="for CI: the bundled small models and two points a line")

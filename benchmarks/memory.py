@@ -157,7 +157,7 @@ def memory(
     return parts | {"peak": always + max(cache, activations, scoring)}
 
 
-def placement(peak: float, device_memory: float = 80) -> str:
+def placement(peak: float, device_memory: float) -> str:
     """How many processes' GPUs a peak in GiB fits, in words."""
     if peak <= 0.9 * device_memory:
         return "DDP: one GPU a process"
@@ -167,8 +167,8 @@ def placement(peak: float, device_memory: float = 80) -> str:
 def print_paper(options) -> list[dict]:
     """The table for all sizes, in bfloat16 on GPUs."""
     table = []
-    print("\nOn paper, GiB: a process in bfloat16 on a GPU of 80 GB, batch 16, minibatch 4, ", end="")
-    print("prompts of 250 tokens, responses of 400, LoRA r=32 on q and v\n")
+    print(f"\nOn paper, GiB: a process in bfloat16 on a GPU of {options.device_memory:g} GB, batch 16, ", end="")
+    print("minibatch 4, prompts of 250 tokens, responses of 400, LoRA r=32 on q and v\n")
     names = ("weights", "adapters", "optimizer", "classifier", "cache", "activations", "peak")
     print("| FLAN-T5 | parameters | " + " | ".join(names) + " | peak with checkpointing | accelerate configuration |")
     print("|" + "---|" * (len(names) + 4))

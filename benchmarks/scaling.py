@@ -132,7 +132,7 @@ def draw(points, lines, path):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
-    parser.add_argument("--output_dir", default="scaling", help="for scaling.png and scaling.json")
+    parser.add_argument("--output_dir", default="checkpoints/scaling", help="for scaling.png and scaling.json")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes, two at least")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turns")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a run, after one to warm up")

@@ -2,10 +2,11 @@
 
     python benchmarks/value_probe.py [--responses 1200] [--adapter DIR] [options of detox_ppo.py]
 
-Samples responses of the policy, fits the best linear function (ridge regression) from the state before each token to
-the response's final score on two thirds of the responses, and prints the share of variance it explains on the rest:
-the ceiling for a linear value head with this input, however long it is trained. Inputs are the states after each of
-the decoder's layers (0: its embeddings), each as it is, as its mean over the tokens so far, and as its sum over them.
+Samples responses of the policy, in the small world unless --config says otherwise, fits the best linear function
+(ridge regression) from the state before each token to the response's final score on two thirds of the responses, and
+prints the share of variance it explains on the rest: the ceiling for a linear value head with this input, however
+long it is trained. Inputs are the states after each of the decoder's layers (0: its embeddings), each as it is, as
+its mean over the tokens so far, and as its sum over them.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def main():
     parser.add_argument("--responses", type=int, default=1200, help="how many to sample")
     parser.add_argument("--adapter", help="a trained adapter to probe instead of the starting one")
     arguments, options = parser.parse_known_args()
-    config = detox_ppo.parse_config(options or ["--config", "checkpoints/tiny/config.yaml"])
+    where = [] if "--config" in options else ["--config", "checkpoints/tiny/config.yaml"]
+    config = detox_ppo.parse_config([*where, *options])
     device, dtype = detox_ppo.resolve_device(config)
     policy, tokenizer = detox_ppo.load_policy(config, device, dtype)
     if arguments.adapter:

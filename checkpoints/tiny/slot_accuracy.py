@@ -1,6 +1,6 @@
 """Share of a dialogue's slots (item, place, time, ...) that a run's summaries name, before and after.
 
-    python checkpoints/tiny/slot_accuracy.py checkpoints/run/comparison.csv
+    python checkpoints/tiny/slot_accuracy.py checkpoints/tiny-run/comparison.csv
 
 The dialogue in a query is looked up in dialogues/train.csv; its slots are the words that the human summary of
 that row has in common with the topic's word lists in build.py.
