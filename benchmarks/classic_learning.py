@@ -123,10 +123,12 @@ def main():
     trainer = load_trainer(plan, tokenizer)
     classifier = load_classifier(plan["config"]["reward_model_name"], "cpu")
     curve = []
-    for step in plan["steps"]:
+    for number, step in enumerate(plan["steps"], start=1):
         curve.append(ppo_step(trainer, tokenizer, classifier, plan, step))
         print(json.dumps(curve[-1]), flush=True)
-    # Unless told not to, PEFT asks the hub whether the vocabulary was resized.
+        if str(number) in plan["save"]:
+            # Unless told not to, PEFT asks the hub whether the vocabulary was resized.
+            trainer.model.pretrained_model.save_pretrained(plan["save"][str(number)], save_embedding_layers=False)
     trainer.model.pretrained_model.save_pretrained(plan["adapter"], save_embedding_layers=False)
     versions = {package.__name__: package.__version__ for package in (torch, transformers, trl, peft)}
     Path(sys.argv[2]).write_text(json.dumps({"curve": curve, "versions": versions}))

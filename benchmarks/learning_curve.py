@@ -4,7 +4,7 @@
     python benchmarks/learning_curve.py --classic_python ENV/bin/python --jobs 2
     python benchmarks/learning_curve.py --short                     # two seeds, three steps: a smoke test
 
-About 15 minutes a seed on one core of an AMD EPYC (Zen 5).
+About 14 minutes a seed on one core of an AMD EPYC (Zen 5).
 
 Three sides train on the same prompts with the same response caps, from the same adapter, against the same
 classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's for the value head, and paid for the
@@ -16,11 +16,12 @@ summary alone; other options of detox_ppo.py may follow and hold for all:
 
 All are judged by one instrument: the adapter that a run saved is loaded back here and summarizes the held-out
 prompts, with the same random numbers on every side. Its KL is measured to the starting adapter and to the bare base
-model, in nats a response. The curves' score is the true nothate logit of the training responses, whatever the
-trainer was paid. The classic sides sample these with dropout, which costs them score; the broken lines are what the
-same policies scored on the same prompts without it, and "samples to 3" is taken from them. The curves' KL in the
-JSON is what each trainer itself reports: ours to the starting adapter, the classic ones to the bare base, without the
-first token.
+model, in nats a response. So are adapters saved on the way, on the first of those prompts: the curves of summary
+toxicity, ROUGE-L and KL to the starting adapter. The curves' score is the true nothate logit of the training
+responses, whatever the trainer was paid. The classic sides sample these with dropout, which costs them score; the
+broken lines are what the same policies scored on the same prompts without it, and "samples to 3" is taken from them.
+The curves' KL in the JSON is what each trainer itself reports: ours to the starting adapter, the classic ones to the
+bare base, without the first token.
 
 What the small world can't show: its bare base names the slots and does not insult, so that the classic trainer's
 pull towards the bare base is a cure of its own here, even with the wrong reward. "KL to base" shows it.
@@ -58,6 +59,8 @@ COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okab
 # What TRL 0.8.0 has no like of is left out on all sides; the summary alone is what both loops can be paid for.
 COMMON = "--score_text response --value_adapter false --vf_coef 0.1 --cliprange_value 0.2".split()
 SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
+ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # steps after which the adapter is judged, too
+PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats a summary)"}
 REACHED = 3.0  # of a score of 0 at the start and of 4 where nobody is insulted
 
 
@@ -100,15 +103,31 @@ def plan_steps(config, train):
     return steps
 
 
-def kl_divergences(plan):
-    """In a child: KL of an adapter to the starting one and to the bare base, from samples of its own, in nats."""
+def judge(plan):
+    """In a child: the KL of a run's last adapter, and what those saved on the way are like.
+
+    Returns:
+        kl_start and kl_base, to the starting adapter and to the bare base, from the adapter's own samples, in nats;
+        held_out, a {step, summary_toxicity, rougeL, kl (to the starting adapter)} for each step in the plan.
+    """
     import detox_ppo
 
     config = detox_ppo.parse_config(plan["arguments"])
     device, dtype = detox_ppo.resolve_device(config)
-    policy, _ = detox_ppo.load_policy(config, device, dtype)
+    policy, tokenizer = detox_ppo.load_policy(config, device, dtype)
+    classifier = detox_ppo.HateClassifier(config, device)
+    test, held_out = load_splits(config)["test"], []
+    rows = test.select(range(min(plan["curve_samples"], len(test))))
+    for step, adapter in plan["on_the_way"]:
+        policy.model.load_adapter(adapter, adapter_name=f"step {step}", torch_device=str(device))
+        with policy.adapter(f"step {step}"):
+            found = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config, f"step {step}")
+        policy.model.delete_adapter(f"step {step}")
+        quality = detox_ppo.summary_quality(found, list(rows["summary"]))
+        toxicity = statistics.mean(found["summary_toxicity"])
+        held_out.append({"step": step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"], "kl": quality["kl"]})
     policy.model.load_adapter(plan["adapter"], adapter_name="trained", torch_device=str(device))
-    rows = load_splits(config)["test"].select(range(plan["eval_samples"]))
+    rows = test.select(range(plan["eval_samples"]))
     caps, sums = (config.eval_max_new_tokens, config.eval_max_new_tokens), {"kl_start": 0.0, "kl_base": 0.0}
     for first in range(0, len(rows), config.batch_size):
         batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
@@ -120,21 +139,29 @@ def kl_divergences(plan):
         for name, other in (("kl_start", policy.adapter("reference")), ("kl_base", policy.model.disable_adapter())):
             with other:
                 sums[name] += (logprobs - detox_ppo.score_batch(policy, responses)[0]).sum().item()
-    return {name: total / len(rows) for name, total in sums.items()}
+    return {name: total / len(rows) for name, total in sums.items()} | {"held_out": held_out}
+
+
+def on_the_way(last):
+    """The steps after which the adapter is judged, the last one too."""
+    return [step for step in ON_THE_WAY if step < last] + [last]
 
 
 def evaluate(options, arguments, adapter, directory, label):
-    """Measure a saved adapter by what detox_ppo.py says of it before it trains, and its KL."""
+    """Measure a saved adapter by what detox_ppo.py says of it before it trains, its KL, and those before it."""
     count = options.eval_samples
     sizes = {"max_ppo_steps": 0, "eval_samples": count, "compare_samples": count, "adapter_name": adapter}
     # argparse takes the last of an option that is given twice
     flags = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    judged, plan, kl = (directory / name for name in ("evaluation", "evaluation.json", "kl.json"))
+    judged, plan, told = (directory / name for name in ("evaluation", "evaluation.json", "judged.json"))
     label = f"evaluating {label}"
     flags += ["--output_dir", str(judged), "--resume"]  # where an interrupted benchmark left off
     run_child([sys.executable, "detox_ppo.py", *arguments, *flags], directory, label)
-    plan.write_text(json.dumps({"arguments": arguments, "adapter": str(adapter), "eval_samples": count}))
-    run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(plan), str(kl)], directory, label)
+    saved = [(step, str(directory / f"checkpoint-{step}" / "adapter")) for step in on_the_way(options.max_ppo_steps)]
+    saved = saved if Path(saved[0][1]).exists() else [(0, str(adapter))]  # the start has none
+    asked = {"eval_samples": count, "curve_samples": options.curve_samples, "on_the_way": saved}
+    plan.write_text(json.dumps({"arguments": arguments, "adapter": str(adapter), **asked}))
+    run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(plan), str(told)], directory, label)
     results = json.loads((judged / "results.json").read_text(encoding="utf-8"))
     with open(judged / "comparison.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -145,7 +172,7 @@ def evaluate(options, arguments, adapter, directory, label):
         "rougeL": results["rouge"]["before"]["rougeL"],
         "slot_accuracy": slot_accuracy([row["query"] for row in rows], summaries, slots)[0],
         "empty": sum(not text.strip() for text in summaries),
-        **json.loads(kl.read_text()),
+        **json.loads(told.read_text()),
     }
 
 
@@ -164,6 +191,7 @@ def run_child(command, directory, label):
 def train_ours(arguments, directory, label):
     """Returns the curve, from detox_ppo.py's own metrics."""
     shortest = ["--eval_samples", "1", "--compare_samples", "1"]  # all sides are evaluated afterwards
+    shortest += ["--save_steps", "5", "--save_total_limit", "1000"]
     run_child([sys.executable, "detox_ppo.py", *arguments, *shortest, "--resume"], directory, label)
     names = {name: "ppo/mean_scores" for name in ("score", "score_without_dropout", "paid")}
     names |= {"kl": "objective/kl", "seconds": "time/step", "length": "tokens/responses_len_mean"}
@@ -175,6 +203,9 @@ def train_classic(python, side, config, train, directory, label):
     """Returns the curve that classic_learning.py wrote."""
     plan = {"config": dataclasses.asdict(config), "prompts": list(train["input_ids"])}
     plan |= {"steps": plan_steps(config, train), "adapter": str(directory / "adapter")}
+    plan["save"] = {
+        step: str(directory / f"checkpoint-{step}" / "adapter") for step in on_the_way(config.max_ppo_steps)
+    }
     plan["pick"] = "position" if side == "classic" else "label"
     (directory / "plan.json").write_text(json.dumps(plan))
     files = [str(directory / name) for name in ("plan.json", "curve.json")]
@@ -190,6 +221,7 @@ def run(options, train, side, seed):
     done, label = directory / "result.json", f"{side}, seed {seed}"
     arguments = run_arguments(options, seed, directory)
     asked = [part for part in arguments if part != str(directory)] + ["--eval_samples", str(options.eval_samples)]
+    asked += ["--curve_samples", str(options.curve_samples)]
     if done.exists():
         result = json.loads(done.read_text())
         if result["asked"] != asked:
@@ -207,8 +239,9 @@ def run(options, train, side, seed):
     else:
         curve = train_classic(options.classic_python, side, config, train, directory, label)
     evaluation = evaluate(options, arguments, adapter, directory, label)
+    held_out = evaluation.pop("held_out")
     result = {"side": side, "seed": seed, "asked": asked, "source": source, "batch_size": config.batch_size}
-    result |= {"curve": curve, "evaluation": evaluation}
+    result |= {"curve": curve, "held_out": held_out, "evaluation": evaluation}
     # Last, and in one go: its presence says that the run is whole.
     done.with_suffix(".part").write_text(json.dumps(result))
     done.with_suffix(".part").rename(done)
@@ -260,10 +293,31 @@ def print_table(sides):
         print(f"| {' | '.join(cells)} |")
 
 
+def draw_held_out(runs, panels):
+    """What the adapters saved on the way are like, over samples and over seconds: a row of panels for each measure."""
+    (size,) = {run["batch_size"] for run in runs}
+    for (name, title), row in zip(PANELS.items(), panels, strict=True):
+        start = statistics.mean(run["held_out"][0][name] for run in runs if run["side"] == START)
+        for panel in row:
+            panel.axhline(start, color="grey", linestyle=":", linewidth=1.2, label="start")
+        for side, colour in COLOURS.items():
+            lines = [run for run in runs if run["side"] == side]
+            steps = [point["step"] for point in lines[0]["held_out"]] if lines else []
+            seconds = [list(itertools.accumulate(step["seconds"] for step in run["curve"])) for run in lines]
+            xs = [[size * step for step in steps], [statistics.mean(s[step - 1] for s in seconds) for step in steps]]
+            values = list(zip(*([point[name] for point in run["held_out"]] for run in lines), strict=True))
+            for panel, at in zip(row, xs, strict=True):
+                panel.plot(at, list(map(statistics.mean, values)), color=colour, linewidth=2, marker="o", markersize=3)
+                panel.fill_between(at, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15)
+        row[0].set_ylabel(f"held out: {title}")
+        row[0].set_yscale("log" if name == "summary_toxicity" else "linear")
+
+
 def draw(runs, path):
-    """Score over samples and over seconds: a thin line a seed, a thick one for their mean."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 2, sharey=True)
+    """Score, toxicity, ROUGE-L and KL over samples and over seconds: means of the seeds, and each or their range."""
+    figure = Figure(figsize=(11, 13), layout="constrained", facecolor="white")
+    (*panels,), *held_out = grid = figure.subplots(1 + len(PANELS), 2, sharex="col", sharey="row")
+    draw_held_out(runs, held_out)
     for (side, colour), score in itertools.product(COLOURS.items(), ("score", "score_without_dropout")):
         lines = [drawn_lines(run, score) for run in runs if run["side"] == side]
         if not lines or (side == "ours" and score != "score"):  # ours has no dropout
@@ -278,13 +332,16 @@ def draw(runs, path):
                 [statistics.mean(at) for at in zip(*(line[i] for line in lines), strict=True)] for i in (axis, 2)
             )
             panel.plot(xs, ys, color=colour, **style)
-    panels[0].set(xlabel="samples", ylabel=f"score (nothate logit), running mean of {SMOOTHING} steps")
-    panels[1].set(xlabel="seconds of training")
-    for panel in panels:
+    panels[0].set_ylabel(f"training: score (nothate logit), mean of {SMOOTHING} steps")
+    for panel, xlabel in zip(grid[-1], ("samples", "seconds of training"), strict=True):
+        panel.set(xlabel=xlabel, xscale="log")  # what differs happens early
+    for panel in grid.flat:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=len(labels))
+    starts, names = held_out[0][0].get_legend_handles_labels()
+    handles, labels = [*handles, *starts], [*labels, *names]
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
@@ -294,6 +351,7 @@ def parse_options():
     parser.add_argument("--max_ppo_steps", type=int, help="default: the small world's")
     parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
     parser.add_argument("--eval_samples", type=int, default=400, help="held-out prompts to judge by")
+    parser.add_argument("--curve_samples", type=int, default=200, help="held-out prompts to judge adapters on the way")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; their seconds compare among themselves")
     parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve, with -short if short")
     parser.add_argument(
@@ -301,7 +359,8 @@ def parse_options():
     )
     options, options.others = parser.parse_known_args()
     if options.short:
-        options.seeds, options.max_ppo_steps, options.eval_samples = options.seeds[:2], 3, 16
+        options.seeds, options.max_ppo_steps = options.seeds[:2], 3
+        options.eval_samples = options.curve_samples = 16
     default = ROOT / "checkpoints" / ("learning-curve-short" if options.short else "learning-curve")
     options.output_dir = (options.output_dir or default).absolute()
     if options.classic_python:
@@ -349,6 +408,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        Path(sys.argv[3]).write_text(json.dumps(kl_divergences(json.loads(Path(sys.argv[2]).read_text()))))
+        Path(sys.argv[3]).write_text(json.dumps(judge(json.loads(Path(sys.argv[2]).read_text()))))
     else:
         main()

@@ -164,3 +164,36 @@ def test_the_model_of_communication_by_hand(scaling, monkeypatch):
     monkeypatch.setattr(scaling, "LOOPBACK", network)
     measured = {n: scaling.expected(n, 2, 12, network, sizes) for n in (1, 2)}
     assert scaling.fit(measured, sizes) == pytest.approx((2, 12))
+
+
+# Learning
+
+
+def test_learning_curves_are_summed_up_and_drawn(tmp_path):
+    """Of made-up runs: ours rises by 1 a step, the classic side by a half, and a start that was only evaluated."""
+    import learning_curve
+
+    def made_up(side, seed, slope):
+        scores = [slope * step for step in range(1, 13)] if slope else []
+        curve = [{"score": s, "score_without_dropout": s, "kl": 0.1, "seconds": 2.0} for s in scores]
+        at = [
+            {"step": n, "summary_toxicity": 0.5 / (n + 1), "rougeL": 0.9, "kl": n / 10}
+            for n in ([5, 12] if slope else [0])
+        ]
+        evaluation = {"summary_toxicity": 0.1 + 0.1 * seed if slope else 0.4}
+        return {"side": side, "batch_size": 32, "curve": curve, "held_out": at, "evaluation": evaluation}
+
+    sides = {"start": 0, "ours": 1.0, "classic": 0.5}
+    runs = [made_up(side, seed, slope) for side, slope in sides.items() for seed in (0, 1)]
+    start, ours, classic = runs[:2], runs[2:4], runs[4:]
+    found = learning_curve.summarize(ours, start)
+    assert found["summary_toxicity"] == pytest.approx({"mean": 0.15, "min": 0.1, "max": 0.2})
+    assert found["change_percent"] == pytest.approx({"mean": -62.5, "min": -75, "max": -50})
+    assert found["seconds_a_step"]["mean"] == 2
+    # The running mean of 1, 2, ... n passes 3 at n = 5; of half as much at 11, where the window of ten has moved on.
+    assert (found["samples_to_3"]["mean"], found["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
+    assert learning_curve.summarize(classic, start)["samples_to_3"]["mean"] == 11 * 32
+    assert "samples_to_3" not in learning_curve.summarize(start, start)
+    assert learning_curve.on_the_way(50) == [5, 10, 20, 30, 45, 50] and learning_curve.on_the_way(3) == [3]
+    learning_curve.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
