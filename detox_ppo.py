@@ -190,7 +190,7 @@ class DetoxConfig:
     cliprange_value: float = option(0.2, "Clip of the value's move in a step, in score.")
     vf_coef: float = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
     value_adapter: bool = option(
-        False, "Give the value head a LoRA of its own: explains more of the return, half more time a step."
+        False, "Give the value head a LoRA of its own: explains more of the return, a third more time a step."
     )
     value_learning_rate: float | None = option(
         None, "Adam's step size for the value head and its LoRA. None: learning_rate."

@@ -303,7 +303,8 @@ def test_families(small_config, jsonl, rows, tmp_path, make, make_tokenizer, sta
     make(tmp_path / "base", tokenizer)
     tokenizer.save_pretrained(tmp_path / "base")
     options = {"model_name": tmp_path / "base", "adapter_name": "", "dataset_name": jsonl("rows.jsonl", rows)}
-    config = small_config(sft_steps=3, sft_learning_rate=1e-2, max_ppo_steps=1, output_dir=tmp_path / "run", **options)
+    options |= {"sft_steps": 3, "sft_learning_rate": 1e-2, "sft_batch_size": 4, "max_ppo_steps": 1, "eval_samples": 2}
+    config = small_config(output_dir=tmp_path / "run", **options)
 
     # Tuning and PPO score a summary alike, which takes the same start token, the same head and the same mask.
     policy, tokenizer = load_policy(config, CPU, torch.float32)

@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAST = 50  # steps over which the value head is judged
 
 
-def summarize(directory: Path, seconds: float) -> dict[str, str]:
+def summarize(directory: Path) -> dict[str, str]:
     """One row of the table, from the files that a run left."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
@@ -53,7 +52,7 @@ def summarize(directory: Path, seconds: float) -> dict[str, str]:
         "empty": str((comparison["response_after"].str.strip() == "").sum()),
         "KL last / largest": f"{kl[-1]:.2f} / {max(kl):.2f}",
         "values explain": f"{1 - sum(unexplained) / sum(variance):.0%}",
-        "seconds": f"{seconds:.0f}",
+        "seconds": f"{results['timings']['total']:.0f}",  # with those before an interruption
     }
 
 
@@ -68,10 +67,9 @@ def main():
         directory = (arguments.output_dir / f"seed-{seed}").resolve()
         command = [sys.executable, "detox_ppo.py", "--config", "checkpoints/tiny/config.yaml", "--resume", *options]
         command += ["--seed", str(seed), "--output_dir", str(directory)]
-        started = time.perf_counter()
         with open(arguments.output_dir / f"seed-{seed}.log", "w", encoding="utf-8") as log:
             subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=True)
-        rows.append(summarize(directory, time.perf_counter() - started))
+        rows.append(summarize(directory))
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + "---|" * len(rows[0]))
     for row in rows:
