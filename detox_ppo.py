@@ -85,7 +85,7 @@ SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves i
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
-SECRET_NAMES = re.compile("TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|_KEY(?!_PATH|_FILE)", re.IGNORECASE)
+SECRET_NAMES = re.compile("(TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|_KEY)(?!.*_(PATH|FILE)$)", re.IGNORECASE)
 # user:password of a URL, telling parameters of its query, and the hub's tokens.
 SECRETS = re.compile(
     r"(://)[^/\s]+(?=@)|([?&][\w-]*(?:token|signature|credential|key|secret|password)[\w-]*=)[^&\s]+|\b(?-i:hf_[0-9A-Za-z]{20,})",
@@ -97,7 +97,7 @@ def masked(text: str) -> str:
     """Text without tokens and passwords, whether they are in the environment, the hub's token file or a URL."""
     known = [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
     for secret in sorted([*known, huggingface_hub.get_token() or ""], key=len, reverse=True):
-        if len(secret) >= 8:  # a flag such as TOKENIZERS_PARALLELISM=false is none
+        if len(secret) >= 8:  # a flag such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1 is none
             text = text.replace(secret, "***")
     return SECRETS.sub(r"\1\2***", text)
 
@@ -397,7 +397,7 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
         name = "cpu" if processes.device.type == "cpu" else str(processes.device)
     elif name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch("cpu|cuda(:(0|[1-9][0-9]?))?", name):
         raise UserError(f"--device {config.device!r} is not supported: use auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -777,7 +777,7 @@ class ValueHead(nn.Module):
 
 def adapter_of(parameter_name: str) -> str | None:
     """The adapter whose LoRA holds a parameter; None for the base's."""
-    found = re.search(r"\.lora_\w+\.(\w+)\.", parameter_name)
+    found = re.search(r"\.lora_\w+\.(\w+)(\.|$)", parameter_name)
     return found and found[1]
 
 
@@ -1002,7 +1002,10 @@ def check_logits(policy: Policy, config: DetoxConfig) -> None:
     expected = policy.base(input_ids=prompt, attention_mask=mask, decoder_input_ids=start).logits.float()
     found = policy.logits(policy.decode(start, policy.encode(prompt, mask), mask))
     if (found - expected).abs().max() > 0.05 * expected.abs().max():
-        raise UserError(f"--model_name {config.model_name}: a {special.model_type} makes its logits in another way")
+        raise UserError(
+            f"--model_name {config.model_name}: a {special.model_type} makes its logits in another way than this "
+            "script does; take a T5, FLAN-T5, mT5 or BART"
+        )
 
 
 def check_lengths(
@@ -1183,7 +1186,8 @@ def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
 def sampling_support(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor | None:
     """Which of the (B, V) tokens can be sampled, as bool (B, V); None: all of them.
 
-    top_p keeps the likeliest tokens until their total reaches top_p, of those that top_k left.
+    top_k keeps those, too, that are as likely as the k-th; top_p keeps the likeliest until their total reaches top_p,
+    of those that top_k left.
     """
     if not 0 < top_k < logits.shape[-1] and top_p == 1:
         return None
@@ -1469,10 +1473,10 @@ def written_aside(path: Path):
             shutil.rmtree(path)
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's and safetensors' for a full disk
-        if isinstance(error, RuntimeError) and explain(error):
-            raise  # memory that ran out, or another process that has ended
         with suppress(OSError):
             remove(aside)  # half a file would only keep the disk full
+        if isinstance(error, RuntimeError) and explain(error):
+            raise  # memory that ran out, or another process that has ended
         raise UserError(
             f"{path}: can't be written: {one_line(error)}. When that is mended, --resume goes on from the newest "
             "checkpoint."
@@ -2407,14 +2411,17 @@ def upload_comparison(table: str, directory: str | Path) -> None:
             command that tries again.
     """
     call = f"upload_comparison({json.dumps(table)}, {json.dumps(str(directory))})"
-    code = f"import detox_ppo; detox_ppo.main(job=lambda stop: detox_ppo.{call})"
+    code = f"import detox_ppo; detox_ppo.main(job=lambda: detox_ppo.{call})"
     retry = f"Everything is saved in {directory}. To retry the upload alone: python -c {shlex.quote(code)}"
     try:
         import awswrangler
+
+        # Read as text, so that numbers reach Decimal digit by digit.
+        rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False).astype(object)
     except ImportError as error:
         raise UserError(f"--dynamodb_table {table}: pip install awswrangler. {retry}") from error
-    # Read as text, so that numbers reach Decimal digit by digit.
-    rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False).astype(object)
+    except OSError as error:
+        raise UserError(f"{directory}/comparison.csv: can't be read: {error.strerror}") from error
     for name in ("reward_before", "reward_after"):
         rows[name] = rows[name].map(Decimal)
     rows.insert(0, "conversation_id", range(1, len(rows) + 1))
@@ -2581,12 +2588,19 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     tuning_dir = checkpoint_dir / TUNING_DIR
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
+        best_step = state.get("best", {}).get("step", state["step"])
+        best = resumed if best_step == state["step"] else resumed.parent / f"checkpoint-{best_step}"
+        if reason := damage(best):
+            raise UserError(
+                f"--resume {resumed}: the best adapter so far is that of {best}: {reason}. Put it back, or go on from "
+                "another checkpoint."
+            )
         if resumed.parent.resolve() != checkpoint_dir.resolve() and writes:
-            # What may be needed again comes along; the other directory may be gone by then.
-            for step in {state["step"], state.get("best", {}).get("step", state["step"])}:
-                source = resumed if step == state["step"] else resumed.parent / f"checkpoint-{step}"
-                if reason := damage(source):
-                    raise UserError(f"--resume {resumed}: its best adapter so far is in {source}: {reason}")
+            # What may be needed again comes along, for the other directory may be gone by then; the best first, so
+            # that a kill in between leaves no checkpoint without it.
+            for path in [*find_checkpoints(checkpoint_dir), tuning_dir]:
+                remove(path)
+            for step, source in {best_step: best, state["step"]: resumed}.items():
                 with written_aside(checkpoint_dir / f"checkpoint-{step}") as copied:
                     shutil.copytree(source, copied)
     else:
@@ -2905,7 +2919,7 @@ def silence():
         yield
 
 
-def main(args: list[str] | None = None, job: Callable[[StopSignals], object] | None = None) -> None:
+def main(args: list[str] | None = None, job: Callable[[], object] | None = None) -> None:
     """Parse the options and run, or do another job of this module with the same care for signals and errors.
 
     Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM and 130 after
@@ -2923,15 +2937,13 @@ def main(args: list[str] | None = None, job: Callable[[StopSignals], object] | N
                 raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         with nullcontext() if processes.is_main_process else silence():
-            job(stop) if job else run(parse_config(sys.argv[1:] if args is None else args), stop)
+            job() if job else run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:
         name = signal.Signals(stop.received).name
         if first_to_end():
-            print(
-                f"stopped by {name}; the same command with --resume goes on from the newest checkpoint",
-                file=sys.stderr,
-            )
+            way = "" if job else "; the same command with --resume goes on from the newest checkpoint"
+            print(f"stopped by {name}{way}", file=sys.stderr)
         sys.exit(0 if stop.received == signal.SIGTERM else 130)
     except Exception as error:
         told = explain(error)

@@ -59,7 +59,8 @@ COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okab
 # What TRL 0.8.0 has no like of is left out on all sides; the summary alone is what both loops can be paid for.
 COMMON = "--score_text response --value_adapter false --vf_coef 0.1 --cliprange_value 0.2".split()
 SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
-ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # steps after which the adapter is judged, too
+SAVE_STEPS = 5
+ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # of these, the steps whose adapters are judged too
 PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats a summary)"}
 REACHED = 3.0  # of a score of 0 at the start and of 4 where nobody is insulted
 
@@ -147,8 +148,8 @@ def on_the_way(last):
     return [step for step in ON_THE_WAY if step < last] + [last]
 
 
-def evaluate(options, arguments, adapter, directory, label):
-    """Measure a saved adapter by what detox_ppo.py says of it before it trains, its KL, and those before it."""
+def evaluate(options, arguments, adapter, saved, directory, label):
+    """Measure a saved adapter by what detox_ppo.py says of it before it trains, its KL, and those saved."""
     count = options.eval_samples
     sizes = {"max_ppo_steps": 0, "eval_samples": count, "compare_samples": count, "adapter_name": adapter}
     # argparse takes the last of an option that is given twice
@@ -157,8 +158,6 @@ def evaluate(options, arguments, adapter, directory, label):
     label = f"evaluating {label}"
     flags += ["--output_dir", str(judged), "--resume"]  # where an interrupted benchmark left off
     run_child([sys.executable, "detox_ppo.py", *arguments, *flags], directory, label)
-    saved = [(step, str(directory / f"checkpoint-{step}" / "adapter")) for step in on_the_way(options.max_ppo_steps)]
-    saved = saved if Path(saved[0][1]).exists() else [(0, str(adapter))]  # the start has none
     asked = {"eval_samples": count, "curve_samples": options.curve_samples, "on_the_way": saved}
     plan.write_text(json.dumps({"arguments": arguments, "adapter": str(adapter), **asked}))
     run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(plan), str(told)], directory, label)
@@ -191,7 +190,7 @@ def run_child(command, directory, label):
 def train_ours(arguments, directory, label):
     """Returns the curve, from detox_ppo.py's own metrics."""
     shortest = ["--eval_samples", "1", "--compare_samples", "1"]  # all sides are evaluated afterwards
-    shortest += ["--save_steps", "5", "--save_total_limit", "1000"]
+    shortest += ["--save_steps", str(SAVE_STEPS), "--save_total_limit", "1000"]
     run_child([sys.executable, "detox_ppo.py", *arguments, *shortest, "--resume"], directory, label)
     names = {name: "ppo/mean_scores" for name in ("score", "score_without_dropout", "paid")}
     names |= {"kl": "objective/kl", "seconds": "time/step", "length": "tokens/responses_len_mean"}
@@ -232,13 +231,14 @@ def run(options, train, side, seed):
     config = detox_ppo.parse_config(arguments)
     source = hashlib.sha256((ROOT / "detox_ppo.py").read_bytes()).hexdigest()[:12]
     adapter, curve = directory / "adapter", []
+    saved = [(step, str(directory / f"checkpoint-{step}" / "adapter")) for step in on_the_way(options.max_ppo_steps)]
     if side == START:
-        adapter = config.adapter_name
+        adapter, saved = config.adapter_name, [(0, config.adapter_name)]
     elif side == "ours":
         curve = train_ours(arguments, directory, label)
     else:
         curve = train_classic(options.classic_python, side, config, train, directory, label)
-    evaluation = evaluate(options, arguments, adapter, directory, label)
+    evaluation = evaluate(options, arguments, adapter, saved, directory, label)
     held_out = evaluation.pop("held_out")
     result = {"side": side, "seed": seed, "asked": asked, "source": source, "batch_size": config.batch_size}
     result |= {"curve": curve, "held_out": held_out, "evaluation": evaluation}

@@ -69,7 +69,11 @@ def main():
     parser.add_argument("--responses", type=int, default=1200, help="how many to sample")
     parser.add_argument("--adapter", help="a trained adapter to probe instead of the starting one")
     arguments, options = parser.parse_known_args()
-    where = [] if "--config" in options else ["--config", "checkpoints/tiny/config.yaml"]
+    where = (
+        []
+        if any(part.split("=")[0] == "--config" for part in options)
+        else ["--config", "checkpoints/tiny/config.yaml"]
+    )
     config = detox_ppo.parse_config([*where, *options])
     device, dtype = detox_ppo.resolve_device(config)
     policy, tokenizer = detox_ppo.load_policy(config, device, dtype)

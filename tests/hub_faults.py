@@ -29,8 +29,7 @@ PASSWORD = "battery-staple"
 def main(directory):
     repositories = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
     with StandInHub(*repositories) as hub:
-        secrets = {name: os.environ[name] for name in ("HF_TOKEN",) if name in os.environ}
-        os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home") | secrets
+        os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home")
         os.environ.pop("HF_HUB_OFFLINE", None)
         sys.path.insert(0, str(ROOT))
         import huggingface_hub.file_download

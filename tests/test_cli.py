@@ -317,7 +317,7 @@ def test_option_without_its_value():
 
 
 def test_mistakes_in_device():
-    for device in ("quantum", "cuda:99", "meta", "cpu:x"):
+    for device in ("quantum", "cuda:99", "cuda:01", "cuda:1000", "meta", "cpu:x"):
         with pytest.raises(UserError) as error:
             resolve_device(parse_config(["--device", device]))
         assert "--device" in str(error.value) and device in str(error.value)

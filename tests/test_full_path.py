@@ -55,16 +55,8 @@ def test_default_names_download_train_and_tell_their_commits(repositories, tmp_p
     again = detox([*FEW, "--adapter_name", ADAPTER], offline | {"HF_HUB_OFFLINE": "1"}, tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out" / "results.json").read_text())["environment"]["commits"] == expected
-    assert "HF_HUB_OFFLINE=1" in complaint(detox(FEW, offline, tmp_path))
-
-
-def test_unreachable_hub_is_one_message_with_the_way_out(tmp_path):
-    environment = hub_environment("http://127.0.0.1:9", tmp_path / "home")
-    finished = detox([], environment, tmp_path)
-    message = complaint(finished)
-    assert "google/flan-t5-base" in message
-    assert "HF_ENDPOINT" in message and "http://127.0.0.1:9" in message
-    assert "python detox_ppo.py --config checkpoints/tiny/config.yaml" in message
-    # One message, not one for each retry.
-    assert len(finished.stderr.splitlines()) == 1
-    assert not (tmp_path / "out" / "results.json").exists()
+    gone = detox(FEW, offline, tmp_path)
+    message = complaint(gone)
+    assert "google/flan-t5-base" in message and "HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1" in message
+    assert hub.url in message and "python detox_ppo.py --config checkpoints/tiny/config.yaml" in message
+    assert len(gone.stderr.splitlines()) == 1  # one message, not one for each retry

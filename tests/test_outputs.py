@@ -309,8 +309,6 @@ def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_pa
     command = message.split("retry the upload alone: ")[1]
     assert command.startswith("python -c ") and 'detox_ppo.upload_comparison("missing", ' in command
     command = command.replace("python", sys.executable, 1)
-    again = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "ResourceNotFound" in again.stderr
     dynamodb.create_table(
         TableName="missing",
         KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
@@ -340,6 +338,18 @@ def test_what_can_miss_for_an_upload(dynamodb, finished, monkeypatch, settings, 
     with pytest.raises(UserError) as error:
         detox_ppo.upload_comparison("summaries", finished[1])
     assert word in str(error.value) and "retry the upload alone: python -c" in str(error.value)
+
+
+def test_upload_of_what_is_not_there(dynamodb, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        detox_ppo.main(job=lambda: detox_ppo.upload_comparison("summaries", tmp_path))
+    told = f"detox_ppo.py: error: {tmp_path}/comparison.csv: can't be read: No such file or directory\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == told
+    pd.DataFrame({"reward_before": [1], "reward_after": [2], "reward_diff": [1]}).to_csv(tmp_path / "comparison.csv")
+    with pytest.raises(SystemExit) as stop:
+        detox_ppo.main(job=lambda: detox_ppo.upload_comparison("nowhere", tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--dynamodb_table nowhere: " in line and "retry the upload alone: python" in line
 
 
 def test_upload_without_its_package(finished, monkeypatch):
