@@ -1875,8 +1875,10 @@ def health(history: list[dict], config: DetoxConfig) -> tuple[str, dict[str, str
     first_entropy, entropy = (
         step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now)
     )
-    early, late = score[:25], score[-25:]
-    flat = len(score) >= 50 and np.mean(late) - np.mean(early) <= 2 * (np.var(early) + np.var(late)) ** 0.5 / 5
+    # Against the first steps, so that a score that rose at once and stays where it is counts as risen.
+    early, late = score[:5], score[-25:]
+    varied = history[0]["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(late) / 25
+    flat = len(score) >= 50 and np.mean(late) - np.mean(early) <= 2 * varied**0.5
     ended, skipped = now["tokens/finished_share"], now["ppo/skipped_minibatches"]
     warned = {
         "kl": (

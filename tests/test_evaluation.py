@@ -277,6 +277,18 @@ def test_a_healthy_step_in_words(small):
     assert "moving away from the reference" in health(steps(**{"objective/kl": 7.0}), small.config)[0]
 
 
+def test_a_score_that_rose_at_once_and_stays_is_not_called_flat(small):
+    """As most runs of the small world do: in ten steps to the top, and up and down there for hundreds."""
+    generator = np.random.default_rng(0)
+    means = np.concatenate([np.linspace(-0.6, 3, 10), 3 + 0.5 * generator.standard_normal(300)])
+    history = [
+        step | {"ppo/mean_scores": mean, "ppo/std_scores": 2.5} for mean, step in zip(means, steps(310), strict=True)
+    ]
+    assert not [count for count in range(1, 311) if health(history[:count], small.config)[1]]
+    never = [step | {"ppo/mean_scores": mean - 3} for mean, step in zip(means[10:], history[10:], strict=True)]
+    assert list(health(never, small.config)[1]) == ["flat"]
+
+
 # Evaluating a policy
 
 
