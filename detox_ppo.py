@@ -126,6 +126,28 @@ def one_line(error: Exception | str) -> str:
     return " ".join(text.split())[:400]
 
 
+def explain(error: Exception) -> str | None:
+    """A failure that the user can mend, in one line; None for a defect of the script."""
+    if isinstance(error, UserError):
+        return str(error)
+    # PyTorch's and oneDNN's words for it on the CPU.
+    memory = r"can't allocate memory|could not (create|execute) a (primitive|memory)|Cannot allocate memory|bad_alloc"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, str(error)):
+        return (
+            f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
+            "or input_max_text_length for sampling and evaluation."
+        )
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return (
+            f"another process of this run has ended ({one_line(error).split('. ')[0]}). What accelerate or torchrun "
+            "prints below names it. The newest checkpoint is whole, --resume goes on from it."
+        )
+    on_disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM)
+    if isinstance(error, OSError) and error.errno in on_disk:
+        return f"{one_line(error)}. When that is mended, --resume goes on from the newest checkpoint."
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Options
 # ---------------------------------------------------------------------------------------------------------------
@@ -1590,11 +1612,17 @@ def choose_checkpoint(config: DetoxConfig, directory: Path, finished: bool) -> P
     return None
 
 
+def best_checkpoint(checkpoint: Path, state: dict) -> Path:
+    """The checkpoint of the best adapter when this one, with this state, was written; it lies beside it."""
+    best_step = state.get("best", state)["step"]
+    return checkpoint if best_step == state["step"] else checkpoint.parent / f"checkpoint-{best_step}"
+
+
 def read_state(checkpoint: Path, config: DetoxConfig) -> dict:
     """The state that a checkpoint holds.
 
     Raises:
-        UserError: it is of a run with other options, or is further than this one is to go.
+        UserError: it is of a run with other options, is further than this one is to go, or lacks its best one.
     """
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     changed = [
@@ -1606,7 +1634,24 @@ def read_state(checkpoint: Path, config: DetoxConfig) -> dict:
         raise UserError(f"--resume {checkpoint}: it is of a run with other options: {', '.join(changed)}")
     if state["step"] > config.max_ppo_steps:
         raise UserError(f"--resume {checkpoint}: it is beyond --max_ppo_steps {config.max_ppo_steps}")
+    best = best_checkpoint(checkpoint, state)
+    if best != checkpoint and (reason := damage(best)):
+        raise UserError(
+            f"--resume {checkpoint}: the best adapter so far is that of {best}: {reason}. Put it back, or go on from "
+            "another checkpoint."
+        )
     return state
+
+
+def copy_checkpoint(checkpoint: Path, state: dict, directory: Path) -> None:
+    """Copy a checkpoint and its best one, for the directory that they are in may be gone when they are needed again.
+
+    The best goes first, so that a kill in between leaves no checkpoint without it.
+    """
+    best_step = state.get("best", state)["step"]
+    for step, source in {best_step: best_checkpoint(checkpoint, state), state["step"]: checkpoint}.items():
+        with written_aside(directory / f"checkpoint-{step}") as copied:
+            shutil.copytree(source, copied)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2590,21 +2635,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     tuning_dir = checkpoint_dir / TUNING_DIR
     if state["stage"] == "ppo":
         load_checkpoint(resumed, policy, optimizer)
-        best_step = state.get("best", {}).get("step", state["step"])
-        best = resumed if best_step == state["step"] else resumed.parent / f"checkpoint-{best_step}"
-        if reason := damage(best):
-            raise UserError(
-                f"--resume {resumed}: the best adapter so far is that of {best}: {reason}. Put it back, or go on from "
-                "another checkpoint."
-            )
         if resumed.parent.resolve() != checkpoint_dir.resolve() and writes:
-            # What may be needed again comes along, for the other directory may be gone by then; the best first, so
-            # that a kill in between leaves no checkpoint without it.
             for path in [*find_checkpoints(checkpoint_dir), tuning_dir]:
                 remove(path)
-            for step, source in {best_step: best, state["step"]: resumed}.items():
-                with written_aside(checkpoint_dir / f"checkpoint-{step}") as copied:
-                    shutil.copytree(source, copied)
+            copy_checkpoint(resumed, state, checkpoint_dir)
     else:
         if not resumed:
             evaluate_now("base" if config.sft_steps else "before")
@@ -2890,28 +2924,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     if config.dynamodb_table:
         upload_comparison(config.dynamodb_table, output_dir)
     return results
-
-
-def explain(error: Exception) -> str | None:
-    """A failure that the user can mend, in one line; None for a defect of the script."""
-    if isinstance(error, UserError):
-        return str(error)
-    # PyTorch's and oneDNN's words for it on the CPU.
-    memory = r"can't allocate memory|could not (create|execute) a (primitive|memory)|Cannot allocate memory|bad_alloc"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, str(error)):
-        return (
-            f"out of memory: {one_line(error)}. Lower mini_batch_size for the update; batch_size, output_max_length "
-            "or input_max_text_length for sampling and evaluation."
-        )
-    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return (
-            f"another process of this run has ended ({one_line(error).split('. ')[0]}). What accelerate or torchrun "
-            "prints below names it. The newest checkpoint is whole, --resume goes on from it."
-        )
-    on_disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EISDIR, errno.EACCES, errno.EPERM)
-    if isinstance(error, OSError) and error.errno in on_disk:
-        return f"{one_line(error)}. When that is mended, --resume goes on from the newest checkpoint."
-    return None
 
 
 @contextmanager

@@ -198,13 +198,10 @@ def train_ours(arguments, directory, label):
     return [{name: json.loads(line)[key] for name, key in names.items()} for line in lines]
 
 
-def train_classic(python, side, config, train, directory, label):
+def train_classic(python, side, config, train, saved, directory, label):
     """Returns the curve that classic_learning.py wrote."""
     plan = {"config": dataclasses.asdict(config), "prompts": list(train["input_ids"])}
-    plan |= {"steps": plan_steps(config, train), "adapter": str(directory / "adapter")}
-    plan["save"] = {
-        step: str(directory / f"checkpoint-{step}" / "adapter") for step in on_the_way(config.max_ppo_steps)
-    }
+    plan |= {"steps": plan_steps(config, train), "adapter": str(directory / "adapter"), "save": dict(saved)}
     plan["pick"] = "position" if side == "classic" else "label"
     (directory / "plan.json").write_text(json.dumps(plan))
     files = [str(directory / name) for name in ("plan.json", "curve.json")]
@@ -237,7 +234,7 @@ def run(options, train, side, seed):
     elif side == "ours":
         curve = train_ours(arguments, directory, label)
     else:
-        curve = train_classic(options.classic_python, side, config, train, directory, label)
+        curve = train_classic(options.classic_python, side, config, train, saved, directory, label)
     evaluation = evaluate(options, arguments, adapter, saved, directory, label)
     held_out = evaluation.pop("held_out")
     result = {"side": side, "seed": seed, "asked": asked, "source": source, "batch_size": config.batch_size}

@@ -193,14 +193,18 @@ def watch(**kwargs):
     sys.addaudithook(told.audit)
 
 
-def fast():
-    """Prepare a run: spend no time on what can't matter here, such as 10,000 resamples of four prompts."""
+def fast(put=setattr):
+    """Prepare a run: spend no time on what can't matter here, such as 10,000 resamples of four prompts.
+
+    put may be a MonkeyPatch's setattr, which takes it back afterwards.
+    """
     from matplotlib.figure import Figure
 
     import detox_ppo
 
-    detox_ppo.paired_statistics.__defaults__ = (20,)
-    detox_ppo.draw_training = detox_ppo.draw_toxicity = lambda *_: Figure(figsize=(1, 1))
+    put(detox_ppo.paired_statistics, "__defaults__", (20,))
+    for name in ("draw_training", "draw_toxicity"):
+        put(detox_ppo, name, lambda *_: Figure(figsize=(1, 1)))
 
 
 # In the process that watches
