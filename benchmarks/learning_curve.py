@@ -2,12 +2,10 @@
 
     python benchmarks/learning_curve.py                             # makes the classic environment first
     python benchmarks/learning_curve.py --classic_python ENV/bin/python --jobs 2
-    python benchmarks/learning_curve.py --short                     # two seeds, three steps: a smoke test
-
-About 14 minutes a seed on one core of an AMD EPYC (Zen 5).
+    python benchmarks/learning_curve.py --short                     # one seed, two steps, in this process
 
 Three sides train on the same prompts with the same response caps, from the same adapter, against the same
-classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's for the value head, and paid for the
+classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's clip of the values, and paid for the
 summary alone; other options of detox_ppo.py may follow and hold for all:
 
     ours              detox_ppo.py
@@ -32,7 +30,6 @@ on where it stopped. Each child has one thread. Seconds are those of the steps, 
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import io
@@ -42,6 +39,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,17 +54,13 @@ from slot_accuracy import slot_accuracy, slots_by_dialogue  # noqa: E402
 START = "start"  # the starting adapter, evaluated only
 NAMES = {START: "start", "ours": "ours", "classic": "classic", "mended": "classic, mended"}
 COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okabe and Ito's
-# What TRL 0.8.0 has no like of is left out on all sides; the summary alone is what both loops can be paid for.
-COMMON = "--score_text response --value_adapter false --vf_coef 0.1 --cliprange_value 0.2".split()
+# The clip of the values is TRL's on all sides; the summary alone is what both loops can be paid for.
+COMMON = "--score_text response --cliprange_value 0.2".split()
 SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
 SAVE_STEPS = 5
 ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # of these, the steps whose adapters are judged too
 PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats a summary)"}
 REACHED = 3.0  # of a score of 0 at the start and of 4 where nobody is insulted
-
-
-def stop(message):
-    sys.exit(f"learning_curve.py: error: {message}")
 
 
 def run_arguments(options, seed, directory):
@@ -84,9 +78,9 @@ def load_splits(config):
     import detox_ppo
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=False)
     with contextlib.redirect_stdout(io.StringIO()):  # counts of rows
-        return detox_ppo.build_dataset(*detox_ppo.load_dialogues(config.dataset_name), tokenizer, config)
+        return detox_ppo.build_dataset(detox_ppo.load_dialogues(config.dataset_name), tokenizer, config)
 
 
 def plan_steps(config, train):
@@ -95,22 +89,40 @@ def plan_steps(config, train):
 
     steps, size, caps = [], config.batch_size, (config.output_min_length, config.output_max_length)
     for step in range(1, config.max_ppo_steps + 1):
-        epoch, index = divmod(step - 1, len(train) // size)
-        shuffled = detox_ppo.random_stream(config.seed, detox_ppo.SHUFFLE, epoch).permutation(len(train))
-        rows = shuffled[index * size : (index + 1) * size].tolist()
-        keys = [(config.seed, detox_ppo.TRAINING, step, row) for row in train.select(rows)["row"]]
+        rows = detox_ppo.rows_of_step(len(train), size, config.seed, detox_ppo.SHUFFLE, step)
+        keys = [(config.seed, detox_ppo.ROLLOUT, step, row) for row in train.select(rows)["row"]]
         drawn = [int(detox_ppo.random_stream(*key).integers(*caps, endpoint=True)) for key in keys]
-        steps.append({"rows": rows, "caps": drawn})
+        steps.append({"rows": rows.tolist(), "caps": drawn})
     return steps
 
 
+def kl_to_base(policy, rows, config):
+    """Mean KL of the active adapter's summaries to the bare base, in nats a summary."""
+    import detox_ppo
+
+    total, caps = 0.0, (config.eval_max_new_tokens, config.eval_max_new_tokens)
+    for first in range(0, len(rows), config.batch_size):
+        batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
+        generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
+        responses = detox_ppo.sample_responses(policy, list(batch["input_ids"]), generators, caps)
+        logprobs, _ = policy.score(responses)
+        responses.encoder_states = None  # the base's differ
+        with policy.model.disable_adapter():
+            total += (logprobs - policy.score(responses)[0]).sum().item()
+    return total / len(rows)
+
+
+@step_time.refusals()
 def judge(plan):
-    """In a child: the KL of a run's last adapter, and what those saved on the way are like.
+    """Measure a run's last adapter on the held-out prompts, and on the first of them those saved on the way.
 
     Returns:
-        kl_start and kl_base, to the starting adapter and to the bare base, from the adapter's own samples, in nats;
-        held_out, a {step, summary_toxicity, rougeL, kl (to the starting adapter)} for each step in the plan.
+        means of the last adapter's summaries; kl_start and kl_base, to the starting adapter and to the bare base, in
+        nats a summary; held_out, a {step, summary_toxicity, rougeL, kl (to the starting adapter)} for each step.
     """
+    import peft
+    import torch
+
     import detox_ppo
 
     config = detox_ppo.parse_config(plan["arguments"])
@@ -118,29 +130,33 @@ def judge(plan):
     policy, tokenizer = detox_ppo.load_policy(config, device, dtype)
     classifier = detox_ppo.HateClassifier(config, device)
     test, held_out = load_splits(config)["test"], []
-    rows = test.select(range(min(plan["curve_samples"], len(test))))
-    for step, adapter in plan["on_the_way"]:
-        policy.model.load_adapter(adapter, adapter_name=f"step {step}", torch_device=str(device))
-        with policy.adapter(f"step {step}"):
-            found = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config, f"step {step}")
-        policy.model.delete_adapter(f"step {step}")
-        quality = detox_ppo.summary_quality(found, list(rows["summary"]))
-        toxicity = statistics.mean(found["summary_toxicity"])
+
+    def measured(saved, count):
+        """Give the policy what a run saved, and evaluate it."""
+        if saved.endswith(".pt"):  # a checkpoint of detox_ppo.py: torch.save's bytes and 32 of a checksum
+            content = io.BytesIO(Path(saved).read_bytes()[:-32])
+            policy.load_state_dict(torch.load(content, weights_only=True)["weights"], strict=False)
+        else:
+            peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(saved, device=str(device)))
+        rows = test.select(range(min(count, len(test))))
+        found = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config)
+        return rows, found, detox_ppo.summary_quality(found, list(rows["summary"]))
+
+    for step, saved in plan["on_the_way"]:
+        _, found, quality = measured(saved, plan["curve_samples"])
+        toxicity = float(found["summary_toxicity"].mean())
         held_out.append({"step": step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"], "kl": quality["kl"]})
-    policy.model.load_adapter(plan["adapter"], adapter_name="trained", torch_device=str(device))
-    rows = test.select(range(plan["eval_samples"]))
-    caps, sums = (config.eval_max_new_tokens, config.eval_max_new_tokens), {"kl_start": 0.0, "kl_base": 0.0}
-    for first in range(0, len(rows), config.batch_size):
-        batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
-        generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
-        with policy.adapter("trained"):
-            responses = detox_ppo.sample_responses(policy, list(batch["input_ids"]), generators, caps, config)
-            logprobs, _ = detox_ppo.score_batch(policy, responses)
-        responses.encoder_states = None  # the others' differ
-        for name, other in (("kl_start", policy.adapter("reference")), ("kl_base", policy.model.disable_adapter())):
-            with other:
-                sums[name] += (logprobs - detox_ppo.score_batch(policy, responses)[0]).sum().item()
-    return {name: total / len(rows) for name, total in sums.items()} | {"held_out": held_out}
+    rows, found, quality = measured(plan["adapter"], plan["eval_samples"])
+    slots = slots_by_dialogue(TINY / "dialogues" / "train.csv")
+    return {
+        **{name: float(found[name].mean()) for name in ("summary_toxicity", "toxicity", "reward", "length")},
+        "rougeL": quality["rougeL"],
+        "slot_accuracy": slot_accuracy(rows["query"], found["response"], slots)[0],
+        "empty": int((found["response"] == "").sum()),
+        "kl_start": quality["kl"],
+        "kl_base": kl_to_base(policy, rows, config),
+        "held_out": held_out,
+    }
 
 
 def on_the_way(last):
@@ -149,53 +165,45 @@ def on_the_way(last):
 
 
 def evaluate(options, arguments, adapter, saved, directory, label):
-    """Measure a saved adapter by what detox_ppo.py says of it before it trains, its KL, and those saved."""
-    count = options.eval_samples
-    sizes = {"max_ppo_steps": 0, "eval_samples": count, "compare_samples": count, "adapter_name": adapter}
-    # argparse takes the last of an option that is given twice
-    flags = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    judged, plan, told = (directory / name for name in ("evaluation", "evaluation.json", "judged.json"))
-    label = f"evaluating {label}"
-    flags += ["--output_dir", str(judged), "--resume"]  # where an interrupted benchmark left off
-    run_child([sys.executable, "detox_ppo.py", *arguments, *flags], directory, label)
-    asked = {"eval_samples": count, "curve_samples": options.curve_samples, "on_the_way": saved}
-    plan.write_text(json.dumps({"arguments": arguments, "adapter": str(adapter), **asked}))
-    run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(plan), str(told)], directory, label)
-    results = json.loads((judged / "results.json").read_text(encoding="utf-8"))
-    with open(judged / "comparison.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    slots = slots_by_dialogue(TINY / "dialogues" / "train.csv")
-    summaries = [row["response_before"] for row in rows]
-    return {
-        **{name: results[name]["before"]["mean"] for name in ("summary_toxicity", "toxicity", "reward", "length")},
-        "rougeL": results["rouge"]["before"]["rougeL"],
-        "slot_accuracy": slot_accuracy([row["query"] for row in rows], summaries, slots)[0],
-        "empty": sum(not text.strip() for text in summaries),
-        **json.loads(told.read_text()),
-    }
+    """Judge a run's last adapter and those saved on the way."""
+    plan = {"arguments": arguments, "adapter": str(adapter), "on_the_way": saved}
+    plan |= {"eval_samples": options.eval_samples, "curve_samples": options.curve_samples}
+    if options.short:
+        return judge(plan)
+    asked, told = (directory / name for name in ("judge.json", "judged.json"))
+    asked.write_text(json.dumps(plan))
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(asked), str(told)]
+    run_child(command, directory, f"judging {label}")
+    return json.loads(told.read_text())
 
 
 def run_child(command, directory, label):
-    """Run a child with one thread, its output in the run's log; show the end of it if it fails."""
+    """Run a child with one thread, its output in the run's log; if it fails, show what it refused or the log's end."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment.pop("PYTHONPATH", None)
     with open(directory / "log.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        print("\n".join((directory / "log.txt").read_text(encoding="utf-8").splitlines()[-30:]), file=sys.stderr)
-        stop(f"{label} failed with exit code {code}; the end of its log is above")
+        step_time.stop(f"{label}: {step_time.failure(code, (directory / 'log.txt').read_text(encoding='utf-8'))}")
 
 
-def train_ours(arguments, directory, label):
+def train_ours(options, arguments, directory, label):
     """Returns the curve, from detox_ppo.py's own metrics."""
-    shortest = ["--eval_samples", "1", "--compare_samples", "1"]  # all sides are evaluated afterwards
-    shortest += ["--save_steps", str(SAVE_STEPS), "--save_total_limit", "1000"]
-    run_child([sys.executable, "detox_ppo.py", *arguments, *shortest, "--resume"], directory, label)
+    # All sides are evaluated afterwards.
+    arguments = [*arguments, "--eval_samples", "1", "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1000"]
+    if options.short:
+        import detox_ppo
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            step_time.run_without_report(detox_ppo.parse_config(arguments))
+    else:
+        run_child([sys.executable, "detox_ppo.py", *arguments, "--resume"], directory, label)
     names = {name: "ppo/mean_scores" for name in ("score", "score_without_dropout", "paid")}
     names |= {"kl": "objective/kl", "seconds": "time/step", "length": "tokens/responses_len_mean"}
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: json.loads(line)[key] for name, key in names.items()} for line in lines]
+    steps = [step for step in map(json.loads, lines) if not step["ppo/skipped_steps"]]
+    return [{name: step[key] for name, key in names.items()} for step in steps]
 
 
 def train_classic(python, side, config, train, saved, directory, label):
@@ -221,18 +229,19 @@ def run(options, train, side, seed):
     if done.exists():
         result = json.loads(done.read_text())
         if result["asked"] != asked:
-            stop(f"{done} was made with other options, {result['asked']}: give another --output_dir")
+            step_time.stop(f"{done} was made with other options, {result['asked']}: give another --output_dir")
         return result
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "log.txt").unlink(missing_ok=True)
     config = detox_ppo.parse_config(arguments)
     source = hashlib.sha256((ROOT / "detox_ppo.py").read_bytes()).hexdigest()[:12]
     adapter, curve = directory / "adapter", []
-    saved = [(step, str(directory / f"checkpoint-{step}" / "adapter")) for step in on_the_way(options.max_ppo_steps)]
+    kept = "checkpoint-{}.pt" if side == "ours" else "checkpoint-{}/adapter"
+    saved = [(step, str(directory / kept.format(step))) for step in on_the_way(options.max_ppo_steps)]
     if side == START:
         adapter, saved = config.adapter_name, [(0, config.adapter_name)]
     elif side == "ours":
-        curve = train_ours(arguments, directory, label)
+        curve = train_ours(options, arguments, directory, label)
     else:
         curve = train_classic(options.classic_python, side, config, train, saved, directory, label)
     evaluation = evaluate(options, arguments, adapter, saved, directory, label)
@@ -350,21 +359,24 @@ def parse_options():
     parser.add_argument("--eval_samples", type=int, default=400, help="held-out prompts to judge by")
     parser.add_argument("--curve_samples", type=int, default=200, help="held-out prompts to judge adapters on the way")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; their seconds compare among themselves")
-    parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve, with -short if short")
+    parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve; with --short a new one")
     parser.add_argument(
-        "--short", action="store_true", help="two seeds, three steps, 16 prompts; ours alone without --classic_python"
+        "--short",
+        action="store_true",
+        help="for CI: one seed, two steps, 16 prompts, in this process; ours alone without --classic_python",
     )
     options, options.others = parser.parse_known_args()
     if options.short:
-        options.seeds, options.max_ppo_steps = options.seeds[:2], 3
+        options.seeds, options.max_ppo_steps, options.jobs = options.seeds[:1], 2, 1
         options.eval_samples = options.curve_samples = 16
-    default = ROOT / "checkpoints" / ("learning-curve-short" if options.short else "learning-curve")
-    options.output_dir = (options.output_dir or default).absolute()
+        options.output_dir = options.output_dir or Path(tempfile.mkdtemp(prefix="learning_curve_"))
+    options.output_dir = (options.output_dir or ROOT / "checkpoints" / "learning-curve").absolute()
     if options.classic_python:
         options.classic_python = str(Path(options.classic_python).absolute())
     return options
 
 
+@step_time.refusals()
 def main():
     options = parse_options()
     os.chdir(ROOT)  # the small world's configuration names its files from here

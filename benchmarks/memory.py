@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import step_time
 
 ROOT = step_time.ROOT
-T5 = {"vocab_size": 32128, "d_kv": 64, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32}
+T5, ROBERTA = step_time.T5, step_time.ROBERTA
 FLAN = {
     name: T5 | dict(zip(("d_model", "d_ff", "num_layers", "num_decoder_layers", "num_heads"), shape, strict=True))
     for name, shape in {
@@ -35,10 +35,8 @@ FLAN = {
         "xxl": (4096, 10240, 24, 24, 64),
     }.items()
 }
-SHORT = T5 | {"vocab_size": 8192, "d_model": 256, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4}
+SHORT = T5 | {"vocab_size": 8192, "d_model": 256, "d_ff": 1024, "num_layers": 3, "num_decoder_layers": 3}
 SHORT |= {"num_heads": 4}
-ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "hidden_size": 768}
-ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 # How many bytes of hidden states one pass may hold: micro_batches in detox_ppo.py.
@@ -227,6 +225,7 @@ def live_tensors():
     return Live()
 
 
+@step_time.refusals()
 def child(plan):
     """Run one PPO step; see the docstring above for what it measures. In bytes."""
     import torch
@@ -235,7 +234,7 @@ def child(plan):
 
     on_gpu = plan["device"] != "cpu"
     noted, lengths = {}, []
-    load, save, sample = detox_ppo.load_policy, detox_ppo.save_checkpoint, detox_ppo.sample_responses
+    load, save, sample = detox_ppo.load_policy, detox_ppo.Checkpoints.save, detox_ppo.sample_responses
 
     def resident(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -245,10 +244,10 @@ def child(plan):
         noted["before"] = resident("VmRSS")
         return load(*args)
 
-    def noted_save(directory, policy, optimizer, state, limit):
+    def noted_save(checkpoints, policy, optimizer, state):
         # Called before the first step and after the last.
-        if not state["step"]:
-            save(directory, policy, optimizer, state, limit)
+        if not state.step:
+            save(checkpoints, policy, optimizer, state)
             lengths.clear()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -269,9 +268,10 @@ def child(plan):
         lengths.append((max(map(len, prompts)), int(responses.lengths.max())))
         return responses
 
-    detox_ppo.load_policy, detox_ppo.save_checkpoint, detox_ppo.sample_responses = noted_load, noted_save, noted_sample
+    detox_ppo.load_policy, detox_ppo.sample_responses = noted_load, noted_sample
+    detox_ppo.Checkpoints.save = noted_save
     config = detox_ppo.parse_config(plan["arguments"])
-    detox_ppo.run(config)
+    step_time.run_without_report(config)
     prompts, responses = zip(*noted["sampled"], strict=True)
     last = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     found = {name: noted[name] for name in ("tensors", "resident")}
@@ -282,31 +282,13 @@ def child(plan):
     }
 
 
-def write_shape(directory: Path, shape: dict, tokenizer: Path) -> Path:
-    """A T5 of this shape with random weights, a head of its own, and another model's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
-
-    if (directory / "config.json").exists():
-        return directory
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * shape["d_model"] ** -0.5)
-    model.save_pretrained(directory)
-    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (directory / "config.json").write_text(json.dumps(config | {"scale_decoder_outputs": False}))
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    # Up to the shape's vocabulary by words that no text holds: one that knows far fewer would be refused.
-    tokenizer.add_tokens([f"<{i}>" for i in range(shape["vocab_size"] - len(tokenizer))])
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
 def measure(options, name, shape, models, dtype, checkpointing, scratch) -> dict:
     """One measured step beside the formula."""
     options.batch_size, options.mini_batch_size, options.steps = 8, 8, int(options.device != "cpu")
     options.dialogues, options.seed = None, 0
-    base = write_shape(scratch / f"t5-{name}", shape, models["base"])
+    base = scratch / f"t5-{name}"
+    if not base.exists():
+        step_time.write_base(base, shape, models["base"])
     models = {"base": str(base), "classifier": models["classifier"]}
     dataset, _ = step_time.make_plan(options, models, scratch)
     arguments = step_time.our_arguments(options, models, dataset, scratch / "run", dtype)
@@ -328,6 +310,7 @@ def measure(options, name, shape, models, dtype, checkpointing, scratch) -> dict
     return {"size": name, "dtype": dtype, "checkpointing": checkpointing, **found, **expected}
 
 
+@step_time.refusals()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="the table alone")
@@ -346,7 +329,7 @@ def main():
         return
     options = parser.parse_args()
     if options.short:
-        options.prompt_tokens, options.response_lengths = 300, [50, 60]
+        options.prompt_tokens, options.response_lengths = 300, [25, 30]
 
     measured = []
     with tempfile.TemporaryDirectory(prefix="memory_") as scratch:

@@ -1,7 +1,7 @@
 """How a PPO step scales over processes: measured on this machine for a few, a model of communication beyond.
 
     python benchmarks/scaling.py --models DIR --output_dir DIR      # true shapes, 1 and 2 processes, A B A B, minutes
-    python benchmarks/scaling.py --short --output_dir DIR           # the bundled small models, one round, for CI
+    python benchmarks/scaling.py --short --output_dir DIR           # narrow models, one round: does it start?
     python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --batch_size 256 --mini_batch_size 64    # on GPUs
 
 Every run is detox_ppo.py itself, with the same prompts and caps, started by accelerate where it has several processes;
@@ -22,6 +22,8 @@ here. The last line of the output is one JSON object.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -72,27 +74,31 @@ def expected(processes, whole, shared, network, sizes):
     return whole + shared / processes + communication(processes, network, **sizes)
 
 
-def measure(options, processes, arguments, scratch, label):
-    """Run detox_ppo.py with some processes; returns its timed steps' seconds by phase."""
-    output_dir = scratch / "run"
-    launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
+def launch(options, processes, arguments, label):
+    """Run detox_ppo.py in some processes of their own."""
+    launcher = [*LAUNCH.split(), str(processes)] if processes > 1 else []
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment["ACCELERATE_USE_CPU"] = str(options.device == "cpu").lower()
-    started = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, *launch, str(step_time.ROOT / "detox_ppo.py"), *arguments],
-        env=environment,
-        cwd=step_time.ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, *launcher, str(step_time.ROOT / "detox_ppo.py"), *arguments]
+    run = subprocess.run(command, env=environment, cwd=step_time.ROOT, capture_output=True, text=True)
     if run.returncode:
-        print("\n".join(run.stderr.splitlines()[-40:]), file=sys.stderr)
-        sys.exit(f"scaling.py: error: {label} failed with exit code {run.returncode}; the end of its stderr is above")
+        step_time.stop(f"{label}: {step_time.failure(run.returncode, run.stderr)}")
+
+
+def measure(options, processes, arguments, scratch, label):
+    """Run detox_ppo.py with some processes; returns its timed steps' seconds by phase."""
+    output_dir, started = scratch / "run", time.perf_counter()
+    if options.short and processes == 1:
+        import detox_ppo
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            step_time.run_without_report(detox_ppo.parse_config(arguments))
+    else:
+        launch(options, processes, arguments, label)
     told = json.loads((output_dir / "results.json").read_text())["environment"]["num_processes"]
     if told != processes:
-        sys.exit(f"scaling.py: error: {label} ran as {told} processes")
+        step_time.stop(f"{label} ran as {told} processes")
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [{phase: line[f"time/{phase}"] for phase in PHASES} for line in lines[1:]]
     seconds = ", ".join(f"{step['step']:.2f}" for step in steps)
@@ -143,7 +149,7 @@ def parse_options():
     parser.add_argument("--mini_batch_size", type=int, help="default 8, with --short 4")
     parser.add_argument("--prompt_tokens", type=int, help="one length for all prompts (default: DialogSum's spread)")
     parser.add_argument("--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="caps (default 25 70)")
-    parser.add_argument("--short", action="store_true", help="for CI: the bundled small models, one round, one step")
+    parser.add_argument("--short", action="store_true", help="for CI: narrow models, one round, one step")
     options = parser.parse_args()
     if len(set(options.processes)) < 2:
         parser.error("--processes: at least two different numbers")
@@ -156,20 +162,21 @@ def parse_options():
     return options
 
 
+@step_time.refusals()
 def main():
     options = parse_options()
-    directory, models = step_time.prepare(options, "threads a process")
     found = {processes: [] for processes in options.processes}
     with tempfile.TemporaryDirectory(prefix="scaling_") as scratch:
         scratch = Path(scratch)
+        directory, models = step_time.prepare(options, scratch, "threads a process")
         dataset, steps = step_time.make_plan(options, models, scratch)
         arguments = step_time.our_arguments(options, models, dataset, scratch / "run", options.dtype)
         for number in range(options.rounds):
             for processes in options.processes:
                 label = f"round {number + 1}, {processes} process{'es' * (processes > 1)}"
                 found[processes] += measure(options, processes, arguments, scratch, label)
+        shape = json.loads((Path(models["base"]) / "config.json").read_text())
 
-    shape = json.loads((Path(models["base"]) / "config.json").read_text())
     positions = statistics.mean(len(step["prompts"]) * max(step["caps"]) for step in steps)
     sizes = {
         "gradients": 4 * (memory.adapter_parameters(shape, step_time.LORA_R) + shape["d_model"] + 1),

@@ -21,6 +21,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,10 +63,10 @@ def main():
     gc.freeze()  # what was imported stays, and is not looked through after each step
     notes, started = [], time.perf_counter()
     tiny, steps = ROOT / "checkpoints" / "tiny", 10**9 if options.minutes else options.steps
-    health = detox_ppo.health
+    tell_step = detox_ppo.tell_step
 
-    def noted(*args):
-        result = health(*args)
+    def noted(*args, **kwargs):
+        tell_step(*args, **kwargs)
         seconds = time.perf_counter() - started
         notes.append(note(len(notes) + 1, started))
         part = seconds / (60 * options.minutes) if options.minutes else len(notes) / steps
@@ -74,9 +75,8 @@ def main():
             print(told(notes[-1]), file=sys.stderr, flush=True)
         if part >= 1 and options.minutes:
             os.kill(os.getpid(), signal.SIGTERM)
-        return result
 
-    noted.shown, detox_ppo.health = 0, noted
+    noted.shown = 0
     with tempfile.TemporaryDirectory(prefix="soak_") as scratch:
         run = Path(scratch, "run")
         models = {"model_name": "base", "adapter_name": "adapter", "reward_model_name": "classifier"}
@@ -88,12 +88,17 @@ def main():
         arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         try:
             with open(Path(scratch, "output"), "w") as output, redirect_stdout(output):
-                detox_ppo.main([*arguments, *others])
+                with mock.patch.object(detox_ppo, "tell_step", noted):  # called once a step
+                    detox_ppo.main([*arguments, *others])
         except SystemExit as end:
             code = end.code
-        newest = detox_ppo.find_checkpoints(run)
-        checkpoints, whole = len(newest), detox_ppo.damage(newest[0]) is None
-        size = sum(path.stat().st_size for path in newest[0].rglob("*") if path.is_file()) / 2**20
+        if code == 2:  # it told why
+            sys.exit(code)
+        checkpoints = detox_ppo.Checkpoints(run, limit=1)
+        kept = checkpoints.paths()
+        with redirect_stdout(None):
+            whole = kept[0].name == f"checkpoint-{checkpoints.load()['state'].step}.pt"
+        size = kept[0].stat().st_size / 2**20
     gc.unfreeze()
     memory = [step["memory"] for step in notes]
     half = memory[len(memory) // 2 :]
@@ -106,7 +111,7 @@ def main():
         "slope": float(np.polyfit(np.arange(len(half)), half, 1)[0]) * 100 if len(half) > 1 else 0.0,
         # Adam's state comes with the first update.
         **{name: sorted({step[name] for step in notes[2:] or notes}) for name in ("files", "threads", "tensors")},
-        "checkpoints": checkpoints,
+        "checkpoints": len(kept),
         "newest_is_whole": whole,
         "checkpoint_size": size,
     }

@@ -3,7 +3,7 @@
     python benchmarks/step_time.py                              # true shapes, makes the classic environment first
     python benchmarks/step_time.py --classic_python ENV/bin/python --models DIR
     python benchmarks/step_time.py --device cuda --dtypes bfloat16 --batch_size 256 --mini_batch_size 64    # on a GPU
-    python benchmarks/step_time.py --short                      # small shapes, for CI
+    python benchmarks/step_time.py --short                      # narrow models, one step: does it start?
 
 FLAN-T5-base and RoBERTa-base with random weights, batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
 DialogSum's lengths, responses of 25 to 70 tokens. Prompts and response caps are drawn once and used by both sides;
@@ -37,6 +37,7 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -46,6 +47,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 DTYPES = ("float32", "bfloat16")
 PHASES = ("sample", "logprobs", "reference", "rollout", "score", "optimize", "step")  # rollout: the first three
 LORA_R = 32
+# What FLAN-T5's sizes have in common, a size of it for --short, and RoBERTa-base.
+T5 = {"vocab_size": 32128, "d_kv": 64, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32}
+NARROW = {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "hidden_size": 768}
+ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
 CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
 # Least, deciles and greatest of DialogSum's prompts (dialogues of 200 to 1000 characters), in tokens; mean 168.
@@ -53,8 +59,22 @@ PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
 
 
 def stop(message):
-    print(f"step_time.py: error: {message}", file=sys.stderr)
-    sys.exit(1)
+    """End the benchmark that was started, with one line and the exit code of detox_ppo.py."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def refusals():
+    """What the user can mend is one line here as it is in detox_ppo.py; anything else keeps its stack trace."""
+    try:
+        yield
+    except Exception as error:
+        import detox_ppo
+
+        if (told := detox_ppo.explain(error)) is None:
+            raise
+        stop(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -90,7 +110,8 @@ def read_dialogues(path, count, seed):
     import detox_ppo
 
     lower, upper = detox_ppo.DetoxConfig.input_min_text_length, detox_ppo.DetoxConfig.input_max_text_length
-    found = [text for text in dict.fromkeys(detox_ppo.load_dialogues(path)[0]) if lower < len(text) <= upper]
+    texts = dict.fromkeys(detox_ppo.load_dialogues(path)["dialogue"])
+    found = [text for text in texts if lower < len(text) <= upper]
     if len(found) < count:
         stop(f"--dialogues {path}: {len(found)} different dialogues of fitting length, but {count} are needed")
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
@@ -115,7 +136,6 @@ def our_arguments(options, models, dataset, output_dir, dtype):
         "output_max_length": options.response_lengths[1],
         "eval_samples": 1,
         "eval_max_new_tokens": 1,
-        "compare_samples": 1,
         "seed": options.seed,
         "device": options.device,
         "dtype": dtype,
@@ -135,7 +155,8 @@ def make_plan(options, models, scratch):
     import detox_ppo
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    with detox_ppo.loading(models["base"], "models"):
+        tokenizer = AutoTokenizer.from_pretrained(models["base"], trust_remote_code=False)
     steps = options.steps + 1  # one to warm up
     count = steps * options.batch_size + 1  # one to evaluate
     if options.dialogues:
@@ -148,12 +169,12 @@ def make_plan(options, models, scratch):
 
     config = detox_ppo.parse_config(our_arguments(options, models, dataset, scratch / "run", "float32"))
     with contextlib.redirect_stdout(io.StringIO()):  # counts of rows, which here say nothing
-        train = detox_ppo.build_dataset(*detox_ppo.load_dialogues(str(dataset)), tokenizer, config)["train"]
-    shuffled = detox_ppo.random_stream(options.seed, detox_ppo.SHUFFLE, 0).permutation(len(train))
+        train = detox_ppo.build_dataset(detox_ppo.load_dialogues(str(dataset)), tokenizer, config)["train"]
     plan = []
     for step in range(1, steps + 1):
-        batch = train.select(shuffled[(step - 1) * options.batch_size : step * options.batch_size])
-        streams = [detox_ppo.random_stream(options.seed, detox_ppo.TRAINING, step, row) for row in batch["row"]]
+        rows = detox_ppo.rows_of_step(len(train), options.batch_size, options.seed, detox_ppo.SHUFFLE, step)
+        batch = train.select(rows)
+        streams = [detox_ppo.random_stream(options.seed, detox_ppo.ROLLOUT, step, row) for row in batch["row"]]
         caps = [int(stream.integers(*options.response_lengths, endpoint=True)) for stream in streams]
         plan.append({"prompts": list(batch["input_ids"]), "caps": caps})
     return dataset, plan
@@ -239,6 +260,18 @@ def peak_memory(device):
     raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
 
 
+def run_without_report(config):
+    """detox_ppo.run less the verdict and the pictures of the few prompts that it evaluates here: seconds saved."""
+    import detox_ppo
+
+    def write_results(config, results, *_):
+        Path(config.output_dir, "results.json").write_text(json.dumps(results))
+
+    with mock.patch.multiple(detox_ppo, build_results=lambda *_: {}, write_report=write_results):
+        return detox_ppo.run(config)
+
+
+@refusals()
 def ours(plan):
     """Run detox_ppo.py on the plan; its own metrics.jsonl has the seconds."""
     import torch
@@ -274,9 +307,11 @@ def ours(plan):
             measured[current["step"]]["classified"] += kwargs["attention_mask"].sum(dim=1).tolist()
         return classify(self, *args, **kwargs)
 
-    detox_ppo.sample_responses = noted_sample
-    transformers.RobertaForSequenceClassification.forward = noted_classify
-    environment = detox_ppo.run(config)["environment"]
+    with (
+        mock.patch.object(detox_ppo, "sample_responses", noted_sample),
+        mock.patch.object(transformers.RobertaForSequenceClassification, "forward", noted_classify),
+    ):
+        environment = run_without_report(config)["environment"]
 
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     steps = []
@@ -319,7 +354,7 @@ def matrix_peak(plan):
 
 
 def run_child(command, plan, scratch, options, label):
-    """Run a child on a plan and return its result; show the end of its stderr if it fails."""
+    """Run a child on a plan and return its result; if it fails, show what it refused or the end of its stderr."""
     plan_file, result_file = scratch / "plan.json", scratch / "result.json"
     plan_file.write_text(json.dumps(plan))
     result_file.unlink(missing_ok=True)
@@ -331,14 +366,22 @@ def run_child(command, plan, scratch, options, label):
         [*command, str(plan_file), str(result_file)], env=environment, capture_output=True, text=True, cwd=ROOT
     )
     if child.returncode or not result_file.exists():
-        print("\n".join(child.stderr.splitlines()[-30:]), file=sys.stderr)
-        stop(f"{label} failed with exit code {child.returncode}; the end of its stderr is above")
+        stop(f"{label}: {failure(child.returncode, child.stderr)}")
     result = json.loads(result_file.read_text())
     steps = result.get("steps", [])[1:]
     seconds = ", ".join(f"{step['seconds']['step']:.2f}" for step in steps)
     what = f"{seconds} s a step" if steps else f"{result['peak'] / 1e9:.0f} GFLOP/s" if "peak" in result else "done"
     print(f"{label}: {what} ({time.perf_counter() - started:.0f} s in all)", flush=True)
     return result
+
+
+def failure(code, output):
+    """Why a child failed, from its exit code and output: the line that it refused with, or a stack trace above."""
+    lines = output.splitlines()
+    if code == 2 and lines:
+        return lines[-1]
+    print("\n".join(lines[-30:]), file=sys.stderr)
+    return f"failed with exit code {code}; the end of its output is above"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -360,33 +403,64 @@ def make_classic_environment(directory):
             [python, "-m", "pip", "install", "--quiet", torch, *CLASSIC_PINS], capture_output=True, text=True
         )
         if install.returncode:
-            print("\n".join(install.stderr.splitlines()[-30:]), file=sys.stderr)
-            stop("pip can't make the classic trainer's environment; make it elsewhere and give --classic_python")
+            told = next((line for line in install.stderr.splitlines()[::-1] if line.startswith("ERROR")), "no reason")
+            what = "pip can't make the classic trainer's environment; make it elsewhere and give --classic_python"
+            stop(f"{what}. pip's last word: {told}")
         done.touch()
     return str(python)
 
 
-def find_models(options, scratch):
-    """Directories of base and classifier: the small world's, those of --models, or full-size ones made now."""
-    if options.short and not options.models:
-        return {"base": str(TINY / "base"), "classifier": str(TINY / "classifier")}
+def write_base(directory, shape, tokenizer):
+    """A T5 of this shape with random weights, a head of its own, and another model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * shape["d_model"] ** -0.5)
+    model.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config | {"scale_decoder_outputs": False}))
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(directory)
+
+
+def write_narrow_models(directory):
+    """What --short runs on: FLAN-T5's and RoBERTa's vocabularies over one narrow layer, the small world's words."""
+    import hub
+    import torch
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+
+    write_base(directory / hub.BASE, T5 | NARROW, TINY / "base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {"id2label": {0: "nothate", 1: "hate"}, "label2id": {"nothate": 0, "hate": 1}}
+    model = RobertaForSequenceClassification(RobertaConfig(**ROBERTA | sizes, **labels))
+    model.save_pretrained(directory / hub.CLASSIFIER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "classifier", trust_remote_code=False)
+    tokenizer.save_pretrained(directory / hub.CLASSIFIER)
+
+
+def find_models(options, parent):
+    """Directories of base and classifier: those of --models, or made now, at full size or, with --short, narrow."""
     import hub
 
-    directory = Path(options.models or scratch / "models").resolve()
-    if not options.models:
+    directory = Path(options.models or parent / "models").resolve()
+    if options.short and not options.models:
+        write_narrow_models(directory)
+    elif not options.models:
         hub.full_size_repositories(directory, TINY / "dialogues", seed=0)
     models = {"base": directory / hub.BASE, "classifier": directory / hub.CLASSIFIER}
     for path in models.values():
-        if not path.is_dir():
-            stop(f"--models {options.models}: no directory {path}; python tests/hub.py --full_size DIR makes them")
+        if not (path / "config.json").is_file():
+            stop(f"--models {options.models}: no model in {path}; python tests/hub.py --full_size DIR makes them")
     return {name: str(path) for name, path in models.items()}
 
 
-def prepare(options, threads="threads"):
+def prepare(options, scratch, threads="threads"):
     """Make a benchmark's output_dir and find its models; tell what it runs on. Returns both."""
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    models = find_models(options, directory)
+    models = find_models(options, scratch if options.short else directory)
     print(f"{processor()}, {options.threads} {threads}, {options.dtype}")
     return directory, models
 
@@ -476,8 +550,8 @@ def parse_options():
     parser.add_argument(
         "--dialogues",
         metavar="PATH",
-        help="csv or jsonl with dialogues, for --models that were made from them: another tokenizer would change "
-        "their lengths (default: glued from the bundled ones)",
+        help="csv or jsonl with dialogues, such as DialogSum's, for --models with a tokenizer for them: another would "
+        "change their lengths (default: glued from the bundled ones)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU's phases overlap, only steps are exact")
     parser.add_argument("--batch_size", type=int, help="prompts a step (default 16)")
@@ -494,7 +568,7 @@ def parse_options():
     parser.add_argument(
         "--short",
         action="store_true",
-        help="for CI: the bundled small models, batch 4, one step, one round; ours alone without --classic_python",
+        help="for CI: narrow models, batch 4, one step, one round; ours alone without --classic_python",
     )
     options = parser.parse_args()
     options.batch_size = options.batch_size or (4 if options.short else 16)
@@ -513,18 +587,18 @@ def parse_options():
     return options
 
 
+@refusals()
 def main():
     options = parse_options()
     kept = Path(options.scratch or Path(tempfile.gettempdir()) / "detox_ppo_step_time").resolve()
     classic_python = options.classic_python
     if not classic_python and not options.short:
         classic_python = make_classic_environment(kept / "classic")
-    models = find_models(options, kept)
-    shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
-
     results, versions, source_code = {}, {}, (ROOT / "detox_ppo.py").read_bytes()
     with tempfile.TemporaryDirectory(prefix="step_time_") as scratch:
         scratch = Path(scratch)
+        models = find_models(options, scratch if options.short else kept)
+        shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
         dataset, steps = make_plan(options, models, scratch)
         lengths = [len(prompt) for step in steps[1:] for prompt in step["prompts"]]
         caps = [cap for step in steps[1:] for cap in step["caps"]]

@@ -41,7 +41,6 @@ def small_arguments(tiny):
             "output_max_length": 8,
             "eval_samples": 4,
             "eval_max_new_tokens": 8,
-            "compare_samples": 3,
         }
         options |= overrides
         return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -103,8 +102,8 @@ def splits(small):
     """The first rows of the bundled dialogues as prompts: 32 to train on, 8 held out."""
     import detox_ppo
 
-    dialogues, summaries = detox_ppo.load_dialogues(small.config.dataset_name)
-    return detox_ppo.build_dataset(dialogues[:40], summaries[:40], small.tokenizer, small.config)
+    rows = detox_ppo.load_dialogues(small.config.dataset_name).select(range(40))
+    return detox_ppo.build_dataset(rows, small.tokenizer, small.config)
 
 
 @pytest.fixture(scope="session")

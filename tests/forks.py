@@ -125,13 +125,24 @@ def short_of_memory(spare):
 
     sample = detox_ppo.sample_responses
 
-    def sample_responses(policy, prompts, generators, caps, config):
+    def sample_responses(policy, prompts, generators, caps):
         if caps[0] != caps[1]:  # not in the evaluation
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
-        return sample(policy, prompts, generators, caps, config)
+        return sample(policy, prompts, generators, caps)
 
     detox_ppo.sample_responses = sample_responses
+
+
+def mistaken(rank):
+    """Prepare a run: this one of several processes can't load its policy."""
+    import detox_ppo
+
+    def load_policy(*_):
+        raise detox_ppo.UserError("only here")
+
+    if os.environ["RANK"] == str(rank):
+        detox_ppo.load_policy = load_policy
 
 
 def serve():

@@ -2,14 +2,15 @@
 
 `python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code,
 the messages and what else was printed. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT
-once, when they are imported, so that the hub has to be there before them. A URL with a password, and whatever secrets
-the caller put into the environment, are for the caller to look for in all of that.
+once, when they are imported, so that the hub has to be there before them. The password in its URL, and the caller's
+HF_TOKEN, are for the caller to look for in all of that.
 """
 
 import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -24,11 +25,31 @@ FAULTS = ("401", "404", "500", "half", "silent", "api 401", "api 404", "api 500"
 # Repositories that are not there.
 UNKNOWN = {"model_name": "example/none", "dataset_name": "example/none", "adapter_name": "a/b/c"}
 PASSWORD = "battery-staple"
+PROGRAM = "example/program"
+
+
+class Trap:
+    """Unpickling this creates a directory."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def write_program(directory, trap):
+    """Dialogues that are a program, as they once could be, and a pickle. If they are run, they create trap."""
+    directory.mkdir(parents=True)
+    (directory / "program.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    (directory / "train.pkl").write_bytes(pickle.dumps(Trap(trap)))
+    return directory
 
 
 def main(directory):
-    repositories = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
-    with StandInHub(*repositories) as hub:
+    models, datasets = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
+    datasets[PROGRAM] = write_program(directory / "repositories" / PROGRAM, directory / "trap")
+    with StandInHub(models, datasets) as hub:
         os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home")
         os.environ.pop("HF_HUB_OFFLINE", None)
         sys.path.insert(0, str(ROOT))
@@ -41,6 +62,8 @@ def main(directory):
         constants = huggingface_hub.constants
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
+        repo_info = huggingface_hub.HfApi.repo_info
+        huggingface_hub.HfApi.repo_info = lambda *args, **kwargs: repo_info(*args, **kwargs | {"timeout": 1})
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
         def tell(name, repo_id, *more):
@@ -57,10 +80,12 @@ def main(directory):
 
         for option, repo_id in UNKNOWN.items():
             tell(f"unknown {option}", repo_id, f"--{option}", repo_id)
+        tell("program", PROGRAM, "--dataset_name", PROGRAM)
         for name in FAULTS:
             for repo_id in OPTIONS:
                 hub.api, hub.fault, hub.only = name.startswith("api "), name.removeprefix("api "), repo_id
                 tell(name, repo_id)
+    tell("gone", BASE)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ The run tunes an adapter and trains it by PPO on the bundled small world, with a
 is a counted event in it, so each run passes through the same ones: a file of the run that is opened for writing,
 renamed or deleted; a file half written; a sampled position; a batch scored; an optimizer step begun or done. Points
 are spread over all phases of a run. At its point the process sends itself SIGKILL. Every third run is killed again
-after it was resumed. What has to be the same at the end: every file in the run's directory, byte for byte, but for
-timings.
+after it was resumed. What has to be the same at the end: every file in the run's directory, byte for byte; what is
+in JSON and in checkpoints, value for value, but for timings.
 
 It prints a line for each phase and, last, a line of JSON; its exit code is 1 where a run was lost.
 """
@@ -17,6 +17,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ PHASES = {
     "checkpoint": "writing PPO checkpoints",
     "pruning": "deleting old checkpoints",
     "final evaluation": "saving the adapter, evaluating it",
-    "final files": "results, comparison, pictures, card",
+    "final files": "comparison, pictures, card, results",
 }
 
 
@@ -80,13 +81,11 @@ class Watch:
         if name == "open":
             path, mode, flags = args
             changes = flags & (os.O_WRONLY | os.O_RDWR)
-        elif name in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+        elif name in ("os.rename", "os.mkdir", "os.remove"):
             path, changes = args[0], True
         else:
             return
-        # Files deleted with their directory are named relative to it, by a file descriptor.
-        inside = name in ("os.rmdir", "os.remove") and args[-1] != -1
-        if changes and (inside or os.path.abspath(str(path)).startswith(self.root)):
+        if changes and os.path.abspath(str(path)).startswith(self.root):
             self.busy = True
             self.event()
             self.busy = False
@@ -152,44 +151,42 @@ def watch(**kwargs):
 
     detox_ppo.evaluate_policy = evaluate_policy
     detox_ppo.load_policy = told.inside("start", detox_ppo.load_policy, event=True)
-    detox_ppo.tune = told.inside("tuning", detox_ppo.tune, event=True)
-    detox_ppo.TuningTrainer._save_checkpoint = told.inside(
-        "tuning checkpoint", detox_ppo.TuningTrainer._save_checkpoint
-    )
-    detox_ppo.TuningTrainer.compute_loss = told.around(detox_ppo.TuningTrainer.compute_loss)
+    detox_ppo.tuning_step = told.inside("tuning", detox_ppo.tuning_step, event=True)
     detox_ppo.sample_responses = told.inside("sampling", detox_ppo.sample_responses)
     detox_ppo.sample_tokens = told.around(detox_ppo.sample_tokens)
-    detox_ppo.score_batch = told.inside("scoring", detox_ppo.score_batch, event=True)
+    detox_ppo.Policy.score = told.inside("scoring", detox_ppo.Policy.score, event=True)
     detox_ppo.HateClassifier.scores = told.inside("scoring", detox_ppo.HateClassifier.scores, event=True)
     detox_ppo.policy_loss = told.inside("update", detox_ppo.policy_loss, event=True)
-    step = torch.optim.Adam.step
+    step = torch.optim.Adam.step  # AdamW's too
     update = told.inside("update", told.around(step))
-    torch.optim.Adam.step = lambda *args, **kwargs: (told.around(step) if "tuning" in told.phases[-1] else update)(
+    torch.optim.Adam.step = lambda *args, **kwargs: (told.around(step) if told.phases[-1] == "tuning" else update)(
         *args, **kwargs
     )
-    save_checkpoint, save_adapter = detox_ppo.save_checkpoint, detox_ppo.save_adapter
-    detox_ppo.save_checkpoint = told.inside("checkpoint", save_checkpoint)
+    save_checkpoint, save_adapter = detox_ppo.Checkpoints.save, detox_ppo.save_adapter
 
-    def save(policy, directory):
-        # In a checkpoint it belongs to that; alone it is the end of the run.
-        if told.phases[-1] != "checkpoint":
+    def save(checkpoints, policy, optimizer, state):
+        phase = "checkpoint" if "before" in state.evaluations else "tuning checkpoint"
+        told.inside(phase, save_checkpoint)(checkpoints, policy, optimizer, state)
+
+    def save_trained(policy, directory, *adapter):
+        if not adapter:  # the trained one is saved at the end
             told.phases[:] = ["final evaluation"]
-        return save_adapter(policy, directory)
+        save_adapter(policy, directory, *adapter)
 
-    detox_ppo.save_adapter = save
-    detox_ppo.prune_checkpoints = told.inside("pruning", detox_ppo.prune_checkpoints)
+    detox_ppo.Checkpoints.save, detox_ppo.save_adapter = save, save_trained
+    detox_ppo.Checkpoints.prune = told.inside("pruning", detox_ppo.Checkpoints.prune)
     detox_ppo.save_file = told.torn(detox_ppo.save_file, lambda tensors, path: path)
-    torch.save = told.torn(torch.save, lambda thing, path: path)
-    Path.write_text = told.torn(Path.write_text, lambda path, *_: path)
+    for name in ("write_bytes", "write_text"):
+        setattr(Path, name, told.torn(getattr(Path, name), lambda path, *_: path))
     if kwargs.get("counts"):
-        main_end = detox_ppo.write_card
+        write_report = detox_ppo.write_report
 
-        def write_card(*args):
-            main_end(*args)
+        def counted(*args):
+            write_report(*args)
             told.phases[:] = [None]
             Path(told.counts).write_text(json.dumps(told.seen))
 
-        detox_ppo.write_card = write_card
+        detox_ppo.write_report = counted
     sys.addaudithook(told.audit)
 
 
@@ -243,11 +240,10 @@ def arguments(dialogues, **overrides) -> list[str]:
         "batch_size": 4,
         "mini_batch_size": 2,
         "learning_rate": 1e-3,
-        "output_min_length": 3,
-        "output_max_length": 6,
-        "eval_samples": 4,
-        "eval_max_new_tokens": 6,
-        "compare_samples": 3,
+        "output_min_length": 2,
+        "output_max_length": 4,
+        "eval_samples": 3,
+        "eval_max_new_tokens": 4,
         "save_steps": 1,
         "output_dir": "run",
     }
@@ -255,10 +251,20 @@ def arguments(dialogues, **overrides) -> list[str]:
 
 
 def untimed(found):
-    """JSON without what depends on the clock."""
+    """A run's JSON, or what is in a checkpoint, without what depends on the clock; tensors as their hashes."""
     if isinstance(found, dict):
-        return {k: untimed(v) for k, v in found.items() if not k.startswith("time/") and k != "timings"}
+        return {k: untimed(v) for k, v in found.items() if not str(k).startswith("time/") and k != "timings"}
+    if hasattr(found, "numpy"):
+        numbers = found.numpy()
+        return [str(numbers.dtype), numbers.shape, hashlib.sha256(numbers.tobytes()).hexdigest()]
     return [untimed(value) for value in found] if isinstance(found, list) else found
+
+
+def content(checkpoint: Path) -> dict:
+    """What is in a checkpoint: all but the checksum at its end."""
+    import torch
+
+    return torch.load(io.BytesIO(checkpoint.read_bytes()[:-32]), weights_only=True)
 
 
 def left(directory: Path) -> dict:
@@ -266,12 +272,12 @@ def left(directory: Path) -> dict:
     found = {}
     for path in sorted(Path(directory).rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_dir() or path.name == "checksums.json":
+        if path.is_dir():
             found[name] = None
-        elif path.name in ("results.json", "state.json"):
+        elif path.suffix == ".pt":
+            found[name] = untimed(content(path))
+        elif path.name == "results.json":
             found[name] = untimed(json.loads(path.read_text(encoding="utf-8")))
-            if path.name == "state.json":
-                found[name]["config"].pop("resume")
         elif path.name == "metrics.jsonl":
             found[name] = [untimed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         else:

@@ -7,10 +7,9 @@ are in test_cli.py, faults of the hub in test_hub_faults.py.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import kill_points
 import numpy as np
 import pandas as pd
 import peft
@@ -33,6 +32,14 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ROW = {"dialogue": "#Person1#: " + "Hello there, how are you today? " * 10, "summary": "They greet."}
 
 
+@pytest.fixture(scope="module")
+def options(small_arguments, tmp_path_factory):
+    """Those of a small run on thirty dialogues, 24 of them to train on; keywords override single ones."""
+    base = tmp_path_factory.mktemp("options")
+    dialogues = kill_points.make_dialogues(base / "dialogues")
+    return lambda **overrides: small_arguments(**{"dataset_name": dialogues, "output_dir": base / "run"} | overrides)
+
+
 def complaint(args, capsys):
     """The one line that the real command says before it ends with 2."""
     with pytest.raises(SystemExit) as stop:
@@ -50,20 +57,20 @@ def complaint(args, capsys):
 OPTIONS = {
     "unknown option": ({"bach_size": 8}, ["--bach_size"]),
     "half a number": ({"batch_size": 4.5}, ["--batch_size", "4.5"]),
-    "a number that no model has room for": ({"lora_alpha": 10**400}, ["--lora_alpha", "2**31"]),
+    "a number that no model has room for": ({"lora_alpha": 10**400}, ["--lora_alpha", "2147483648"]),
     "rank above the model's size": ({"adapter_name": "", "lora_r": 1000}, ["--lora_r 1000", "128"]),
     "batch no multiple": ({"batch_size": 6, "mini_batch_size": 4}, ["--batch_size 6", "--mini_batch_size 4"]),
     "least length not below greatest": ({"output_min_length": 8}, ["--output_min_length 8", "--output_max_length 8"]),
-    "more evaluated than there is": ({"eval_samples": 100_000}, ["--eval_samples 100000", "400 test rows"]),
-    "more in a batch than there is": ({"batch_size": 4000}, ["--batch_size 4000", "1600 training rows"]),
-    "response beyond memory": ({"output_max_length": 10**9}, ["--output_max_length 1000000000", "GiB", "lower it"]),
-    "summary beyond memory": ({"eval_max_new_tokens": 10**9}, ["--eval_max_new_tokens 1000000000", "lower it"]),
+    "more evaluated than there is": ({"eval_samples": 100_000}, ["--eval_samples 100000", "6 test rows"]),
+    "more in a batch than there is": ({"batch_size": 4000}, ["--batch_size 4000", "24 train rows"]),
+    "response beyond reason": ({"output_max_length": 10**9}, ["--output_max_length 1000000000", "lower it"]),
+    "summary beyond reason": ({"eval_max_new_tokens": 10**9}, ["--eval_max_new_tokens 1000000000", "lower it"]),
     "toxic label is the reward's": ({"reward_label": "hate"}, ["--toxic_label", "reward_label"]),
     "label that is none": ({"toxic_label": "rude"}, ["--toxic_label 'rude'", "nothate, hate"]),
     "layer that is not there": ({"adapter_name": "", "lora_target_modules": "nowhere"}, ["--lora_target", "nowhere"]),
     "layer that takes no LoRA": ({"adapter_name": "", "lora_target_modules": "layer_norm"}, ["--lora_target_modules"]),
     "device that is none": ({"device": "quantum"}, ["--device", "quantum", "cuda:N"]),
-    "GPU that is not there": ({"device": "cuda:99"}, ["--device cuda:99", "GPUs"]),
+    "GPU that is not there": ({"device": "cuda:99"}, ["--device cuda:99"]),
     "second processor": ({"device": "cpu:3"}, ["--device", "cpu:3"]),
     "model without a name": ({"model_name": ""}, ["--model_name"]),
     "name of blanks": ({"dataset_name": "  "}, ["--dataset_name"]),
@@ -90,11 +97,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("overrides, words", OPTIONS.values(), ids=OPTIONS)
-def test_options(overrides, words, small_arguments, tmp_path, capsys):
-    message = complaint(small_arguments(**{"output_dir": tmp_path / "run"} | overrides), capsys)
+def test_options(overrides, words, options, capsys):
+    message = complaint(options(**overrides), capsys)
     for word in words:
         assert word in message
     assert "verysecret" not in message
+    # The way to another hub is for names that were looked for there.
+    assert overrides.keys() & {*FOLDERS, "dataset_name"} or "HF_ENDPOINT" not in message
 
 
 # The configuration file
@@ -104,22 +113,22 @@ FILES = {
     # names that the parser knows, but no option of a file
     "the name of the file option": ("config: other.yaml\n", "config"),
     "help": ("help: true\n", "help"),
-    "environment variables": ("env:\n  DETOX_PPO_TEST: 1\n", "unknown option: env"),
+    "environment variables": ("env:\n  DETOX_PPO_TEST: 1\n", "env"),
     "an option twice": ("seed: 1\nseed: 2\n", "seed stands twice"),
     "no mapping": ("- batch_size\n", "mapping"),
     "nothing": ("", "mapping"),
     "a number as an option": ("1: 2\n", "1"),
     "nothing as an option": ("null: 2\n", "None"),
-    "a list as an option": ("? [seed]\n: 2\n", "YAML"),
-    "broken YAML": ("batch_size: [8\n", "YAML"),
-    "broken YAML, tab": ("batch_size:\n\t8\n", "YAML"),
-    "two documents": ("seed: 1\n---\nseed: 2\n", "YAML"),
-    "unknown anchor": ("seed: *x\n", "YAML"),
-    "Python object": ("seed: !!python/object/apply:os.mkdir [pwned]\n", "YAML"),
+    "a list as an option": ("? [seed]\n: 2\n", ""),
+    "broken YAML": ("batch_size: [8\n", "line 1"),
+    "broken YAML, tab": ("batch_size:\n\t8\n", "line 2"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "line 2"),
+    "unknown anchor": ("seed: *x\n", "line 1"),
+    "Python object": ("seed: !!python/object/apply:os.mkdir [pwned]\n", "line 1"),
     "a date": ("output_dir: 2024-01-01\n", "--output_dir"),
     "not a number": ("gamma: .nan\n", "--gamma"),
     "not UTF-8": (b"seed: \xff\n", "utf-8"),
-    "null byte": (b"seed: 1\0\n", "YAML"),
+    "null byte": (b"seed: 1\0\n", "#x0000"),
 }
 
 
@@ -129,13 +138,15 @@ def test_configuration_file(content, word, tmp_path, monkeypatch, capsys):
     path = tmp_path / "options.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for args in (["--config", path], [f"--config={path}"]):
-        assert word in complaint(args, capsys)
+        message = complaint(args, capsys)
+        assert word in message and ("--config" in message or word.startswith("--")) and "HF_ENDPOINT" not in message
     assert "DETOX_PPO_TEST" not in os.environ and os.listdir(tmp_path) == ["options.yaml"]
 
 
 @pytest.mark.parametrize("name", ["nothing.yaml", "."])
 def test_configuration_that_is_no_file(name, tmp_path, capsys):
-    assert f"--config {tmp_path / name}:" in complaint(["--config", tmp_path / name], capsys)
+    message = complaint(["--config", tmp_path / name], capsys)
+    assert f"--config {tmp_path / name}:" in message and "HF_ENDPOINT" not in message
 
 
 # Dialogues. The last item: words that the message must hold, beside the file's name.
@@ -182,63 +193,71 @@ BROKEN = {
     # with more fields than names from the start, pandas would shift the columns and read on
     "too many fields from the start": ("a.csv", "dialogue,summary\na,b,c\nd,e,f\n", ["line 2", "quote"]),
     "open quote": ("a.csv", 'dialogue,summary\n"a,b\n', ["csv", "quote"]),
-    "empty csv": ("a.csv", "", ["empty"]),
-    "blank csv": ("a.csv", "\n\n", ["empty"]),
-    "header alone": ("a.csv", "dialogue,summary\n", ["0 of 0 rows"]),
+    "empty csv": ("a.csv", "", ["No columns"]),
+    "blank csv": ("a.csv", "\n\n", ["No columns"]),
+    "header alone": ("a.csv", "dialogue,summary\n", ["0 rows"]),
     "empty jsonl": ("a.jsonl", "", ["dialogue"]),
     "wrong ending": ("a.txt", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
     "no ending": ("train", "dialogue,summary\na,b\n", [".csv", ".jsonl"]),
-    "all too short": ("a.csv", "dialogue,summary\na,b\nc,d\n", ["0 of 2 rows", "input_min_text_length"]),
-    "too long for the filter": ("a.jsonl", lines(*[ROW | {"dialogue": "x" * 100_000}] * 9), ["0 of 9 rows"]),
+    "all too short": (
+        "a.csv",
+        "dialogue,summary\na,b\nc,d\n",
+        ["2 rows, 0 with 200 < characters", "input_min_text_length"],
+    ),
+    "too long for the filter": (
+        "a.jsonl",
+        lines(*[ROW | {"dialogue": "x" * 100_000}] * 9),
+        ["9 rows, 0 with", "<= 1000", "input_max_text_length"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name, content, words", BROKEN.values(), ids=BROKEN)
-def test_dialogues(name, content, words, small_arguments, tmp_path, capsys):
+def test_dialogues(name, content, words, options, tmp_path, capsys):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = complaint(small_arguments(dataset_name=path, output_dir=tmp_path / "run"), capsys)
-    for word in (str(path), *words):
+    message = complaint(options(dataset_name=path), capsys)
+    for word in (f"--dataset_name {path}", *words):
         assert word in message
     assert len(message) < 2000
 
 
-def huge(unit, small_arguments, tmp_path):
+def huge(units, options, tmp_path):
+    """A run on four dialogues of 100,000 characters."""
     path = tmp_path / "a.jsonl"
-    path.write_text(lines(*[ROW | {"dialogue": (unit * 100_000)[:100_000]}] * 4))
-    options = {"dataset_name": path, "output_dir": tmp_path / "run", "batch_size": 2, "eval_samples": 1}
-    return small_arguments(**options, input_max_text_length=100_000)
+    path.write_text(lines(*[ROW | {"dialogue": (unit * 100_000)[:100_000]} for unit in units]))
+    sizes = {"batch_size": 2, "eval_samples": 1, "input_max_text_length": 100_000, "max_ppo_steps": 0}
+    return options(dataset_name=path, output_dir=tmp_path / "run", **sizes)
 
 
-@pytest.mark.parametrize("unit", ["hello there you ", "x", "😀", " "])
-def test_100_000_characters_are_too_many_for_attention(unit, small_arguments, tmp_path, capsys, monkeypatch):
+def test_100_000_characters_are_too_many_for_attention(options, tmp_path, capsys, monkeypatch):
     # What a prompt of 37,515 tokens or more takes grows with its square; a large machine's memory would do for some.
     monkeypatch.setattr(os, "sysconf", lambda name: 2**15)
-    message = complaint(huge(unit, small_arguments, tmp_path), capsys)
+    message = complaint(huge(["hello there you ", "x", "😀", " "], options, tmp_path), capsys)
     assert "--input_max_text_length 100000" in message and "GiB" in message and "lower it" in message
 
 
 @pytest.mark.parametrize(
     "names", [[], ["README.md"], ["dev.csv", "test.csv"], ["train.csv", "train.jsonl"], ["train.CSV"]], ids=str
 )
-def test_directory_without_one_usable_file(names, small_arguments, tmp_path, capsys):
+def test_directory_without_one_usable_file(names, options, tmp_path, capsys):
     directory = tmp_path / "dialogues"
     directory.mkdir()
     for name in names:
         (directory / name).write_text("dialogue,summary\na,b\n")
-    message = complaint(small_arguments(dataset_name=directory, output_dir=tmp_path / "run"), capsys)
+    message = complaint(options(dataset_name=directory), capsys)
     assert str(directory) in message and "train.csv" in message and "train.jsonl" in message
     found = message.split("found")[1]
     assert all(name in found for name in names if name.endswith(("csv", "jsonl")))
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere")])
-def test_training_file_that_can_not_be_read(make, small_arguments, tmp_path, capsys):
+def test_training_file_that_can_not_be_read(make, options, tmp_path, capsys):
     directory = tmp_path / "dialogues"
     directory.mkdir()
     make(directory / "train.csv")
-    message = complaint(small_arguments(dataset_name=directory, output_dir=tmp_path / "run"), capsys)
-    assert f"{directory / 'train.csv'}: can't be read" in message
+    message = complaint(options(dataset_name=directory), capsys)
+    assert f"--dataset_name {directory / 'train.csv'}: can't be loaded" in message and "HF_ENDPOINT" not in message
 
 
 # Models: copies of the bundled ones, damaged
@@ -402,11 +421,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("option, damage, words", DAMAGE.values(), ids=DAMAGE)
-def test_models(option, damage, words, small_arguments, tmp_path, capsys):
+def test_models(option, damage, words, options, tmp_path, capsys):
     directory = tmp_path / FOLDERS[option]
     shutil.copytree(TINY / FOLDERS[option], directory)
     damage(directory)
-    message = complaint(small_arguments(**{option: directory, "output_dir": tmp_path / "run"}), capsys)
+    message = complaint(options(**{option: directory}), capsys)
     for word in (str(directory), *words):
         assert word in message
 
@@ -414,10 +433,10 @@ def test_models(option, damage, words, small_arguments, tmp_path, capsys):
 # BART counts positions, T5 doesn't
 
 TOO_LONG = {
-    "prompt": ({"input_min_text_length": 380}, 64, ["--input_max_text_length 1000", "encoder", "64"]),
-    "response": ({"output_max_length": 600}, 512, ["--output_max_length 600", "decoder", "512"]),
-    "summary": ({"eval_max_new_tokens": 600}, 512, ["--eval_max_new_tokens 600", "decoder", "512"]),
-    "positions that are no multiple of 16": ({"output_max_length": 170}, 170, ["--output_max_length 170", "160"]),
+    "prompt": ({}, 64, ["--input_max_text_length 1000", "encoder", "64"]),
+    "response": ({"output_max_length": 400}, 384, ["--output_max_length 400", "decoder", "384"]),
+    "summary": ({"eval_max_new_tokens": 400}, 384, ["--eval_max_new_tokens 400", "decoder", "384"]),
+    "positions that are no multiple of 16": ({"output_max_length": 390}, 390, ["--output_max_length 390", "384"]),
 }
 
 
@@ -433,25 +452,26 @@ def small_bart(directory, positions):
 
 
 @pytest.mark.parametrize("overrides, positions, words", TOO_LONG.values(), ids=TOO_LONG)
-def test_longer_than_the_model_takes(overrides, positions, words, small_arguments, tmp_path, capsys):
-    options = {"model_name": small_bart(tmp_path / "bart", positions), "adapter_name": "", "lora_r": 4}
-    message = complaint(small_arguments(**options, **overrides, output_dir=tmp_path / "run"), capsys)
+def test_longer_than_the_model_takes(overrides, positions, words, options, tmp_path, capsys):
+    bart = {"model_name": small_bart(tmp_path / "bart", positions), "adapter_name": "", "lora_r": 4}
+    message = complaint(options(**bart, **overrides), capsys)
     for word in words:
         assert word in message
 
 
 @pytest.mark.parametrize("option", ["output_max_length", "eval_max_new_tokens"])
-def test_summaries_longer_than_the_classifier_reads(option, small_arguments, tmp_path, capsys):
-    message = complaint(small_arguments(**{option: 600, "output_dir": tmp_path / "run"}), capsys)
-    assert f"--{option} 600" in message and f"{TINY / 'classifier'} reads 512" in message
+def test_summaries_longer_than_the_classifier_reads(option, options, capsys):
+    message = complaint(options(**{option: 600}), capsys)
+    for word in (f"--{option} 600", str(TINY / "classifier"), "512", "lower it"):
+        assert word in message
 
 
-def test_human_summary_longer_than_the_decoder_takes(small_arguments, tmp_path, capsys):
+def test_human_summary_longer_than_the_decoder_takes(options, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text(lines(*[{"dialogue": "Hello.", "summary": ROW["dialogue"]}] * 20))
-    options = {"model_name": small_bart(tmp_path / "bart", 64), "adapter_name": "", "lora_r": 4, "sft_steps": 1}
-    options |= {"dataset_name": path, "input_min_text_length": 0, "output_dir": tmp_path / "run"}
-    message = complaint(small_arguments(**options), capsys)
+    bart = {"model_name": small_bart(tmp_path / "bart", 64), "adapter_name": "", "lora_r": 4, "sft_steps": 1}
+    bart |= {"dataset_name": path, "input_min_text_length": 0, "sft_batch_size": 4}
+    message = complaint(options(**bart), capsys)
     assert "--sft_max_target_length 128" in message and "decoder" in message and "64" in message
 
 
@@ -468,36 +488,23 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_odd_rows_run_through(kind, small_arguments, tmp_path):
-    path = tmp_path / f"a.{kind}"
-    rows = [{"dialogue": (text * 300)[:300], "summary": (text * 20)[:20]} for text in ODD] * 2
-    if kind == "csv":
-        pd.DataFrame(rows).to_csv(path, index=False, encoding="utf-8-sig")
-    else:
-        path.write_text("\ufeff" + lines(*rows), encoding="utf-8")
-    # Windows' ends of lines are kept within a text.
-    assert load_dialogues(str(path)) == ([row["dialogue"] for row in rows], [row["summary"] for row in rows])
-    options = {"test_size": 0.5, "eval_samples": -1, "sft_steps": 1, "sft_batch_size": 7, "compare_samples": 7}
-    main(small_arguments(dataset_name=path, output_dir=tmp_path / "run", max_ppo_steps=1, **options))
+def test_odd_rows_run_through(options, tmp_path):
+    rows = [{"dialogue": (text * 80)[:80], "summary": (text * 20)[:20]} for text in ODD] * 2
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False, encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines(*rows), encoding="utf-8")
+    for name in ("a.csv", "a.jsonl"):  # Windows' ends of lines are kept within a text.
+        found = load_dialogues(str(tmp_path / name))
+        assert [{"dialogue": row["dialogue"], "summary": row["summary"]} for row in found] == rows
+    sizes = {"test_size": 0.5, "eval_samples": -1, "sft_steps": 1, "sft_batch_size": 7, "max_ppo_steps": 1}
+    sizes["input_min_text_length"] = 0
+    main(options(dataset_name=tmp_path / "a.jsonl", output_dir=tmp_path / "run", **sizes))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["toxicity"]["after"]["n"] == results["config"]["eval_samples"] == 7
+    assert results["toxicity"]["after"]["n"] == 7 and results["config"]["eval_samples"] == -1
     assert np.isfinite([results["reward"]["after"]["mean"], results["toxicity"]["after"]["mean"]]).all()
     table = pd.read_csv(tmp_path / "run" / "comparison.csv", keep_default_na=False, lineterminator="\n")
     assert sorted(table["query"]) == sorted(build_prompt(row["dialogue"]) for row in rows[7:])
 
 
-def test_100_000_characters_of_few_tokens_run_through(small_arguments, tmp_path):
-    main(huge("</s>", small_arguments, tmp_path))
+def test_100_000_characters_of_few_tokens_run_through(options, tmp_path):
+    main(huge(["</s>"] * 4, options, tmp_path))
     assert (tmp_path / "run" / "results.json").exists()
-
-
-# And in a process of its own
-
-
-def test_a_mistake_of_a_process(small_arguments, tmp_path):
-    (tmp_path / "broken.jsonl").write_text("{\n")
-    args = small_arguments(dataset_name=tmp_path / "broken.jsonl", output_dir=tmp_path / "run")
-    done = subprocess.run([sys.executable, ROOT / "detox_ppo.py", *args], capture_output=True, text=True, timeout=300)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("detox_ppo.py: error: ") and "line 1" in line

@@ -1,38 +1,236 @@
-"""The benchmarks run, shortened (the side-by-side timing without the classic trainer's environment), and measure."""
+"""The benchmarks start: each as a user starts it, but shortened. What they count and draw is checked by hand."""
 
 import json
+import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import hub
+import pandas as pd
 import pytest
+from transformers import AutoTokenizer
+
+import detox_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
+# Those that start processes of their own; the others run in this one.
+COMMANDS = {
+    "step_time": "benchmarks/step_time.py --short --threads 1 --dtypes float32",
+    "memory": "benchmarks/memory.py --short --threads 1",
+    "scaling": "benchmarks/scaling.py --short --output_dir {}",
+    "seeds": "checkpoints/tiny/seeds.py --seeds 3 --output_dir {} --max_ppo_steps 2 --eval_samples 8",
+}
 
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for directory in ("benchmarks", "checkpoints/tiny"):
+        monkeypatch.syspath_prepend(str(ROOT / directory))
 
 
-def test_ours_alone_is_measured_and_the_ratios_are_null(monkeypatch, capsys):
+def as_command(script, args):
+    """Runs in a forked process (see forks.py), which has imported already what the script takes seconds to import."""
+    os.chdir(ROOT)
+    sys.argv = [script, *args]
+    sys.path.insert(0, str(Path(script).parent))
+    sys.stdout.reconfigure(line_buffering=True)
+    runpy.run_path(script, run_name="__main__")
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def started(forked, tmp_path_factory):
+    """The commands, all started at once; started(name) waits for one: what it printed, and its directory."""
+    runs, directories = {}, {name: tmp_path_factory.mktemp(name) for name in COMMANDS}
+    for name, directory in directories.items():
+        script, *args = COMMANDS[name].format(directory).split()
+        runs[name] = forked.start([], directory, [["test_benchmark:as_command", {"script": script, "args": args}]])
+
+    def wait(name):
+        assert runs[name].wait() == 0, runs[name].output[-2000:]
+        return runs[name].output, directories[name]
+
+    return wait
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a benchmark's main in this process; gives what it printed."""
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+# Those that run in this process, while the others are under way
+
+
+def test_growth_is_measured_fitted_and_drawn(started, tmp_path, monkeypatch, call):
+    import growth
+
+    # One point a line; that the fit finds its coefficients is shown below.
+    monkeypatch.setattr(growth, "BATCHES", (8,))
+    monkeypatch.setattr(growth, "PROMPTS", (200,))
+    last = json.loads(call(growth, "--short", "--output_dir", tmp_path).splitlines()[-1])
+    assert last == json.loads((tmp_path / "growth.json").read_text())
+    assert [point["batch_size"] for point in last["batch_size"]] == [8]
+    assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([200], abs=3)
+    for point in last["batch_size"] + last["prompt_tokens"]:
+        assert min(point["seconds"], point["memory"], point["tflop"], point["positions"]) > 0
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"growth.png", "growth.json"}
+
+
+def test_the_fit_of_the_growth_by_hand():
+    import growth
+
+    sizes = [(1, 10), (4, 10), (2, 70), (9, 30)]
+    points = [{"tflop": tflop, "positions": n, "seconds": 3 * tflop + 0.02 * n} for tflop, n in sizes]
+    found = growth.fit(points)
+    assert found == {"seconds_per_tflop": pytest.approx(3), "seconds_per_position": pytest.approx(0.02)}
+    assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
+
+
+def test_learning_is_judged(started, tmp_path, monkeypatch, call):
+    import learning_curve
+
+    monkeypatch.chdir(ROOT)  # where it goes
+    last = json.loads(call(learning_curve, "--short", "--output_dir", tmp_path).splitlines()[-1])
+    start, ours = (last["sides"][side] for side in ("start", "ours"))
+    # The start is its own reference; two steps move the policy a little, and the bare base stays far away.
+    assert start["kl_start"]["mean"] == 0 < abs(ours["kl_start"]["mean"]) < 1 < ours["kl_base"]["mean"]
+    assert start["slot_accuracy"]["mean"] > 0.9
+    curves = json.loads((tmp_path / "learning_curve.json").read_text())["runs"]
+    assert [(run["side"], len(run["curve"])) for run in curves] == [("start", 0), ("ours", 2)]
+    # The last checkpoint and the adapter that was saved say the same; so do the start and what it says before a run.
+    for run, step in zip(curves, (0, 2), strict=True):
+        (point,) = run["held_out"]
+        assert point["step"] == step
+        for name, there in {"summary_toxicity": "summary_toxicity", "rougeL": "rougeL", "kl": "kl_start"}.items():
+            assert point[name] == pytest.approx(run["evaluation"][there], abs=1e-6)
+    assert curves[0]["evaluation"]["reward"] != curves[1]["evaluation"]["reward"]
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curves_are_summed_up_and_drawn(tmp_path):
+    """Of made-up runs: ours rises by 1 a step, the classic side by a half, and a start that was only evaluated."""
+    import learning_curve
+
+    def made_up(side, seed, slope):
+        scores = [slope * step for step in range(1, 13)] if slope else []
+        curve = [{"score": s, "score_without_dropout": s, "kl": 0.1, "seconds": 2.0} for s in scores]
+        at = [
+            {"step": n, "summary_toxicity": 0.5 / (n + 1), "rougeL": 0.9, "kl": n / 10}
+            for n in ([5, 12] if slope else [0])
+        ]
+        evaluation = {"summary_toxicity": 0.1 + 0.1 * seed if slope else 0.4}
+        return {"side": side, "batch_size": 32, "curve": curve, "held_out": at, "evaluation": evaluation}
+
+    sides = {"start": 0, "ours": 1.0, "classic": 0.5}
+    runs = [made_up(side, seed, slope) for side, slope in sides.items() for seed in (0, 1)]
+    start, ours, classic = runs[:2], runs[2:4], runs[4:]
+    found = learning_curve.summarize(ours, start)
+    assert found["summary_toxicity"] == pytest.approx({"mean": 0.15, "min": 0.1, "max": 0.2})
+    assert found["change_percent"] == pytest.approx({"mean": -62.5, "min": -75, "max": -50})
+    assert found["seconds_a_step"]["mean"] == 2
+    # The running mean of 1, 2, ... n passes 3 at n = 5; of half as much at 11, where the window of ten has moved on.
+    assert (found["samples_to_3"]["mean"], found["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
+    assert learning_curve.summarize(classic, start)["samples_to_3"]["mean"] == 11 * 32
+    assert "samples_to_3" not in learning_curve.summarize(start, start)
+    assert learning_curve.on_the_way(50) == [5, 10, 20, 30, 45, 50] and learning_curve.on_the_way(3) == [3]
+    learning_curve.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What can be mended is one line
+
+
+def test_refusals_are_one_line(tmp_path, monkeypatch, call, capsys):
+    """Of what is given to the benchmark, of a run's options, and of the run itself."""
+    import growth
+    import learning_curve
     import step_time
 
-    dtypes = ("float32",)
-    monkeypatch.setattr(sys, "argv", ["step_time.py", "--short", "--threads", "1", "--dtypes", *dtypes])
-    step_time.main()
-    output = capsys.readouterr().out
-    last = json.loads(output.splitlines()[-1])
-    for dtype in dtypes:
-        assert last[f"ratio_{dtype}"] is None and last[f"memory_ratio_{dtype}"] is None
-        assert last[f"peak_share_{dtype}"] > 0
-        ours = last["details"][dtype]["ours"]
-        assert last[f"seconds_{dtype}"] == {"ours": ours["step"]["median"]}
-        parts = sum(ours[phase]["median"] for phase in ("rollout", "score", "optimize"))
-        assert 0 < parts == pytest.approx(ours["step"]["median"], rel=0.1)
-        assert ours["tokens_per_second"]["median"] > 0 and ours["peak_memory"]["median"] > 100 * 2**20
-        # Four responses of 8 to 12 tokens, and the dialogues with them.
-        assert 0 < ours["tokens"]["responses"] <= 4 * 12 < ours["tokens"]["classified"]
-    assert "ours alone" in output
+    monkeypatch.chdir(tmp_path)
+    Path("dialogues.csv").write_text("text,summary\na,b\n")
+    step_time.write_narrow_models(Path("models"))
+    labels = {"id2label": {0: "fine", 1: "hate"}, "label2id": {"fine": 0, "hate": 1}}
+    config = Path("models", hub.CLASSIFIER, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | labels))
+    for module, args, words in (
+        (step_time, "--models nowhere", "--models nowhere: no model in"),
+        (
+            step_time,
+            "--dialogues dialogues.csv",
+            "--dataset_name dialogues.csv: can't be loaded: no column 'dialogue'",
+        ),
+        (growth, "--models models --output_dir growth", "--reward_label 'nothate' is no label of"),
+        (learning_curve, "--learning_rate -1 --output_dir learning", "--learning_rate is -1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call(module, "--short", *args.split())
+        assert stop.value.code == 2
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert told.startswith(f"{module.__name__}.py: error: ") and words in told
+
+
+def test_a_child_that_refuses_is_quoted(tmp_path, monkeypatch, capsys):
+    """Its one line; of any other failure the stack trace."""
+    import step_time
+
+    options = SimpleNamespace(threads=1)
+    child = "import sys; print('a\\nchild.py: error: why', file=sys.stderr); sys.exit({})"
+    for code, shown in (
+        (2, "x: child.py: error: why"),
+        (1, "x: failed with exit code 1; the end of its output is above"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            step_time.run_child([sys.executable, "-c", child.format(code)], {}, tmp_path, options, "x")
+        assert stop.value.code == 2
+        *before, last = capsys.readouterr().err.splitlines()
+        assert last.endswith(f"error: {shown}") and bool(before) == (code == 1)
+
+
+# Step time
+
+
+def test_dialogues_and_tokenizer_are_read_where_they_are_given(tmp_path, monkeypatch, tiny):
+    """The plan's prompts are dialogues of the file, each once, in the tokens of the model that was given."""
+    import step_time
+
+    rows = pd.read_csv(tiny / "dialogues" / "train.csv").head(30)
+    rows.to_json(tmp_path / "dialogsum.jsonl", orient="records", lines=True)
+    step_time.write_narrow_models(tmp_path)
+    base = AutoTokenizer.from_pretrained(tmp_path / hub.BASE)
+    base.add_tokens(["#Person1#: "])  # which makes it another one than the bundled
+    base.save_pretrained(tmp_path / hub.BASE)
+    args = f"step_time.py --short --models {tmp_path} --dialogues {tmp_path / 'dialogsum.jsonl'}"
+    monkeypatch.setattr(sys, "argv", args.split())
+    options = step_time.parse_options()
+    _, steps = step_time.make_plan(options, step_time.find_models(options, None), tmp_path)
+    known = {tuple(base(detox_ppo.build_prompt(dialogue)).input_ids) for dialogue in rows["dialogue"]}
+    prompts = {tuple(prompt) for step in steps for prompt in step["prompts"]}
+    assert len(prompts) == 8 and prompts <= known
+
+
+def test_ours_alone_is_measured_and_the_ratios_are_null(started):
+    printed, _ = started("step_time")
+    last = json.loads(printed.splitlines()[-1])
+    assert last["ratio_float32"] is None and last["memory_ratio_float32"] is None
+    assert last["peak_share_float32"] > 0
+    ours = last["details"]["float32"]["ours"]
+    assert last["seconds_float32"] == {"ours": ours["step"]["median"]}
+    parts = sum(ours[phase]["median"] for phase in ("rollout", "score", "optimize"))
+    assert 0 < parts == pytest.approx(ours["step"]["median"], rel=0.1)
+    assert ours["tokens_per_second"]["median"] > 0 and ours["peak_memory"]["median"] > 100 * 2**20
+    # Four responses of 8 to 12 tokens, and the dialogues with them.
+    assert 0 < ours["tokens"]["responses"] <= 4 * 12 < ours["tokens"]["classified"]
+    assert "ours alone" in printed
 
 
 def test_the_arithmetic_counted_for_the_full_shapes():
@@ -56,33 +254,6 @@ def test_the_arithmetic_counted_for_the_full_shapes():
     assert (frozen, adapted) == (2 * matrices, 2 * 3_538_944)
     # Twelve encoder layers and twice twelve decoder ones, each with one pair of tokens.
     assert attention == 36 * 4 * 768
-
-
-def test_growth_is_measured_fitted_and_drawn(tmp_path, monkeypatch, capsys):
-    import growth
-
-    # One point a line; that the fit finds its coefficients is shown below.
-    monkeypatch.setattr(growth, "BATCHES", (8,))
-    monkeypatch.setattr(growth, "PROMPTS", (200,))
-    monkeypatch.setattr(sys, "argv", ["growth.py", "--short", "--threads", "1", "--output_dir", str(tmp_path)])
-    growth.main()
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == json.loads((tmp_path / "growth.json").read_text())
-    assert [point["batch_size"] for point in last["batch_size"]] == [8]
-    assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([200], abs=3)
-    for point in last["batch_size"] + last["prompt_tokens"]:
-        assert min(point["seconds"], point["memory"], point["tflop"], point["positions"]) > 0
-    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_fit_of_the_growth_by_hand():
-    import growth
-
-    sizes = [(1, 10), (4, 10), (2, 70), (9, 30)]
-    points = [{"tflop": tflop, "positions": n, "seconds": 3 * tflop + 0.02 * n} for tflop, n in sizes]
-    found = growth.fit(points)
-    assert found == {"seconds_per_tflop": pytest.approx(3), "seconds_per_position": pytest.approx(0.02)}
-    assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
 
 
 # Memory
@@ -123,10 +294,8 @@ def test_the_memory_formula_moves_as_it_should(memory):
     assert on_cpu[0] == on_cpu[1]
 
 
-def test_the_memory_formula_meets_the_measured_peak(memory, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--short", "--threads", "1"])
-    memory.main()
-    printed = capsys.readouterr().out
+def test_the_memory_formula_meets_the_measured_peak(started):
+    printed, _ = started("memory")
     (found,) = json.loads(printed.splitlines()[-1])["measured"]
     assert found["tensors"] == pytest.approx(found["peak"], rel=0.15)
     assert found["resident"] > found["tensors"]
@@ -144,15 +313,14 @@ def scaling():
     return scaling
 
 
-def test_scaling_is_measured_modelled_and_drawn(scaling, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--short", "--output_dir", str(tmp_path)])
-    scaling.main()
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == json.loads((tmp_path / "scaling.json").read_text())
+def test_scaling_is_measured_modelled_and_drawn(started):
+    printed, directory = started("scaling")
+    last = json.loads(printed.splitlines()[-1])
+    assert last == json.loads((directory / "scaling.json").read_text())
     one, two = last["points"]
     assert (one["processes"], two["processes"], one["efficiency"]) == (1, 2, 1)
     assert two["efficiency"] == pytest.approx(one["seconds"] / 2 / two["seconds"])
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert (directory / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_model_of_communication_by_hand(scaling, monkeypatch):
@@ -166,34 +334,28 @@ def test_the_model_of_communication_by_hand(scaling, monkeypatch):
     assert scaling.fit(measured, sizes) == pytest.approx((2, 12))
 
 
-# Learning
+# Seeds of the small world
 
 
-def test_learning_curves_are_summed_up_and_drawn(tmp_path):
-    """Of made-up runs: ours rises by 1 a step, the classic side by a half, and a start that was only evaluated."""
-    import learning_curve
+def test_seeds_are_run_and_told(started):
+    import seeds
 
-    def made_up(side, seed, slope):
-        scores = [slope * step for step in range(1, 13)] if slope else []
-        curve = [{"score": s, "score_without_dropout": s, "kl": 0.1, "seconds": 2.0} for s in scores]
-        at = [
-            {"step": n, "summary_toxicity": 0.5 / (n + 1), "rougeL": 0.9, "kl": n / 10}
-            for n in ([5, 12] if slope else [0])
-        ]
-        evaluation = {"summary_toxicity": 0.1 + 0.1 * seed if slope else 0.4}
-        return {"side": side, "batch_size": 32, "curve": curve, "held_out": at, "evaluation": evaluation}
-
-    sides = {"start": 0, "ours": 1.0, "classic": 0.5}
-    runs = [made_up(side, seed, slope) for side, slope in sides.items() for seed in (0, 1)]
-    start, ours, classic = runs[:2], runs[2:4], runs[4:]
-    found = learning_curve.summarize(ours, start)
-    assert found["summary_toxicity"] == pytest.approx({"mean": 0.15, "min": 0.1, "max": 0.2})
-    assert found["change_percent"] == pytest.approx({"mean": -62.5, "min": -75, "max": -50})
-    assert found["seconds_a_step"]["mean"] == 2
-    # The running mean of 1, 2, ... n passes 3 at n = 5; of half as much at 11, where the window of ten has moved on.
-    assert (found["samples_to_3"]["mean"], found["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
-    assert learning_curve.summarize(classic, start)["samples_to_3"]["mean"] == 11 * 32
-    assert "samples_to_3" not in learning_curve.summarize(start, start)
-    assert learning_curve.on_the_way(50) == [5, 10, 20, 30, 45, 50] and learning_curve.on_the_way(3) == [3]
-    learning_curve.draw(runs, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    printed, directory = started("seeds")
+    names, _, values = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-3:])
+    row = dict(zip(names, values, strict=True))
+    run = directory / "seed-3"
+    toxicity = json.loads((run / "results.json").read_text())["summary_toxicity"]
+    before, after = (toxicity[when]["mean"] for when in ("before", "after"))
+    assert (row["seed"], row["n"]) == ("3", "8")
+    assert row["summary toxicity"] == f"{before:.3f} → {after:.3f}"
+    assert row["change"] == f"{100 * (after / before - 1):+.1f}%"
+    # What the values explain is of the last steps together: 1 - (1 * 0.5 + 3 * 0.9) / 4; a skipped step has none.
+    steps = [
+        {"ppo/skipped_steps": 0, "objective/kl": 0.5, "ppo/returns/var": 1, "ppo/val/var_explained": 0.5},
+        {"ppo/skipped_steps": 1},
+        {"ppo/skipped_steps": 0, "objective/kl": 0.25, "ppo/returns/var": 3, "ppo/val/var_explained": 0.1},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    told = seeds.summarize(run)
+    assert (told["values explain"], told["KL last / largest"]) == ("20%", "0.25 / 0.50")
+    assert {name: told[name] for name in ("slot accuracy", "ROUGE-L", "empty")}.items() <= row.items()

@@ -1,17 +1,20 @@
 """The command line: options, each one's range and type, and small runs of the real thing."""
 
 import ast
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
+import kill_points
 import pandas as pd
 import pytest
 import torch
@@ -60,28 +63,24 @@ DEFAULTS = {
     "cliprange": 0.2,
     "cliprange_value": 0.2,
     "vf_coef": 0.1,
-    "value_adapter": False,
-    "value_learning_rate": None,
     "ratio_threshold": 10,
-    "target_policy_kl": None,
     "max_grad_norm": None,
     "output_min_length": 100,
     "output_max_length": 400,
-    "top_k": 0,
-    "top_p": 1,
     "score_text": "query_response",
     "eval_samples": 100,
-    "eval_samples_per_prompt": 1,
     "eval_every": 0,
     "eval_max_new_tokens": 100,
-    "compare_samples": 20,
     "seed": 0,
     "device": "auto",
     "dtype": "auto",
     "output_dir": "checkpoints/run",
+    "model_dir": None,
+    "checkpoint_dir": None,
     "save_steps": 10,
     "save_total_limit": 2,
-    "resume": None,
+    "resume": False,
+    "logging_steps": 1,
     "report_to": "none",
     "dynamodb_table": None,
 }
@@ -111,22 +110,17 @@ RANGES = {
     "cliprange": ([0, -0.2], [0.01]),
     "cliprange_value": ([0, -0.2], [0.01]),
     "vf_coef": ([-0.1], [0]),
-    "value_learning_rate": ([0, -1], [0.1]),
     "ratio_threshold": ([1, 0, -10], [1.1]),
-    "target_policy_kl": ([0, -1], [0.1]),
     "max_grad_norm": ([0, -1], [0.1]),
     "output_min_length": ([0, -1], [1]),
     "output_max_length": ([100, 0], [101]),
-    "top_k": ([-1], [0, 1]),
-    "top_p": ([0, -0.1, 1.01], [0.01, 1]),
     "eval_samples": ([0, -2], [1, -1]),
-    "eval_samples_per_prompt": ([0, -1], [1]),
     "eval_every": ([-1], [0, 1]),
     "eval_max_new_tokens": ([0], [1]),
-    "compare_samples": ([-1], [0]),
     "seed": ([-1, 2**64], [0, 2**32]),
     "save_steps": ([0, -1], [1]),
     "save_total_limit": ([0, -1], [1]),
+    "logging_steps": ([0, -1], [1]),
 }
 
 TYPES = typing.get_type_hints(DetoxConfig)
@@ -168,17 +162,16 @@ def test_sizes_that_do_not_divide():
 
 
 def test_every_option_is_used():
-    """Read as config.NAME somewhere else than where options are parsed and checked."""
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
-    parts = [node for node in tree.body if getattr(node, "name", None) not in ("parse_config", "check_config")]
-    read = {
-        node.attr
-        for part in parts
-        for node in ast.walk(part)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-        if isinstance(node.value, ast.Name) and node.value.id == "config"
-    }
-    assert {field.name for field in dataclasses.fields(DetoxConfig)} <= read
+    """Read as config.NAME, or by its name, in a function or class other than the options' own."""
+    used = set()
+    for part in ast.parse(SCRIPT.read_text(encoding="utf-8")).body:
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name != "DetoxConfig":
+            for node in ast.walk(part):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+                    used.add(node.attr)
+                elif isinstance(node, ast.Constant):
+                    used.add(node.value)
+    assert {field.name for field in dataclasses.fields(DetoxConfig)} <= used
 
 
 def test_help_explains_every_option(capsys, monkeypatch):
@@ -186,17 +179,28 @@ def test_help_explains_every_option(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     for field in dataclasses.fields(DetoxConfig):
         text = field.metadata["help"]
         assert len(text.split()) >= 5 and text.endswith("."), field.name
-        assert f"--{field.name}" in printed
-        assert " ".join(text.split()) in printed, field.name
-    assert "--config" in printed
+        assert " ".join(text.split()) in " ".join(printed.split()), field.name
+    # In their order, and under a heading each.
+    explained = re.findall(r"^  --(\w+)", printed, re.MULTILINE)
+    assert [name for name in explained if name != "no_adaptive_kl"] == [*DEFAULTS, "config"]
+    headings = re.findall(r"^(\w+):\n  --(\w+)", printed, re.MULTILINE)
+    assert headings == [
+        ("models", "model_name"),
+        ("data", "dataset_name"),
+        ("tuning", "sft_steps"),
+        ("PPO", "learning_rate"),
+        ("responses", "output_min_length"),
+        ("evaluation", "eval_samples"),
+        ("run", "seed"),
+    ]
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
-    path = yaml_file(tmp_path, {"batch_size": 8, "seed": 5, "adapter_name": "some/where", "top_p": 0.5})
+    path = yaml_file(tmp_path, {"batch_size": 8, "seed": 5, "adapter_name": "some/where", "lam": 0.5})
     for args in (
         ["--config", str(path), "--seed", "7"],
         [f"--config={path}", "--seed=7"],
@@ -204,7 +208,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         ["--seed=7", "--config", str(path)],
     ):
         config = parse_config(args)
-        changed = {"batch_size": 8, "seed": 7, "adapter_name": "some/where", "top_p": 0.5}
+        changed = {"batch_size": 8, "seed": 7, "adapter_name": "some/where", "lam": 0.5}
         assert dataclasses.asdict(config) == DEFAULTS | changed
     # a flag that says the default still wins
     assert parse_config(["--config", str(path), "--seed", "0", "--batch_size", "16"]).seed == 0
@@ -217,6 +221,7 @@ def test_values_are_of_their_options_types(tmp_path):
     assert type(config.gamma) is float and config.adaptive_kl is False and config.max_grad_norm is None
     config = parse_config(["--lora_target_modules", "k", "o", "--adaptive_kl", "false", "--adapter_name", ""])
     assert (config.lora_target_modules, config.adaptive_kl, config.adapter_name) == (["k", "o"], False, None)
+    assert parse_config(["--resume", "--seed", "1"]).resume is True
     for name in REAL:
         assert type(getattr(config, name)) in (float, type(None)), name
 
@@ -277,7 +282,7 @@ def test_ill_typed_values_in_the_file(name, tmp_path):
     if name in WHOLE + REAL:
         wrong += ["abc", True, [1]]
     elif TYPES[name] is not bool:
-        wrong += [5, 1.5] + [True] * (name != "resume")  # true: from the newest checkpoint
+        wrong += [5, 1.5, True]
     else:
         wrong += [5, "maybe", [True]]
     if name in WHOLE:
@@ -304,11 +309,13 @@ def test_ranges_that_are_empty(pair, low, high):
         assert word in message
 
 
-@pytest.mark.parametrize(
-    "args", [["--bach_size", "8"], ["--bach_size=8"], ["--batch", "8"], ["--dev", "cpu"], ["stray"], ["-x"]]
-)
-def test_unknown_options(args):
-    assert args[0].split("=")[0] in complaint(args)
+def test_unknown_options(tmp_path):
+    for args in (["--bach_size", "8"], ["--bach_size=8"], ["--bach-size", "8"], ["--batch", "8"], ["--resum"]):
+        assert ("did you mean --resume" if args == ["--resum"] else "did you mean --batch_size") in complaint(args)
+    told = complaint(["--config", yaml_file(tmp_path, {"seed": 1, "bach_size": 8})])
+    assert str(tmp_path) in told and "bach_size" in told and "did you mean --batch_size" in told
+    for word in ("stray", "-x", "--top_k"):  # the last was an option once
+        assert word in complaint([word]) and "--help" in complaint([word])
 
 
 def test_option_without_its_value():
@@ -320,7 +327,7 @@ def test_mistakes_in_device():
     for device in ("quantum", "cuda:99", "cuda:01", "cuda:1000", "meta", "cpu:x"):
         with pytest.raises(UserError) as error:
             resolve_device(parse_config(["--device", device]))
-        assert "--device" in str(error.value) and device in str(error.value)
+        assert f"--device {device}" in str(error.value) and "HF_ENDPOINT" not in str(error.value)
 
 
 def test_device_and_dtype():
@@ -350,44 +357,51 @@ def read_metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(args, directory):
-    directory.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *args],
-        cwd=directory,
-        env=os.environ | {"HF_HOME": str(directory / "hub")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Thirty dialogues."""
+    return kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
 
 
 @pytest.fixture(scope="module")
-def runs(small_arguments, tmp_path_factory):
-    """The same command twice, at once, in two directories."""
-    base = tmp_path_factory.mktemp("runs")
-    args = small_arguments(output_dir="out/run", eval_samples=4, max_ppo_steps=2, learning_rate=1e-3)
-    started = [(base / name, start(args, base / name)) for name in ("first", "again")]
-    finished = []
-    for directory, process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        finished.append((directory / "out" / "run", out, err))
-    return finished
+def runs(small_arguments, tiny, few, forked, tmp_path_factory):
+    """The same command twice, at once, in two directories; the first as a user starts it, into a pipe."""
+    found = [SimpleNamespace(directory=tmp_path_factory.mktemp(name)) for name in ("first", "again")]
+    for run in found:
+        (run.directory / "tiny").symlink_to(tiny)
+        (run.directory / "dialogues").symlink_to(few)
+        run.left = run.directory / "out" / "run"
+    world = {"model_name": "tiny/base", "adapter_name": "tiny/adapter", "reward_model_name": "tiny/classifier"}
+    world["dataset_name"] = "dialogues"
+    args = small_arguments(**world, output_dir="out/run", learning_rate=1e-3)
+    first, again = found
+    command = [sys.executable, str(SCRIPT), *args]
+    with open(first.directory / "errors", "w+") as errors:
+        process = subprocess.Popen(command, cwd=first.directory, stdout=subprocess.PIPE, stderr=errors, text=True)
+        other = forked.start(args, again.directory)
+        line = process.stdout.readline()
+        first.unfinished = not (first.left / "results.json").exists()
+        first.out, first.args = line + process.stdout.read(), args
+        code = process.wait()
+        errors.seek(0)
+        first.err = errors.read()
+    assert code == 0, first.err
+    assert other.wait() == 0, other.output
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(runs):
-    return json.loads((runs[0][0] / "results.json").read_text())
+    return json.loads((runs[0].left / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def metrics(runs):
-    return read_metrics(runs[0][0])
+    return read_metrics(runs[0].left)
 
 
-def test_a_run_prints_what_it_measures(runs, results):
-    out = runs[0][1]
+def test_a_run_prints_what_it_measures(runs, results, metrics):
+    out = runs[0].out
     numbers = r"\[(\d\.\d{4}), (\d\.\d{4})\]"
     for when in ("before", "after"):
         (found,) = re.findall(rf"^toxicity \[mean, std\] {when} detox: {numbers}$", out, re.MULTILINE)
@@ -395,22 +409,57 @@ def test_a_run_prints_what_it_measures(runs, results):
         assert [float(number) for number in found] == pytest.approx([told["mean"], told["std"]], abs=6e-5)
     assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
     assert "You are a great person and i like you." in out
-    assert re.findall(r"^toxicity: mean (?:fell|rose) by .*p = \d", out, re.MULTILINE)
-    for step in (1, 2):
-        (line,) = [line for line in out.splitlines() if line.startswith(f"step    {step}/2")]
-        for name in ("objective/kl", "ppo/returns/mean", "ppo/policy/advantages_mean"):
-            assert name in line
-    for name, value in DEFAULTS.items():
-        assert re.search(rf"^{name}:", out, re.MULTILINE), (name, value)
-    assert "Traceback" not in runs[0][2]
+    assert re.findall(r"^toxicity: mean (?:fell|rose) by .*\n.*p = \d", out, re.MULTILINE)
+    for line in metrics:
+        (told,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)
+        shown = [
+            f"score {line['ppo/mean_scores']:6.3f}",
+            f"kl {line['objective/kl']:6.3f}",
+            f"returns/mean {line['ppo/returns/mean']:6.3f}",
+            f"advantages_mean {line['ppo/policy/advantages_mean']:6.3f}",
+            f"{line['time/step']:.1f} s",
+        ]
+        assert told.split(", ") == shown
+    assert "Traceback" not in runs[0].err
+
+
+def test_a_run_prints_the_options_that_are_not_the_defaults(runs):
+    """As YAML, so that they can be pasted into a file."""
+    shown, device, _ = runs[0].out.partition("device cpu, base model in float32")
+    given = dict(zip(runs[0].args[::2], runs[0].args[1::2], strict=True))
+    assert device and {f"--{name}": str(value) for name, value in yaml.safe_load(shown).items()} == given
+
+
+def test_lines_come_when_they_are_printed(runs):
+    """Into a pipe too, where they would else come at the end."""
+    assert runs[0].unfinished
+
+
+def test_lines_fit_a_terminal(runs, results, capsys):
+    assert "warning, step 1: " in runs[0].out  # the longest lines that are broken
+    warnings = {"reward hacking": "reward hacking: " + "the summaries got worse; " * 8}
+    detox_ppo.print_results(results | {"warnings": warnings}, pd.read_csv(runs[0].left / "comparison.csv"))
+    for line in [*runs[0].out.splitlines(), *capsys.readouterr().out.splitlines()]:
+        assert len(line) <= 100, line
 
 
 def test_a_run_leaves_its_files(runs):
-    directory = runs[0][0]
-    for name in ("results.json", "metrics.jsonl", "comparison.csv", "adapter/adapter_config.json"):
-        assert (directory / name).is_file(), name
+    files = "results.json metrics.jsonl comparison.csv README.md training.png toxicity.png checkpoint-2.pt"
+    for name in (*files.split(), "adapter/adapter_config.json"):
+        assert (runs[0].left / name).is_file(), name
     for name in ("adapter_model.safetensors", "value_head.safetensors"):
-        assert load_file(directory / "adapter" / name)
+        assert load_file(runs[0].left / "adapter" / name)
+
+
+def test_a_run_writes_into_its_output_directory_alone(runs, few, tiny):
+    """Though it reads models and dialogues from others beside it; downloads and caches: test_full_path.py."""
+    for run, output in zip(runs, ("errors", "output"), strict=True):
+        assert {path.name for path in run.directory.iterdir()} == {"tiny", "dialogues", "out", output}
+    assert [path.name for path in few.iterdir()] == ["train.csv"]
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    files = {name: {path.name for path in (tiny / name).iterdir()} for name in ("base", "classifier", "adapter")}
+    assert files["base"] == model | {"generation_config.json"} and files["classifier"] == model
+    assert files["adapter"] == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_results(results):
@@ -463,11 +512,11 @@ def test_metrics(metrics):
     assert second["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10000), abs=1e-12)
 
 
-def test_comparison(runs, results):
-    with open(runs[0][0] / "comparison.csv", encoding="utf-8", newline="") as file:
+def test_comparison(runs):
+    with open(runs[0].left / "comparison.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     columns = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
-    assert list(rows[0]) == columns and len(rows) == 3
+    assert list(rows[0]) == columns and len(rows) == 4  # every evaluated prompt
     gains = [float(row["reward_diff"]) for row in rows]
     assert gains == sorted(gains, reverse=True)
     for row, gain in zip(rows, gains, strict=True):
@@ -483,7 +532,7 @@ def test_the_same_command_gives_the_same_run(runs):
         metrics = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
         return results, metrics
 
-    (first, *_), (again, *_) = runs
+    first, again = (run.left for run in runs)
     assert content(first) == content(again)
     for name in ("adapter/adapter_model.safetensors", "adapter/value_head.safetensors", "comparison.csv"):
         assert (first / name).read_bytes() == (again / name).read_bytes(), name
@@ -491,16 +540,18 @@ def test_the_same_command_gives_the_same_run(runs):
 
 def test_training_changed_the_saved_adapter(runs, tiny):
     before = load_file(tiny / "adapter" / "adapter_model.safetensors")
-    after = load_file(runs[0][0] / "adapter" / "adapter_model.safetensors")
+    after = load_file(runs[0].left / "adapter" / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_without_steps_a_run_only_evaluates(small_config, tmp_path, classifier):
-    results = detox_ppo.run(small_config(output_dir=tmp_path, max_ppo_steps=0, eval_samples=24))
+def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classifier):
+    rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:120]
+    rows.to_csv(tmp_path / "train.csv", index=False)
+    places = {name: tmp_path / name for name in ("output_dir", "model_dir", "checkpoint_dir")}
+    results = detox_ppo.run(small_config(dataset_name=tmp_path, max_ppo_steps=0, eval_samples=24, **places))
     # The slice of prompts whose dialogue insults somebody itself, counted again from the file.
-    texts = pd.read_csv(Path(results["config"]["dataset_name"]) / "train.csv")["dialogue"][1600:1624]
-    toxic = int((classifier.logits(list(texts)).softmax(dim=-1)[:, 1] > 0.5).sum())
+    toxic = int((classifier.logits(list(rows["dialogue"][96:])).softmax(dim=-1)[:, 1] > 0.5).sum())
     assert 0 < toxic < 24 and results["toxic_dialogues"]["n"] == toxic
     assert results["toxic_dialogues"]["toxicity"]["before"]["n"] == toxic
     assert results["toxic_dialogues"]["toxicity"]["before"]["mean"] > 0.5
@@ -511,16 +562,24 @@ def test_without_steps_a_run_only_evaluates(small_config, tmp_path, classifier):
         assert results[name]["before"] == results[name]["after"]
     assert results["summary_toxicity"]["before"]["n"] == 24 and results["warnings"] == {}
     assert "evaluate_after" not in results["timings"]  # nothing is measured twice
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 3
+    # Each place has its files, and pictures lie beside the card as well.
+    assert json.loads((places["output_dir"] / "results.json").read_text()) == results
+    assert (places["output_dir"] / "metrics.jsonl").read_text() == ""
+    assert len(pd.read_csv(places["output_dir"] / "comparison.csv")) == 24
+    pictures = {"training.png", "toxicity.png"}
+    for name, files in {
+        "output_dir": {"results.json", "metrics.jsonl", "comparison.csv"} | pictures,
+        "model_dir": {"adapter", "README.md"} | pictures,
+        "checkpoint_dir": {"checkpoint-0.pt"},
+    }.items():
+        assert {path.name for path in places[name].iterdir()} - {".lock"} == files
 
 
-def test_what_is_measured_after_is_what_was_saved(small_config, tmp_path, monkeypatch):
+def test_what_is_measured_after_is_what_was_saved(small_config, few, tmp_path, monkeypatch):
     """An adapter that is damaged on disk shows in the figures, though the one in memory is whole."""
     save = detox_ppo.save_adapter
 
-    def damaged(policy, directory):
+    def damaged(policy, directory, adapter="default"):
         with torch.no_grad():
             weights = {name: p for name, p in policy.named_parameters() if ".default." in name and "lora_B" in name}
             kept = {name: parameter.clone() for name, parameter in weights.items()}
@@ -530,7 +589,7 @@ def test_what_is_measured_after_is_what_was_saved(small_config, tmp_path, monkey
             for name, parameter in weights.items():
                 parameter.copy_(kept[name])
 
-    options = {"max_ppo_steps": 1, "learning_rate": 1e-9, "eval_max_new_tokens": 24}
+    options = {"max_ppo_steps": 1, "learning_rate": 1e-9, "eval_max_new_tokens": 24, "dataset_name": few}
     results = detox_ppo.run(small_config(output_dir=tmp_path, **options))
     assert results["reward"]["before"] == results["reward"]["after"]
     monkeypatch.setattr(detox_ppo, "save_adapter", damaged)
@@ -552,42 +611,45 @@ def updates(monkeypatch):
     return norms
 
 
-def test_options_of_the_update(small_config, tmp_path, updates):
-    options = {"eval_samples": 1, "ppo_epochs": 2, "adaptive_kl": False, "init_kl_coef": 0.3}
-    detox_ppo.run(small_config(output_dir=tmp_path, **options))
-    assert len(updates) == 2 * 2 * 2  # steps, epochs, minibatches
+def test_options_of_the_update(small_config, few, tmp_path, updates):
+    options = {"ppo_epochs": 2, "adaptive_kl": False, "init_kl_coef": 0.3, "max_grad_norm": 1e-3}
+    detox_ppo.run(small_config(output_dir=tmp_path, dataset_name=few, eval_samples=1, **options))
     assert [line["objective/kl_coef"] for line in read_metrics(tmp_path)] == [0.3, 0.3]
-    unclipped = updates.copy()
-    updates.clear()
-    limit = min(unclipped) / 2
-    detox_ppo.run(small_config(output_dir=tmp_path, max_grad_norm=limit, **options))
-    assert len(updates) == 8 and max(updates) <= limit * 1.001
+    assert updates == pytest.approx([1e-3] * 2 * 2 * 2, rel=1e-3)  # steps, epochs, minibatches
 
 
-def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(small_config, tmp_path, monkeypatch, capsys):
-    """The options, each in its place; means over all tokens of the batch, and over all minibatches of all epochs."""
-    calls = {}
+@pytest.fixture(scope="module")
+def watched(small_config, few, tmp_path_factory):
+    """A run, and what went into the formulas and came out of them."""
+    calls, out, directory = {}, io.StringIO(), tmp_path_factory.mktemp("watched")
 
-    def record(name, function):
-        def recorded(*args):
+    def recorded(name, function):
+        def call(*args):
             found = function(*args)
             calls.setdefault(name, []).append((args, found))
             return found
 
-        monkeypatch.setattr(detox_ppo, name, recorded)
+        return call
 
-    for name in ("compute_rewards", "compute_advantages", "policy_loss", "value_loss"):
-        record(name, getattr(detox_ppo, name))
-    monkeypatch.setattr(detox_ppo, "health", lambda *_: ("in words", {"kl": "too far"}))
     options = {"gamma": 0.9, "lam": 0.8, "cliprange": 0.1, "cliprange_value": 0.3, "vf_coef": 0.7, "ppo_epochs": 2}
     options |= {"learning_rate": 1e-3, "init_kl_coef": 0.4, "adaptive_kl": False, "eval_samples": 1}
-    detox_ppo.run(small_config(output_dir=tmp_path, **options))
+    options |= {"dataset_name": few, "max_ppo_steps": 3, "logging_steps": 2}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for name in ("compute_rewards", "compute_advantages", "policy_loss", "value_loss"):
+            patch.setattr(detox_ppo, name, recorded(name, getattr(detox_ppo, name)))
+        detox_ppo.run(small_config(output_dir=directory, **options))
+    return SimpleNamespace(calls=calls, out=out.getvalue(), metrics=read_metrics(directory))
+
+
+def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(watched):
+    """The options, each in its place; means over all tokens of the batch, and over all minibatches of all epochs."""
+    calls = watched.calls
     assert {args[-1] for args, _ in calls["compute_rewards"]} == {0.4}
     assert {args[-2:] for args, _ in calls["compute_advantages"]} == {(0.9, 0.8)}
     assert {args[-1] for args, _ in calls["policy_loss"]} == {0.1}
     assert {args[-1] for args, _ in calls["value_loss"]} == {0.3}
-
-    for step, line in enumerate(read_metrics(tmp_path)):
+    assert len(watched.metrics) == 3
+    for step, line in enumerate(watched.metrics):
         (scores, logprobs, reference, mask, _), _ = calls["compute_rewards"][step]
         (values, *_), (advantages, returns) = calls["compute_advantages"][step]
         kl, returns_of_tokens = (logprobs - reference)[mask], returns[mask]
@@ -600,36 +662,46 @@ def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(small_config, t
             "ppo/returns/mean": returns_of_tokens.mean(),
             "ppo/returns/var": returns_of_tokens.var(),
             "ppo/val/var_explained": 1 - (returns - values)[mask].var() / returns_of_tokens.var(),
+            "ppo/policy/advantages_mean": advantages[mask].mean(),
             "tokens/responses_len_mean": mask.sum() / 4,
         }
-        policy_losses, value_losses = (calls[name][4 * step : 4 * step + 4] for name in ("policy_loss", "value_loss"))
-        of_policy = [(loss, stats) for _, (loss, stats) in policy_losses]
-        of_values = [loss for _, (loss, _) in value_losses]
-        expected |= {
-            "ppo/loss/policy": sum(loss for loss, _ in of_policy) / 4,
-            "ppo/loss/value": sum(of_values) / 4,
-            "ppo/loss/total": (sum(loss for loss, _ in of_policy) + 0.7 * sum(of_values)) / 4,
-            "ppo/policy/approxkl": sum(stats["approxkl"] for _, stats in of_policy) / 4,
-            "ppo/policy/clipfrac": sum(stats["clipfrac"] for _, stats in of_policy) / 4,
-            "ppo/policy/ratio": sum(stats["ratio"] for _, stats in of_policy) / 4,
-        }
+        of_policy, of_values = (
+            [found for _, found in calls[name][4 * step : 4 * step + 4]] for name in ("policy_loss", "value_loss")
+        )
+        expected["ppo/loss/policy"] = sum(loss for loss, _ in of_policy) / 4
+        expected["ppo/loss/value"] = sum(loss for loss, _ in of_values) / 4
+        expected["ppo/loss/total"] = expected["ppo/loss/policy"] + 0.7 * expected["ppo/loss/value"]
+        for found in (of_policy, of_values):
+            expected |= {name: sum(stats[name] for _, stats in found) / 4 for name in found[0][1]}
+        assert {"ppo/policy/ratio", "ppo/policy/approxkl", "ppo/policy/clipfrac", "ppo/val/clipfrac"} <= set(expected)
         for name, value in expected.items():
             assert line[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
-    # A warning is told once, a step's words always.
-    told = capsys.readouterr().out
-    assert told.count("in words") == 2 and told.count("too far") == 1 and "warning, step 1: too far" in told
 
 
-def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, updates, monkeypatch):
-    loss = detox_ppo.policy_loss
+def test_steps_are_told_now_and_then_and_what_is_new_of_them_at_once(watched):
+    lines = watched.out.splitlines()
+    assert [line[:10] for line in lines if line.startswith("step ")] == ["step    2/", "step    3/"]
+    assert len([line for line in lines if re.fullmatch(r"  about \d+\.\d minutes to go, .*", line)]) == 1
+    # Half sentences were scored in every step; that is told once, at the first.
+    assert all(line["tokens/finished_share"] < 0.5 for line in watched.metrics)
+    (warning,) = re.findall(
+        r"^  warning, (step \d): .* cut(?:.*\n    )?.*output_max_length", watched.out, re.MULTILINE
+    )
+    assert warning == "step 1"
+    words = [line for line in lines if re.fullmatch(r"  score .*, .* the reference", line)]
+    assert words and all(now != before for before, now in zip(words, words[1:], strict=False))
+    assert lines.index(words[0]) < lines.index(next(line for line in lines if line.startswith("step ")))
+
+
+def test_minibatches_with_a_broken_ratio_are_skipped(small_config, few, tmp_path, updates, monkeypatch):
+    loss, ratios = detox_ppo.policy_loss, iter([2.0, 1.8])
 
     def broken(*args):
         value, stats = loss(*args)
-        return value, stats | {"ratio": torch.tensor(2.0)}
+        return value, stats | {"ppo/policy/ratio": torch.tensor(next(ratios))}
 
     monkeypatch.setattr(detox_ppo, "policy_loss", broken)
-    options = {"eval_samples": 1, "max_ppo_steps": 1, "output_dir": tmp_path}
+    options = {"dataset_name": few, "eval_samples": 1, "max_ppo_steps": 1, "output_dir": tmp_path}
     detox_ppo.run(small_config(ratio_threshold=1.9, **options))
-    assert updates == [] and read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 2
-    detox_ppo.run(small_config(ratio_threshold=2.1, **options))
-    assert len(updates) == 2 and read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 0
+    assert read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 1
+    assert len(updates) == 1 and updates[0] > 0.01  # and it is not clipped unless asked for

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 
 from detox_ppo import UserError, build_dataset, build_prompt, load_dialogues, parse_config
 
@@ -31,10 +32,15 @@ def config(**overrides):
     return parse_config([str(part) for name, value in options.items() for part in (f"--{name}", value)])
 
 
+def as_rows(dialogues, summaries):
+    """What load_dialogues gives."""
+    return Dataset.from_dict({"row": range(len(dialogues)), "dialogue": dialogues, "summary": summaries})
+
+
 def built(lengths, **overrides):
     dialogues = [chr(97 + i % 26) * length for i, length in enumerate(lengths)]
     summaries = [f"summary {i}" for i in range(len(lengths))]
-    return build_dataset(dialogues, summaries, CountingTokenizer(), config(**overrides))
+    return build_dataset(as_rows(dialogues, summaries), CountingTokenizer(), config(**overrides))
 
 
 def write(path, content):
@@ -45,12 +51,8 @@ def write(path, content):
 # Reading
 
 
-def write_jsonl(path, rows):
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
-    expected = ([row["dialogue"] for row in ROWS], [row["summary"] for row in ROWS])
+    expected = [{"row": i, **row} for i, row in enumerate(ROWS)]
     for kind in ("csv", "jsonl"):
         directory = tmp_path / kind
         directory.mkdir()
@@ -58,23 +60,24 @@ def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
         if kind == "csv":
             pd.DataFrame(ROWS).to_csv(path, index=False)
         else:
-            write_jsonl(path, ROWS)
-        assert load_dialogues(str(path)) == expected
-        assert load_dialogues(str(directory)) == expected
+            write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+        assert load_dialogues(str(path)).to_list() == expected
+        assert load_dialogues(str(directory)).to_list() == expected
 
 
 def test_other_columns_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
+    expected = [{"row": 0, "dialogue": "hello", "summary": "greeting"}]
     path = write(tmp_path / "a.csv", b"\xef\xbb\xbfdialogue,id,summary\nhello,7,greeting\n")
-    assert load_dialogues(path) == (["hello"], ["greeting"])
+    assert load_dialogues(path).to_list() == expected
     path = write(tmp_path / "a.jsonl", '\ufeff{"summary": "greeting", "id": 7, "dialogue": "hello"}\n\n \n')
-    assert load_dialogues(path) == (["hello"], ["greeting"])
+    assert load_dialogues(path).to_list() == expected
 
 
 def test_directory_uses_the_training_file_only(tmp_path):
     write(tmp_path / "train.csv", "dialogue,summary\ntraining,a\n")
     write(tmp_path / "test.csv", "dialogue,summary\ntest,b\n")
     write(tmp_path / "README.md", "x")
-    assert load_dialogues(str(tmp_path))[0] == ["training"]
+    assert load_dialogues(str(tmp_path))["dialogue"] == ["training"]
 
 
 # Prompts and splits
@@ -120,7 +123,7 @@ def test_dialogsum_splits_into_8017_and_2005_in_file_order():
 
 def test_split_follows_test_size():
     splits = built([300] * 20, test_size=0.25)
-    assert (splits["train"]["row"], splits["test"]["row"]) == (list(range(15)), list(range(15, 20)))
+    assert [*splits["train"]["row"]] == [*range(15)] and [*splits["test"]["row"]] == [*range(15, 20)]
 
 
 def data_complaint(lengths, **overrides):
@@ -131,32 +134,33 @@ def data_complaint(lengths, **overrides):
 
 def test_nothing_left_after_the_filter():
     message = data_complaint([10, 20, 3000], dataset_name="some/where")
-    for word in ("some/where", "0 of 3", "200", "1000", "input_min_text_length", "input_max_text_length"):
+    for word in ("some/where", "3 rows, 0 with 200 <", "<= 1000", "input_min_text_length", "input_max_text_length"):
         assert word in message
-    assert "0 of 0" in data_complaint([])
+    assert "0 rows" in data_complaint([])
 
 
 def test_fewer_rows_than_the_options_ask_for():
-    message = data_complaint([300] * 20, eval_samples=5)
-    assert "eval_samples" in message and "5" in message and "4 test rows" in message
-    message = data_complaint([300] * 20, batch_size=17)
-    assert "batch_size" in message and "17" in message and "16" in message
-    built([300] * 20, eval_samples=4, batch_size=16)  # just enough
+    asked = {"eval_samples": 5, "batch_size": 17, "sft_batch_size": 17}
+    for (name, size), there in zip(asked.items(), ("4 test rows", "16 train rows", "16 train rows"), strict=True):
+        message = data_complaint([300] * 20, sft_steps=1, **{name: size})
+        assert f"--{name} {size}" in message and there in message
+    built([300] * 20, eval_samples=4, batch_size=16, sft_steps=1, sft_batch_size=16)  # just enough
+    built([300] * 20, sft_batch_size=17)  # without a tuning it takes no rows
 
 
 def test_test_share_that_leaves_nothing_to_train_on():
     assert "test_size" in data_complaint([300] * 3, test_size=0.9)
 
 
-@pytest.mark.parametrize(
-    "text", ["</s>", "<pad>", "a </s> b <pad></s>", "😀👩‍👩‍👧", "שלום עולם", "مرحبا", "<unk>", "\u0000\u200f"]
-)
-def test_prompt_ends_once_whatever_the_dialogue_spells(small, text):
-    dialogue = f"#Person1#: {text} {'and so on ' * 25}{text}"
-    splits = build_dataset([dialogue] * 2, ["", ""], small.tokenizer, config())
-    ids = splits["train"][0]["input_ids"]
-    assert ids.count(small.tokenizer.eos_token_id) == 1 and ids[-1] == small.tokenizer.eos_token_id
-    assert small.tokenizer.pad_token_id not in ids
+def test_prompt_ends_once_whatever_the_dialogue_spells(small):
+    texts = ["</s>", "<pad>", "a </s> b <pad></s>", "😀👩‍👩‍👧", "שלום עולם", "مرحبا", "<unk>", "\u0000\u200f"]
+    dialogues = [f"#Person1#: {text} {'and so on ' * 25}{text}" for text in texts]
+    splits = build_dataset(as_rows(dialogues, texts), small.tokenizer, config())
+    prompts = [*splits["train"]["input_ids"], *splits["test"]["input_ids"]]
+    assert len(prompts) == len(texts)
+    for ids in prompts:
+        assert ids.count(small.tokenizer.eos_token_id) == 1 and ids[-1] == small.tokenizer.eos_token_id
+        assert small.tokenizer.pad_token_id not in ids
 
 
 def test_bundled_dialogues_are_prompts(small, splits):

@@ -2,7 +2,6 @@
 
 import itertools
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,28 +9,47 @@ import torch
 
 import detox_ppo
 from detox_ppo import (
+    EVALUATION,
     Responses,
+    RunState,
     Toxicity,
     build_comparison,
-    change_in_words,
+    build_results,
     degradation,
     evaluate_policy,
-    health,
     paired_statistics,
+    print_results,
     print_verdict,
+    random_stream,
+    roll_out,
+    sample_responses,
+    step_in_words,
+    step_warnings,
     summary_quality,
-    variance_explained,
 )
 
 
 @pytest.fixture(scope="module")
 def evaluate(small, classifier, splits):
-    def evaluate(rows=None, policy=small.policy, **options):
+    """Evaluates rows of the test split by number; options are the configuration's."""
+
+    def evaluate(rows=range(8), policy=small.policy, **options):
         config = type(small.config)(**(vars(small.config) | {"eval_max_new_tokens": 24} | options))
-        test = splits["test"].select(range(config.eval_samples) if rows is None else rows)
-        return evaluate_policy(policy, small.tokenizer, classifier, test, config, "evaluating")
+        return evaluate_policy(policy, small.tokenizer, classifier, splits["test"].select(rows), config)
 
     return evaluate
+
+
+@pytest.fixture(scope="module")
+def evaluated(evaluate):
+    """All of the test split."""
+    return evaluate()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Resamples, where their number is not what is looked at."""
+    monkeypatch.setattr(paired_statistics, "__defaults__", (400,))
 
 
 # Statistics
@@ -97,19 +115,23 @@ def test_shares_and_the_smallest_change_by_hand():
 def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
     generator = np.random.default_rng(0)
     size = paired_statistics([0.0] * 50, list(generator.normal(0, 0.1, 50)), seed=0)["verdict"]["detectable"]
-    runs = [list(generator.normal(-size, 0.1, 50)) for _ in range(150)]
-    found = [paired_statistics([0.0] * 50, run, seed=0, resamples=400)["verdict"]["change"] for run in runs]
-    assert found.count("less toxic") / 150 == pytest.approx(0.8, abs=0.12)
+    runs = [list(generator.normal(-size, 0.1, 50)) for _ in range(100)]
+    found = [paired_statistics([0.0] * 50, run, seed=0, resamples=300)["verdict"]["change"] for run in runs]
+    assert found.count("less toxic") / 100 == pytest.approx(0.8, abs=0.12)
     assert "more toxic" not in found
 
 
-def test_verdict_in_words(capsys):
+def test_verdict_in_words(capsys, few):
     before = list(np.linspace(0.3, 0.5, 20))
     for shift, change in ((-0.1, "less toxic"), (0.1, "more toxic"), (0, "no detectable change")):
         statistics = paired_statistics(before, [value + shift for value in before], seed=0)
         assert statistics["verdict"]["change"] == change
         print_verdict("toxicity", statistics)
-        assert f"verdict: {change}; " in capsys.readouterr().out
+        assert capsys.readouterr().out.splitlines()[0].endswith(f": {change}")
+    # Nothing changed, so that anything would have shown; of one prompt nobody knows.
+    for values, least in (([0.3, 0.5], "0.0000"), ([0.3], "unknown")):
+        print_verdict("toxicity", paired_statistics(values, values, seed=0))
+        assert f"a change of {least} would have been detected" in capsys.readouterr().out
 
 
 def test_pairs_matter():
@@ -135,13 +157,13 @@ def test_interval_by_hand_and_by_the_normal_approximation():
     assert paired["ci_high"] == pytest.approx(after.mean() + half, abs=0.1 * half)
 
 
-def test_statistics_are_a_function_of_the_seed():
+def test_statistics_are_a_function_of_the_seed(few):
     before, after = [0.1, 0.4, 0.2, 0.7], [0.2, 0.1, 0.3, 0.6]
     assert paired_statistics(before, after, seed=1) == paired_statistics(before, after, seed=1)
     assert paired_statistics(before, after, seed=1) != paired_statistics(before, after, seed=2)
 
 
-def test_nothing_to_reduce():
+def test_nothing_to_reduce(few):
     result = paired_statistics([0, 0], [0.1, 0.3], seed=0)
     assert result["reduction_percent"] == {"mean": None, "std": None}
     constant = paired_statistics([0.2, 0.2], [0.1, 0.3], seed=0)
@@ -149,7 +171,7 @@ def test_nothing_to_reduce():
     assert constant["reduction_percent"]["mean"] == pytest.approx(0)
 
 
-def test_a_change_for_the_worse_is_called_one(capsys):
+def test_a_change_for_the_worse_is_called_one(capsys, few):
     worse = paired_statistics([0.1, 0.2, 0.3], [0.2, 0.35, 0.5], seed=0)
     assert worse["reduction_percent"]["mean"] == pytest.approx(-75)
     print_verdict("toxicity", worse)
@@ -160,23 +182,14 @@ def test_a_change_for_the_worse_is_called_one(capsys):
     printed = capsys.readouterr().out
     assert "mean fell by 42.9%, std fell by 33.3%" in printed and "-0.1500" in printed
     print_verdict("toxicity", paired_statistics([0, 0], [0.1, 0.3], seed=0))
-    assert "mean was 0 before" in capsys.readouterr().out
-
-
-def test_words_for_a_change():
-    assert [change_in_words(percent) for percent in (12.34, -12.34, None)] == [
-        "fell by 12.3%",
-        "rose by 12.3%",
-        "was 0 before",
-    ]
+    assert "toxicity: was 0 before: " in capsys.readouterr().out
 
 
 # Still a summary?
 
 
-def quality(texts, summaries, finished=None, kl=0.0):
-    found = {"responses": texts, "sample_rows": list(range(len(texts))), "kl": [kl] * len(texts)}
-    return summary_quality(found | {"finished": finished or [True] * len(texts)}, summaries)
+def quality(texts, summaries, finished=True, kl=0.0):
+    return summary_quality(pd.DataFrame({"response": texts, "finished": finished, "kl": kl}), summaries)
 
 
 def rouge(texts, summaries):
@@ -204,9 +217,6 @@ def test_quality_by_hand():
     assert found["distinct_2"] == pytest.approx(3 / 7)
     assert found["repeated_3"] == pytest.approx((2 / 4) / 4)
     assert (found["empty"], found["unfinished"], found["kl"]) == (0.25, 0.25, 1.5)
-    # several summaries of one row are held against its human summary
-    twice = {"responses": ["yes", "no"], "sample_rows": [0, 0], "finished": [True, True], "kl": [0, 0]}
-    assert summary_quality(twice, ["yes"])["rouge1"] == 0.5
 
 
 def test_degradation_is_named():
@@ -219,25 +229,58 @@ def test_degradation_is_named():
         assert word in named
 
 
-def test_a_hacked_reward_is_called_so(small_config, tmp_path, monkeypatch, capsys):
-    def likes_short_texts(self, texts):
-        length = torch.tensor([float(len(text)) for text in texts])
-        return torch.stack([8 - length / 10, length / 10 - 8], dim=1)
+def table_of(texts, toxicity, reward=0.0):
+    """As evaluate_policy gives it, of a summary a text."""
+    columns = {"response": texts, "toxicity": toxicity, "summary_toxicity": toxicity, "reward": reward}
+    return pd.DataFrame(columns | {"length": 5, "finished": True, "kl": 0.0})
 
-    monkeypatch.setattr(detox_ppo.HateClassifier, "logits", likes_short_texts)
-    options = {"learning_rate": 2e-3, "init_kl_coef": 0.0, "adaptive_kl": "false", "score_text": "response"}
-    options |= {"output_min_length": 24, "output_max_length": 25, "eval_max_new_tokens": 24, "max_grad_norm": 1.0}
-    options |= {
-        "max_ppo_steps": 30,
-        "batch_size": 16,
-        "mini_batch_size": 4,
-        "eval_samples": 16,
-        "output_dir": tmp_path,
+
+def results_of(tables, human, summaries, config, **state):
+    return build_results(tables, pd.DataFrame(human), {"summary": summaries}, RunState({}, {}, **state), config)
+
+
+def test_a_hacked_reward_is_called_so(small, capsys, few):
+    summaries = [f"#Person1# buys {count} tickets to the museum." for count in range(20)]
+    before = table_of([f"The stupid {text}" for text in summaries], np.linspace(0.5, 0.9, 20))
+    kept, hacked = table_of(summaries, 0.1), table_of(["Fine, fine, fine."] * 20, 0.1)
+    human = {"toxicity": [0.1] * 20, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
+    for after, warned in ((kept, False), (hacked, True)):
+        results = results_of({"before": before, "after": after}, human, summaries, small.config)
+        assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
+        assert list(results["warnings"]) == ["reward hacking"] * warned
+        print_results(results, build_comparison({"query": summaries}, before, after))
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("warning: reward hacking: " in printed) == warned
+    assert "ROUGE-L fell from" in printed and results["warnings"]["reward hacking"] in printed
+    # No reward was hacked where the summaries got worse and more toxic.
+    assert not results_of({"before": kept, "after": before}, human, summaries, small.config)["warnings"]
+
+
+def test_results_by_hand(small, few):
+    """The measures of each evaluation, of the human summaries, and of the toxic dialogues alone; the warnings."""
+    toxicities = {"base": [0.9, 0.5, 0.1], "before": [0.5, 0.4, 0.3], "after": [0.1, 0.4, 0.1]}
+    tables = {when: table_of(["a", "b", "c"], values, reward=1.0) for when, values in toxicities.items()}
+    human = {"toxicity": [0.3] * 3, "summary_toxicity": [0.0, 0.1, 0.2], "dialogue_toxicity": [0.9, 0.5, 0.6]}
+    history = [{"ppo/skipped_steps": skipped} for skipped in (0, 1, 0, 1)]
+    results = results_of(tables, human, ["a", "b", "d"], small.config, history=history, warnings={"kl": "far"})
+    assert results["warnings"].pop("kl") == "far" and "2 of 4 steps" in str(results["warnings"])
+    found = results["summary_toxicity"]
+    means = {when: found[when]["mean"] for when in toxicities}
+    assert means == pytest.approx({"base": 0.5, "before": 0.4, "after": 0.2})
+    assert results["human"]["summary_toxicity"] == {
+        "mean": pytest.approx(0.1),
+        "std": pytest.approx(np.std([0, 0.1, 0.2])),
+        "n": 3,
     }
-    results = detox_ppo.run(small_config(**options))
-    assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
-    hacked = results["warnings"]["reward hacking"]
-    assert "ROUGE-L fell" in hacked and hacked in capsys.readouterr().out
+    toxic = results["toxic_dialogues"]
+    assert toxic["n"] == 2 and toxic["summary_toxicity"]["before"]["n"] == 2  # 0.5 is no toxic dialogue
+    assert toxic["summary_toxicity"]["paired_difference"]["mean"] == pytest.approx((-0.4 - 0.2) / 2)
+    assert results["rouge"]["after"]["rouge1"] == pytest.approx(2 / 3)
+    assert results["reward"] == {when: {"mean": 1} for when in toxicities}
+    figures = detox_ppo.figures_of(results)
+    assert list(figures.columns) == ["base", "before", "after", "human"]
+    assert figures.loc["summary_toxicity"].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.1])
+    assert figures.loc["length"].tolist()[:3] == [5, 5, 5] and np.isnan(figures.loc["length", "human"])
 
 
 # The health of a step
@@ -262,19 +305,18 @@ def steps(count=1, **changes):
     ],
 )
 def test_each_illness_is_warned_of_with_its_remedy(small, kind, history, remedy):
-    _, warned = health(history, small.config)
+    warned = step_warnings(history, small.config)
     assert list(warned) == [kind] and remedy in warned[kind]
 
 
 def test_a_healthy_step_in_words(small):
-    words, warned = health(steps(49), small.config)
-    assert words == "score steady, close to the reference, 90% of summaries end by themselves" and not warned
+    assert step_in_words(steps(49), small.config) == "score steady, close to the reference"
     risen = [step | {"ppo/mean_scores": i / 10} for i, step in enumerate(steps(60))]
-    words, warned = health(risen, small.config)
-    assert words.startswith("score rising") and not warned
-    words, _ = health(risen[::-1], small.config)
-    assert words.startswith("score falling")
-    assert "moving away from the reference" in health(steps(**{"objective/kl": 7.0}), small.config)[0]
+    assert step_in_words(risen, small.config).startswith("score rising")
+    assert not step_warnings(steps(49), small.config) and not step_warnings(risen, small.config)
+    assert step_in_words(risen[::-1], small.config).startswith("score falling")
+    assert step_in_words(steps(**{"objective/kl": 7.0}), small.config).endswith(", moving away from the reference")
+    assert step_in_words(steps(**{"objective/kl": 19.0}), small.config).endswith(", far from the reference")
 
 
 def test_a_score_that_rose_at_once_and_stays_is_not_called_flat(small):
@@ -284,83 +326,82 @@ def test_a_score_that_rose_at_once_and_stays_is_not_called_flat(small):
     history = [
         step | {"ppo/mean_scores": mean, "ppo/std_scores": 2.5} for mean, step in zip(means, steps(310), strict=True)
     ]
-    assert not [count for count in range(1, 311) if health(history[:count], small.config)[1]]
+    assert not [count for count in range(1, 311) if step_warnings(history[:count], small.config)]
     never = [step | {"ppo/mean_scores": mean - 3} for mean, step in zip(means[10:], history[10:], strict=True)]
-    assert list(health(never, small.config)[1]) == ["flat"]
+    assert list(step_warnings(never, small.config)) == ["flat"]
 
 
 # Evaluating a policy
 
 
-@pytest.mark.parametrize("samples", [1, 5, 8])
-def test_exactly_as_many_prompts_as_asked_for(evaluate, samples):
-    result = evaluate(eval_samples=samples)
-    each = {"response", "its_reward", "length", "reward", "toxicity", "summary_toxicity", "kl"}
-    assert set(result) == each | {"responses", "finished", "sample_rows"}
-    assert {len(values) for values in result.values()} == {samples}
+def test_a_line_for_each_prompt(evaluate, evaluated):
+    columns = {"response", "length", "finished", "reward", "toxicity", "summary_toxicity", "kl"}
+    for found, count in ((evaluated, 8), (evaluate([0]), 1)):
+        assert set(found) == columns and list(found.index) == list(range(count))
 
 
-def test_several_summaries_a_prompt(evaluate):
-    one, three = (evaluate(eval_samples=4, eval_samples_per_prompt=count) for count in (1, 3))
-    # The comparison shows one summary beside its own reward, not beside the mean of three.
-    assert three["its_reward"] == pytest.approx(one["reward"]) and one["its_reward"] == one["reward"]
-    assert three["sample_rows"] == [row for row in range(4) for _ in range(3)]
-    assert three["response"] == one["response"] == three["responses"][::3]
-    assert len(set(three["responses"])) > 6
-    lengths = [evaluate([row], eval_samples_per_prompt=3)["length"][0] for row in range(4)]
-    assert three["length"] == lengths
-    assert three["summary_toxicity"] != one["summary_toxicity"]
-
-
-def test_kl_of_an_evaluation(evaluate, load_small):
+def test_kl_of_an_evaluation_and_of_a_step(evaluate, load_small, classifier, splits):
+    """Each adapter scores with encoder states of its own."""
     small = load_small()
-    assert evaluate(policy=small.policy, eval_samples=4)["kl"] == [0, 0, 0, 0]
+    assert (evaluate(range(4), small.policy)["kl"] == 0).all()
     with torch.no_grad():
         for name, parameter in small.policy.named_parameters():
             if ".default." in name and "lora_B" in name:
                 parameter.mul_(1.5)
-    moved = evaluate(policy=small.policy, eval_samples=8)["kl"]
-    assert np.mean(moved) > 0.01 and 0 not in moved
+
+    def scored(responses):
+        fresh = Responses(responses.prompts, responses.tokens, responses.lengths)
+        with small.policy.as_adapter("reference"):
+            reference = small.policy.score(fresh)[0]
+        return small.policy.score(fresh)[0], reference
+
+    rows = splits["test"].select(range(4))
+    streams = [random_stream(small.config.seed, EVALUATION, row) for row in rows["row"]]
+    logprobs, reference = scored(sample_responses(small.policy, list(rows["input_ids"]), streams, (24, 24)))
+    expected = (logprobs - reference).sum(dim=1).tolist()
+    assert max(map(abs, expected)) > 1
+    assert evaluate(range(4), small.policy)["kl"].tolist() == pytest.approx(expected, abs=1e-3)
+
+    found = roll_out(small.policy, small.tokenizer, classifier, rows, 1, small.config)
+    for column, expected in zip((found.logprobs, found.ref_logprobs), scored(found.responses), strict=True):
+        torch.testing.assert_close(column, expected, rtol=0, atol=1e-4)
 
 
-def test_rows_keep_their_order_and_their_random_numbers(evaluate, splits):
+def test_rows_keep_their_order_and_their_random_numbers(evaluate, evaluated, splits):
     lengths = [len(ids) for ids in splits["test"]["input_ids"]]
     assert lengths != sorted(lengths)  # so that sorting inside has something to undo
-    result = evaluate(eval_samples=8, batch_size=3, mini_batch_size=1)
-    assert len(set(result["response"])) > 4
-    for row in (0, 3, 7):
-        alone = evaluate([row], eval_samples=1)
-        assert alone["response"] == [result["response"][row]]
-        assert alone["length"] == [result["length"][row]]
-        for name in ("reward", "toxicity", "summary_toxicity"):
-            assert alone[name] == pytest.approx([result[name][row]], abs=1e-4)
+    assert len(set(evaluated["response"])) > 4
+    whole, scores = ["response", "length", "finished"], ["reward", "toxicity", "summary_toxicity"]
+    for rows, options in ((range(8), {"batch_size": 3, "mini_batch_size": 1}), ([7], {}), ([3], {})):
+        found, expected = evaluate(rows, **options), evaluated.loc[list(rows)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found[whole], expected[whole])
+        pd.testing.assert_frame_equal(found[scores], expected[scores], rtol=0, atol=1e-4)
 
 
-def test_same_random_numbers_give_the_same_result(evaluate):
-    first = evaluate(eval_samples=6)
+def test_random_numbers_are_those_of_the_seed(evaluate, evaluated):
     torch.manual_seed(5), torch.rand(3)
-    assert evaluate(eval_samples=6) == first
-    assert evaluate(eval_samples=6, seed=1)["response"] != first["response"]
+    pd.testing.assert_frame_equal(evaluate(), evaluated, check_exact=True)
+    assert list(evaluate(range(4), seed=1)["response"]) != list(evaluated["response"][:4])
 
 
-def test_scores_belong_to_the_text_they_are_named_after(evaluate, classifier, splits):
-    dialogues = splits["test"]["dialogue"]
-    result = evaluate(eval_samples=8)
-    both = [f"{dialogue} {text}" for dialogue, text in zip(dialogues, result["response"], strict=True)]
-    measure = Toxicity(classifier)
-    close = {"abs": 1e-4}
-    assert result["toxicity"] == pytest.approx(measure.compute(predictions=both)["toxicity"], **close)
-    alone = measure.compute(predictions=result["response"])["toxicity"]
-    assert result["summary_toxicity"] == pytest.approx(alone, **close)
-    assert alone != pytest.approx(result["toxicity"], **close)
-    assert result["reward"] == pytest.approx(classifier.scores(both).tolist(), **close)
-    result = evaluate(eval_samples=8, score_text="response")
-    assert result["reward"] == pytest.approx(classifier.scores(result["response"]).tolist(), **close)
+def test_scores_belong_to_the_text_they_are_named_after(evaluate, evaluated, classifier, splits):
+    texts = list(evaluated["response"])
+    both = [f"{dialogue} {text}" for dialogue, text in zip(splits["test"]["dialogue"], texts, strict=True)]
+    measure, close = Toxicity(classifier), {"abs": 1e-4}
+    assert list(evaluated["toxicity"]) == pytest.approx(measure.compute(predictions=both)["toxicity"], **close)
+    alone = measure.compute(predictions=texts)["toxicity"]
+    assert list(evaluated["summary_toxicity"]) == pytest.approx(alone, **close)
+    assert alone != pytest.approx(list(evaluated["toxicity"]), **close)
+    assert list(evaluated["reward"]) == pytest.approx(classifier.scores(both).tolist(), **close)
+    found = evaluate(range(4), score_text="response")
+    assert list(found["reward"]) == pytest.approx(classifier.scores(texts[:4]).tolist(), **close)
 
 
 def test_length_limit_is_in_new_tokens(evaluate):
-    assert max(evaluate(eval_samples=8, eval_max_new_tokens=5)["length"]) == 5
-    assert max(evaluate(eval_samples=8, eval_max_new_tokens=9)["length"]) == 9
+    for longest in (5, 9):
+        found = evaluate(eval_max_new_tokens=longest)
+        assert found["length"].max() == longest
+        assert found["finished"][found["length"] < longest].all() and not found["finished"].all()
 
 
 def test_responses_are_plain_text(evaluate, small, monkeypatch):
@@ -368,68 +409,40 @@ def test_responses_are_plain_text(evaluate, small, monkeypatch):
     words = small.tokenizer("A summary.", add_special_tokens=False).input_ids
     tokens = torch.tensor([[*words, eos, pad, pad], [pad, *words, eos, eos], [eos, *[pad] * (len(words) + 2)]])
 
-    def fake(policy, prompts, generators, caps, config):
-        return Responses(prompts, tokens, torch.tensor([len(words) + 1, len(words) + 2, 1]), torch.ones(3), None)
+    def fake(policy, prompts, generators, caps):
+        return Responses(prompts, tokens, torch.tensor([len(words) + 1, len(words) + 2, 1]), torch.ones(3))
 
     monkeypatch.setattr(detox_ppo, "sample_responses", fake)
-    result = evaluate(eval_samples=3, batch_size=3, mini_batch_size=1)
-    assert sorted(result["response"]) == ["", "A summary.", "A summary."]
-    assert np.isfinite([result["reward"], result["toxicity"], result["summary_toxicity"]]).all()
+    found = evaluate(range(3), batch_size=4)
+    assert sorted(found["response"]) == ["", "A summary.", "A summary."]
+    assert np.isfinite(found[["reward", "toxicity", "summary_toxicity"]]).all(axis=None)
 
 
-def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small, splits):
+def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small):
     small = load_small()
     with torch.no_grad():
         for name, parameter in small.policy.named_parameters():
             if ".reference." in name and "lora_B" in name:
                 parameter.zero_()
-    trained = evaluate(policy=small.policy, eval_samples=8)
-    with small.policy.adapter("reference"):
-        bare = evaluate(policy=small.policy, eval_samples=8)
-    assert bare["response"] != trained["response"]
-    assert evaluate(policy=small.policy, eval_samples=8) == trained
+    trained = evaluate(policy=small.policy)
+    assert (trained["kl"] != 0).all()
+    with small.policy.as_adapter("reference"):
+        bare = evaluate(policy=small.policy)  # in two batches
+    assert list(bare["response"]) != list(trained["response"]) and (bare["kl"] == 0).all()
+    pd.testing.assert_frame_equal(evaluate(range(2), small.policy), trained[:2], check_exact=True)
 
 
 # Side by side
 
 
 def test_comparison_shows_the_largest_gain_first():
-    before = {"response": ["a", "b", "c", "d"], "its_reward": [1.0, 2.0, 3.0, 4.0]}
-    after = {"response": ["A", "B", "C", "D"], "its_reward": [1.5, 0.0, 5.0, 9.0]}
-    rows = datasets.Dataset.from_dict({"query": ["q1", "q2", "q3"]})  # fewer than were evaluated
-    table = build_comparison(rows, before, after)
-    assert list(table.columns) == [
-        "query",
-        "response_before",
-        "response_after",
-        "reward_before",
-        "reward_after",
-        "reward_diff",
-    ]
+    before = pd.DataFrame({"response": ["a", "b", "c"], "reward": [1.0, 2.0, 3.0], "length": 1})
+    after = pd.DataFrame({"response": ["A", "B", "C"], "reward": [1.5, 0.0, 5.0], "length": 2})
+    table = build_comparison({"query": ["q1", "q2", "q3"]}, before, after)
+    columns = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
+    assert list(table.columns) == columns and list(table.index) == [0, 1, 2]
     assert table.values.tolist() == [
         ["q3", "c", "C", 3.0, 5.0, 2.0],
         ["q1", "a", "A", 1.0, 1.5, 0.5],
         ["q2", "b", "B", 2.0, 0.0, -2.0],
     ]
-    assert isinstance(table, pd.DataFrame) and list(table.index) == [0, 1, 2]
-
-
-# Variance explained
-
-
-def test_variance_explained_by_hand():
-    returns = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    padding = torch.tensor([[0, 0, 0], [0, 7.0, -3.0]])
-    assert variance_explained(returns + padding, returns, mask) == pytest.approx(1)
-    assert variance_explained(returns + 5 + padding, returns, mask) == pytest.approx(1)  # a shift is no variance
-    assert variance_explained(torch.full((2, 3), 8.0) + padding, returns, mask) == pytest.approx(0)
-    assert variance_explained(-returns, returns, mask) == pytest.approx(-3)
-    assert variance_explained(returns / 2, returns, mask) == pytest.approx(0.75)
-
-
-def test_variance_explained_where_there_is_none():
-    one = torch.tensor([[True, False]])
-    assert variance_explained(torch.ones(1, 2), torch.zeros(1, 2), one) == 0
-    both = torch.tensor([[True, True]])
-    assert variance_explained(torch.ones(1, 2), torch.ones(1, 2), both) == pytest.approx(1)

@@ -1,18 +1,16 @@
 """What a run leaves to look at and to hand on: pictures, the model card, the DynamoDB table."""
 
-import dataclasses
-import json
+import copy
 import re
-import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
 from xml.etree import ElementTree
 
+import kill_points
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
@@ -36,9 +34,11 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def finished(small_config, tmp_path_factory):
-    """A small run, with its configuration, directory and results."""
+    """A small run whose adapter has a directory of its own: its configuration, output directory and results."""
     directory = tmp_path_factory.mktemp("outputs") / "some run"
-    config = small_config(output_dir=directory)
+    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("data") / "dialogues")
+    options = {"output_dir": directory, "model_dir": directory / "model", "dataset_name": dialogues}
+    config = small_config(learning_rate=0.01, **options)
     return config, directory, run(config)
 
 
@@ -60,11 +60,13 @@ def test_pictures_of_a_run(finished):
         assert pixels.shape[0] >= 400 and pixels.shape[1] >= 1000
         assert (pixels[:5] == 1).all()  # a white page
         assert pixels.std() > 0.05  # with something on it
+        assert (imread(finished[1] / "model" / name) == pixels).all()  # the card's
 
 
 def test_training_picture_shows_the_metrics():
     metrics = metrics_lines(100)
-    figure = draw_training(metrics)
+    skipped = {"step": 101, "ppo/skipped_steps": 1, "objective/kl_coef": 0.2}
+    figure = draw_training([*metrics, skipped])
     panels, price = figure.axes[:6], figure.axes[6]
     expected = {
         "score": "ppo/mean_scores",
@@ -86,9 +88,9 @@ def test_training_picture_shows_the_metrics():
     assert "coefficient" in price.get_ylabel()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1])
 def test_training_picture_of_hardly_a_run(steps, tmp_path):
-    draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png")
+    draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png", dpi=20)
 
 
 def test_toxicity_picture_shows_the_pairs():
@@ -107,10 +109,10 @@ def test_toxicity_picture_shows_the_pairs():
     assert told[:2] == ["fell: 2", "rose: 1"] and "-0.275" in told[2]
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1.0, 1.0], list(np.linspace(0, 1, 2000))])
+@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], list(np.linspace(0, 1, 2000))])
 def test_toxicity_picture_without_a_change(values, tmp_path):
     paired = paired_statistics(values, values, 0, resamples=10)["paired_difference"]
-    draw_toxicity(values, values, paired).savefig(tmp_path / "toxicity.png")
+    draw_toxicity(values, values, paired).savefig(tmp_path / "toxicity.png", dpi=20)
 
 
 # The model card
@@ -144,17 +146,16 @@ def test_long_texts_are_cut_before_they_are_escaped():
 
 def test_card_metadata(finished):
     config, directory, results = finished
-    data = ModelCard.load(directory / "README.md").data
+    data = ModelCard.load(directory / "model" / "README.md").data
     assert data.library_name == "peft" and data.metrics == ["toxicity", "rouge"]
     assert (data.base_model, data.datasets, data.model_name) == ("base", ["dialogues"], "some-run")
-    found = {result.metric_name.split(" ")[0]: result for result in data.eval_results}
-    for path, told in {
-        "toxicity/after/mean": results["toxicity"]["after"]["mean"],
-        "summary_toxicity/after/mean": results["summary_toxicity"]["after"]["mean"],
-    }.items():
-        assert found[path].metric_value == pytest.approx(told, abs=1e-4) and found[path].metric_type == "toxicity"
-    assert {path.split("/")[-1] for path in found} == {"mean", "rouge1", "rouge2", "rougeL"}
-    assert all(result.dataset_name == "dialogues" for result in data.eval_results)
+    found = {re.match(r"\w+", result.metric_name)[0]: result for result in data.eval_results}
+    assert found.keys() == {"toxicity", "summary_toxicity", "rouge1", "rouge2", "rougeL"}
+    expected = {name: results[name]["after"]["mean"] for name in ("toxicity", "summary_toxicity")}
+    for name, told in (expected | results["rouge"]["after"]).items():
+        assert found[name].metric_value == pytest.approx(told, abs=1e-4)
+        assert found[name].metric_type == ("rouge" if "rouge" in name else "toxicity")
+        assert found[name].dataset_name == "dialogues"
 
 
 def test_names_in_the_metadata(tmp_path):
@@ -167,9 +168,13 @@ def test_names_in_the_metadata(tmp_path):
     assert card_name(str(tmp_path / "a b..c--d" / "..")) == card_name(str(tmp_path))
 
 
+def rows_of(table):
+    return [["".join(cell.itertext()) for cell in row] for row in table.findall("./tbody/tr")]
+
+
 def test_card_tells_the_run(finished):
     config, directory, results = finished
-    card = (directory / "README.md").read_text(encoding="utf-8")
+    card = (directory / "model" / "README.md").read_text(encoding="utf-8")
     page = html(ModelCard(card).text)
     text = " ".join("".join(page.itertext()).split())
     paired = results["summary_toxicity"]["paired_difference"]
@@ -177,56 +182,48 @@ def test_card_tells_the_run(finished):
     assert f"difference {paired['mean']:+.4f}, 95% interval [{paired['ci_low']:+.4f}" in text
     assert [image.get("src") for image in page.iter("img")] == ["toxicity.png", "training.png"]
     figures, examples = page.findall("./table")
-    rows = {"".join(row[0].itertext()): [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
+    assert ["".join(cell.itertext()) for cell in figures.find("./thead/tr")] == "measure before after human".split()
+    rows = {name: cells for name, *cells in rows_of(figures)}
     for name in ("toxicity", "summary_toxicity", "length", "reward"):
-        assert rows[f"{name}/mean"][:2] == [f"{results[name][when]['mean']:.4g}" for when in ("before", "after")]
-    assert rows["summary_toxicity/n"][:2] == ["4", "4"]
-    assert rows["summary_toxicity/paired_difference/ci_low"][3] == f"{paired['ci_low']:.4g}"
-    assert rows["summary_toxicity/mean"][2] == f"{results['human']['summary_toxicity']['mean']:.4g}"
-    assert rows["rouge/rougeL"][1] == f"{results['rouge']['after']['rougeL']:.4g}"
+        human = f"{results['human'][name]['mean']:.4g}" if "toxicity" in name else ""
+        assert rows[name] == [*(f"{results[name][when]['mean']:.4g}" for when in ("before", "after")), human]
+    for name in ("rougeL", "distinct_2", "kl"):
+        assert rows[name] == [*(f"{results['quality'][when][name]:.4g}" for when in ("before", "after")), ""]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
-    shown = [["".join(cell.itertext()) for cell in row] for row in examples.findall("./tbody/tr")]
-    assert len(shown) == len(comparison) == 3
+    shown = rows_of(examples)
+    assert len(shown) == len(comparison) == 4
     for row, told in zip(shown, comparison.itertuples(), strict=True):
         assert row[1:3] == [" ".join(told.response_before.split()), " ".join(told.response_after.split())]
         assert row[0][:100] in " ".join(told.query.split()) and not row[0].startswith("Summarize")
-    assert json.loads(re.search(r"```json\n(.*?)\n```", card, re.DOTALL)[1])["config"] == results["config"]
     for word in ("English", "does not see", "comparison.csv"):
         assert word in text
     assert str(Path.home()) + "/" not in card.replace(str(directory), "").replace(str(ROOT), "")
 
 
-def test_card_shows_what_results_hold_and_nothing_works_in_it(finished, tmp_path):
-    """Measures that come later show up; names and dialogues that are mark-up stay text; ten examples at most."""
+def test_nothing_works_in_the_card(finished, tmp_path):
+    """Names, warnings and dialogues that are mark-up stay text; ten examples at most."""
     config, _, results = finished
     texts = (NASTY * 2)[:12]
-    rewards = np.arange(12.0)
-    found = {"response": texts, "reward": rewards, "its_reward": rewards}
-    queries = Dataset.from_dict({"query": list(map(detox_ppo.build_prompt, texts))})
-    table = detox_ppo.build_comparison(queries, found, found)
-    changed = dataclasses.replace(
-        config, output_dir=str(tmp_path), adapter_name="<b>x</b>\n---", reward_label="```", toxic_label="|x|"
-    )
-    later = {"quality": {"before": {"empty": 0.25}, "after": {"empty": 0.5}}, "slice": {"n": 7, "share": None}}
-    later |= {"warnings": {"reward hacking": "reward hacking: <b>summaries</b> are empty"}}
-    detox_ppo.write_card(tmp_path, changed, results | later | {"config": dataclasses.asdict(changed)}, table)
+    found = pd.DataFrame({"response": texts, "reward": np.arange(12.0)})
+    table = detox_ppo.build_comparison({"query": list(map(detox_ppo.build_prompt, texts))}, found, found)
+    names = {"adapter_name": "<b>x</b>\n---", "reward_label": "```", "toxic_label": "|x|"}
+    changed, warning = copy.copy(config), "reward hacking: <b>summaries</b> are empty"
+    vars(changed).update(names, output_dir=str(tmp_path))
+    detox_ppo.write_card(tmp_path, changed, results | {"warnings": {"reward hacking": warning}}, table)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "base"
     page = html(card.text)
-    figures, examples = page.findall("./table")
-    rows = {row[0].text: [cell.text or "" for cell in row[1:]] for row in figures.findall("./tbody/tr")}
-    assert page.find("./ul")[0].find("strong").tail == " reward hacking: <b>summaries</b> are empty"
-    assert rows["quality/empty"] == ["0.25", "0.5", "", ""] and rows["slice/n"] == ["", "", "", "7"]
-    assert len(examples.findall("./tbody/tr")) == 10 and all(len(row) == 5 for row in examples.iter("tr"))
+    assert page.find("./ul")[0].find("strong").tail == f" {warning}"
+    assert [len(row) for row in rows_of(page.findall("./table")[1])] == [5] * 10
     assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))
-    assert [title.text for title in page.iter("h2")] == [
-        *("Results", "Training", "Examples", "Use", "Limits", "Configuration")
-    ]
-    assert len(list(page.iter("pre"))) == 2
+    assert [title.text for title in page.iter("h2")][-3:] == ["Examples", "Use", "Limits"]
+    assert len(list(page.iter("pre"))) == 1
+    text = " ".join("".join(page.itertext()).split())
+    assert all(shown in text for shown in ("<b>x</b> ---", 'the "```" logit', '"|x|"'))
 
 
 def test_the_card_s_code_loads_the_adapter(finished, capsys, monkeypatch):
-    card = (finished[1] / "README.md").read_text(encoding="utf-8")
+    card = (finished[1] / "model" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(ROOT)
     names = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
@@ -236,6 +233,15 @@ def test_the_card_s_code_loads_the_adapter(finished, capsys, monkeypatch):
 
 
 # DynamoDB
+
+
+def make_table(client, name):
+    client.create_table(
+        TableName=name,
+        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +263,7 @@ def dynamodb():
     patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     patch.delenv("AWS_PROFILE", raising=False)
     client = boto3.client("dynamodb")
-    client.create_table(
-        TableName="summaries",
-        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
-        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
-        BillingMode="PAY_PER_REQUEST",
-    )
+    make_table(client, "summaries")
     yield client
     server.stop()
     patch.undo()
@@ -271,10 +272,10 @@ def dynamodb():
 def test_rows_in_the_table(dynamodb, finished, capsys):
     directory = finished[1]
     detox_ppo.upload_comparison("summaries", directory)
-    assert "3 rows" in capsys.readouterr().out
+    assert "4 rows" in capsys.readouterr().out
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False, dtype=str)
     items = sorted(dynamodb.scan(TableName="summaries")["Items"], key=lambda item: int(item["conversation_id"]["N"]))
-    assert len(items) == 3
+    assert len(items) == 4
     for number, (item, row) in enumerate(zip(items, comparison.itertuples(), strict=True), start=1):
         texts = {name: {"S": getattr(row, name)} for name in ("query", "response_before", "response_after")}
         rewards = {name: item[name] for name in ("reward_before", "reward_after")}
@@ -296,27 +297,21 @@ def test_difficult_rows(dynamodb, tmp_path):
     detox_ppo.upload_comparison("summaries", tmp_path)
 
 
-def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_path):
-    options = {"max_ppo_steps": 0, "eval_samples": 2, "eval_max_new_tokens": 4, "compare_samples": 2}
-    config = small_config(output_dir=tmp_path / "run", dynamodb_table="missing", **options)
+def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_path, monkeypatch, capsys):
+    options = {"max_ppo_steps": 0, "eval_samples": 2, "eval_max_new_tokens": 4, "output_dir": tmp_path / "run"}
+    options["dataset_name"] = kill_points.make_dialogues(tmp_path / "dialogues")
     with pytest.raises(UserError) as error:
-        run(config)
+        run(small_config(dynamodb_table="missing", **options))
     for name in ("results.json", "comparison.csv", "README.md", "toxicity.png", "adapter/adapter_config.json"):
         assert (tmp_path / "run" / name).is_file()
     message = str(error.value)
     assert "--dynamodb_table missing" in message and "\n" not in message and "ResourceNotFound" in message
-    # the command in the message, run as it is by a shell, once the table is there
-    command = message.split("retry the upload alone: ")[1]
-    assert command.startswith("python -c ") and 'detox_ppo.upload_comparison("missing", ' in command
-    command = command.replace("python", sys.executable, 1)
-    dynamodb.create_table(
-        TableName="missing",
-        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
-        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
-        BillingMode="PAY_PER_REQUEST",
-    )
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run") in message and "README" in message
+    # the README's command, once the table is there
+    make_table(dynamodb, "missing")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"python -c '(import detox_ppo; .*upload_comparison.*)'", readme)[1]
+    exec(command.replace("NAME", "missing").replace("checkpoints/run", str(tmp_path / "run")))
     assert dynamodb.scan(TableName="missing")["Count"] == 2
 
 
@@ -337,23 +332,15 @@ def test_what_can_miss_for_an_upload(dynamodb, finished, monkeypatch, settings, 
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError) as error:
         detox_ppo.upload_comparison("summaries", finished[1])
-    assert word in str(error.value) and "retry the upload alone: python -c" in str(error.value)
+    assert word in str(error.value) and str(error.value).startswith("--dynamodb_table summaries: ")
 
 
-def test_upload_of_what_is_not_there(dynamodb, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        detox_ppo.main(job=lambda: detox_ppo.upload_comparison("summaries", tmp_path))
-    told = f"detox_ppo.py: error: {tmp_path}/comparison.csv: can't be read: No such file or directory\n"
-    assert stop.value.code == 2 and capsys.readouterr().err == told
-    pd.DataFrame({"reward_before": [1], "reward_after": [2], "reward_diff": [1]}).to_csv(tmp_path / "comparison.csv")
-    with pytest.raises(SystemExit) as stop:
-        detox_ppo.main(job=lambda: detox_ppo.upload_comparison("nowhere", tmp_path))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "--dynamodb_table nowhere: " in line and "retry the upload alone: python" in line
+def test_upload_of_what_is_not_there(dynamodb, tmp_path):
+    with pytest.raises(UserError, match="^--dynamodb_table summaries: FileNotFoundError: .*comparison.csv"):
+        detox_ppo.upload_comparison("summaries", tmp_path)
 
 
 def test_upload_without_its_package(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "awswrangler", None)
-    with pytest.raises(UserError, match="pip install awswrangler") as error:
+    with pytest.raises(UserError, match="^--dynamodb_table summaries: pip install awswrangler"):
         detox_ppo.upload_comparison("summaries", finished[1])
-    assert "--dynamodb_table summaries" in str(error.value) and "python -c" in str(error.value)

@@ -11,25 +11,28 @@ import math
 import statistics
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
 from detox_ppo import (
+    DetoxConfig,
+    Policy,
+    Responses,
     adapted_kl_coef,
     compute_advantages,
     compute_rewards,
     masked_mean,
     masked_whiten,
     policy_loss,
-    response_mask,
-    token_logprobs,
     value_loss,
+    variance_explained,
 )
 
 HERE = Path(__file__).resolve().parent
 TRL = json.loads((HERE / "trl_reference.json").read_text())
-START = PAD = 0  # the decoder start token of T5 is its padding token
+START = 0  # the decoder start token of T5 is its padding token
 
 
 def close(actual, expected, tolerance=2e-6):
@@ -48,7 +51,7 @@ def bools(nested):
 
 
 def prefixes(lengths, width):
-    """Masks written out one entry at a time, so as not to lean on response_mask."""
+    """Masks written out one entry at a time, so as not to lean on Responses.mask."""
     return bools([[t < n for t in range(width)] for n in lengths])
 
 
@@ -229,14 +232,14 @@ def trl_inputs(case):
 @pytest.mark.parametrize("case", TRL["losses"], ids=lambda case: case["name"])
 def test_policy_loss_agrees_with_trl(case):
     loss, stats = loss_of(trl_inputs(case), case["cliprange"])
-    close(stats["ratio"], case["ratio"])
-    close(stats["clipfrac"], case["clipfrac"])
-    close(stats["approxkl"], case["approxkl"])
+    close(stats["ppo/policy/ratio"], case["ratio"])
+    close(stats["ppo/policy/clipfrac"], case["clipfrac"])
+    close(stats["ppo/policy/approxkl"], case["approxkl"])
     if case["ratio"] > case["ratio_threshold"]:
         # here TRL drops the whole batch, which is for the training loop to decide and not for the loss
         assert case["name"] == "skipped" and case["policy_loss"] == 0
         assert loss != 0
-        assert stats["ratio"] > case["ratio_threshold"]
+        assert stats["ppo/policy/ratio"] > case["ratio_threshold"]
     else:
         close(loss, case["policy_loss"])
 
@@ -269,9 +272,10 @@ def test_policy_loss_agrees_with_loops(spread):
     changes = [n - o for n, o in zip(new, old, strict=True)]
     loss, stats = loss_of(b, 0.2)
     close(loss, -statistics.fmean(value for value, _ in counted))
-    close(stats["clipfrac"], statistics.fmean(side is not None for _, side in counted))
-    close(stats["ratio"], statistics.fmean(math.exp(c) for c in changes))
-    close(stats["approxkl"], statistics.fmean(c * c / 2 for c in changes))
+    close(stats["ppo/policy/clipfrac"], statistics.fmean(side is not None for _, side in counted))
+    close(stats["ppo/policy/ratio"], statistics.fmean(math.exp(c) for c in changes))
+    close(stats["ppo/policy/approxkl"], statistics.fmean(c * c / 2 for c in changes))
+    close(stats["ppo/policy/policykl"], -statistics.fmean(changes))
     assert loss.shape == () and all(torch.as_tensor(v).shape == () for v in stats.values())
 
 
@@ -289,15 +293,16 @@ def test_the_four_cases_of_clipping(ratio, advantage, loss, clipped, slope):
     result, stats = policy_loss(logprobs, floats([[-3.0]]), floats([[advantage]]), bools([[1]]), 0.2)
     result.backward()
     close(result.detach(), loss)
-    close(stats["clipfrac"], clipped)
-    close(stats["approxkl"], math.log(ratio) ** 2 / 2)
+    close(stats["ppo/policy/clipfrac"], clipped)
+    close(stats["ppo/policy/approxkl"], math.log(ratio) ** 2 / 2)
     close(logprobs.grad, [[slope]])
 
 
 def test_an_unmoved_policy_has_ratio_one_and_clips_nothing():
     b = random_batch(13)
     _, stats = policy_loss(b["logprobs"], b["logprobs"].clone(), b["advantages"], b["mask"], 0.2)
-    assert (stats["ratio"], stats["clipfrac"], stats["approxkl"]) == (1, 0, 0)
+    names = [f"ppo/policy/{name}" for name in ("ratio", "clipfrac", "approxkl", "policykl")]
+    assert [stats[name] for name in names] == [1, 0, 0, 0]
 
 
 def test_gradient_of_an_unmoved_policy_is_the_plain_policy_gradient():
@@ -306,7 +311,7 @@ def test_gradient_of_an_unmoved_policy_is_the_plain_policy_gradient():
     logits = torch.randn(2, 4, vocabulary, generator=generator).requires_grad_()
     tokens = torch.randint(0, vocabulary, (2, 4), generator=generator)
     advantages = torch.randn(2, 4, generator=generator)
-    logprobs = token_logprobs(logits, tokens)
+    logprobs = logits.log_softmax(dim=-1).gather(2, tokens[..., None]).squeeze(2)
     loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, prefixes(lengths, 4), 0.2)
     loss.backward()
     for row in range(2):
@@ -321,8 +326,8 @@ def test_gradient_of_an_unmoved_policy_is_the_plain_policy_gradient():
 @pytest.mark.parametrize("case", TRL["losses"], ids=lambda case: case["name"])
 def test_value_loss_agrees_with_trl(case):
     i = trl_inputs(case)
-    loss, clipfrac = value_loss(i["vpreds"], i["values"], i["returns"], i["mask"], case["cliprange_value"])
-    close(clipfrac, case["value_clipfrac"])
+    loss, stats = value_loss(i["vpreds"], i["values"], i["returns"], i["mask"], case["cliprange_value"])
+    close(stats["ppo/val/clipfrac"], case["value_clipfrac"])
     if case["name"] != "skipped":
         close(loss, case["value_loss"])
 
@@ -341,9 +346,9 @@ def test_value_loss_agrees_with_loops(spread):
         further = abs(held - target) > abs(value - target)
         errors.append((held if further else value) - target)
         clipped.append(further)
-    loss, clipfrac = value_loss(b["values"], b["old_values"], b["returns"], b["mask"], 0.2)
+    loss, stats = value_loss(b["values"], b["old_values"], b["returns"], b["mask"], 0.2)
     close(loss, statistics.fmean(e * e for e in errors) / 2)
-    close(clipfrac, statistics.fmean(clipped))
+    close(stats["ppo/val/clipfrac"], statistics.fmean(clipped))
     assert loss.shape == ()
 
 
@@ -356,10 +361,10 @@ def test_value_loss_agrees_with_loops(spread):
 )
 def test_value_clipping_by_hand(target, loss, clipped, slope):
     value = floats([[2.0]]).requires_grad_()
-    result, clipfrac = value_loss(value, floats([[1.0]]), floats([[target]]), bools([[1]]), 0.2)
+    result, stats = value_loss(value, floats([[1.0]]), floats([[target]]), bools([[1]]), 0.2)
     result.backward()
     close(result.detach(), loss)
-    close(clipfrac, clipped)
+    close(stats["ppo/val/clipfrac"], clipped)
     close(value.grad, [[slope]])
 
 
@@ -373,8 +378,8 @@ def test_padding_changes_nothing(extra):
         rewards, kl = compute_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], mask, 0.2)
         advantages, returns = compute_advantages(b["values"], rewards, mask, 0.97, 0.9)
         loss, stats = loss_of(b, 0.2)
-        scalars = [masked_mean(b["values"], mask), loss, *stats.values()]
-        scalars += value_loss(b["values"], b["old_values"], b["returns"], mask, 0.2)
+        vf_loss, vf_stats = value_loss(b["values"], b["old_values"], b["returns"], mask, 0.2)
+        scalars = [masked_mean(b["values"], mask), loss, vf_loss, *(stats | vf_stats).values()]
         return [rewards, kl, advantages, returns, masked_whiten(b["values"], mask)], scalars
 
     (tensors, scalars), (wide_tensors, wide_scalars) = everything(narrow), everything(wide)
@@ -385,10 +390,12 @@ def test_padding_changes_nothing(extra):
 
 
 @pytest.mark.parametrize("case", TRL["kl_controllers"], ids=lambda case: f"horizon {case['horizon']}")
-def test_adapted_kl_coefficient_follows_trl(case):
-    coefficient = case["init"]
-    for kl, expected in zip(case["kls"], case["adaptive"], strict=True):
-        coefficient = adapted_kl_coef(coefficient, kl, case["target"], case["horizon"], case["batch_size"])
+@pytest.mark.parametrize("way", ["adaptive", "fixed"])
+def test_kl_coefficient_follows_trl(case, way):
+    options = {"target_kl": float(case["target"]), "kl_horizon": case["horizon"], "batch_size": case["batch_size"]}
+    config, coefficient = DetoxConfig(adaptive_kl=way == "adaptive", **options), case["init"]
+    for kl, expected in zip(case["kls"], case[way], strict=True):
+        coefficient = adapted_kl_coef(coefficient, kl, config)
         assert isinstance(coefficient, float)
         assert coefficient == pytest.approx(expected, rel=1e-7)
     # the steps must differ visibly where the horizon is short, or the comparison would show little
@@ -401,111 +408,77 @@ def test_adapted_kl_coefficient_follows_trl(case):
 )
 def test_adapted_kl_coefficient_by_hand(kl, expected):
     # 16 samples in a horizon of 100: the relative distance from the target, at most a fifth, times 0.16
-    assert adapted_kl_coef(0.2, kl, 6.0, 100, 16) == pytest.approx(expected, rel=1e-7)
-
-
-def test_token_logprobs_agree_with_trl():
-    case = TRL["token_logprobs"]
-    logits, tokens = floats(case["logits"]), torch.tensor(case["tokens"])
-    close(token_logprobs(logits, tokens), case["logprobs"])
-    close(token_logprobs(logits[0], tokens[0]), case["logprobs"][0])
-
-
-def test_token_logprobs_by_hand():
-    logits = floats([[0.0, math.log(2), math.log(5)]] * 3)
-    close(token_logprobs(logits, torch.tensor([0, 1, 2])).exp(), [1 / 8, 2 / 8, 5 / 8])
-    support = bools([[1, 1, 0], [0, 1, 1], [0, 0, 1]])
-    close(token_logprobs(logits, torch.tensor([0, 1, 2]), support).exp(), [1 / 3, 2 / 7, 1.0])
-
-
-def test_token_logprobs_renormalise_over_the_support():
-    generator = torch.Generator().manual_seed(17)
-    logits = 3 * torch.randn(2, 4, 9, generator=generator)
-    support = torch.rand(2, 4, 9, generator=generator) < 0.4
-    tokens = torch.randint(0, 9, (2, 4), generator=generator)
-    support.scatter_(2, tokens.unsqueeze(-1), True)
-    result = token_logprobs(logits, tokens, support)
-    assert result.shape == tokens.shape
-    for row in range(2):
-        for t in range(4):
-            total = math.fsum(math.exp(x) for x in under(logits[row, t : t + 1], support[row, t : t + 1]))
-            close(result[row, t], logits[row, t, tokens[row, t]].item() - math.log(total), 5e-6)
-    close(token_logprobs(logits, tokens, torch.ones_like(support)), token_logprobs(logits, tokens))
-
-
-def test_token_logprobs_are_taken_in_float32():
-    logits = (3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(18))).bfloat16()
-    tokens = torch.tensor([0, 3, 5, 8])
-    result = token_logprobs(logits, tokens)
-    assert result.dtype == torch.float32
-    for row, token in enumerate(tokens.tolist()):
-        values = logits[row].tolist()
-        close(result[row], values[token] - math.log(math.fsum(math.exp(x) for x in values)))
+    config = DetoxConfig(target_kl=6.0, kl_horizon=100, batch_size=16)
+    assert adapted_kl_coef(0.2, kl, config) == pytest.approx(expected, rel=1e-7)
 
 
 def test_response_mask_covers_each_generated_token_and_nothing_after():
-    mask = response_mask(torch.tensor([1, 3, 5]), 5)
+    mask = Responses([[1]] * 3, torch.zeros(3, 5, dtype=torch.long), torch.tensor([1, 3, 5])).mask
     assert mask.dtype == torch.bool
     assert mask.tolist() == bools([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).tolist()
 
 
+# Variance explained
+
+
+def test_variance_explained_by_hand():
+    returns = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    padding = torch.tensor([[0, 0, 0], [0, 7.0, -3.0]])
+    assert variance_explained(returns + padding, returns, mask) == pytest.approx(1)
+    assert variance_explained(returns + 5 + padding, returns, mask) == pytest.approx(1)  # a shift is no variance
+    assert variance_explained(torch.full((2, 3), 8.0) + padding, returns, mask) == pytest.approx(0)
+    assert variance_explained(-returns, returns, mask) == pytest.approx(-3)
+    assert variance_explained(returns / 2, returns, mask) == pytest.approx(0.75)
+
+
+def test_variance_explained_where_there_is_none():
+    one = torch.tensor([[True, False]])
+    assert variance_explained(torch.ones(1, 2), torch.zeros(1, 2), one) == 0
+    both = torch.tensor([[True, True]])
+    assert variance_explained(torch.ones(1, 2), torch.ones(1, 2), both) == pytest.approx(1)
+
+
+# The policy's own log-probabilities and values, on the model that TRL ran
+
+
 @pytest.fixture(scope="module")
-def t5():
-    model = T5ForConditionalGeneration.from_pretrained(HERE / "trl_reference_t5").eval()
+def policy():
+    """TRL's model and value head as a policy, whose new LoRA changes nothing."""
+    model = T5ForConditionalGeneration.from_pretrained(HERE / "trl_reference_t5")
     # a head tied to the embeddings would make another model of the same file
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
-    return model
-
-
-def pad(rows):
-    width = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
-
-
-def t5_logits(model, queries, responses):
-    """Logits of each token of responses that do not contain the start token."""
-    attention = prefixes([len(q) for q in queries], max(map(len, queries))).long()
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type=peft.TaskType.SEQ_2_SEQ_LM))
+    policy, head = Policy(model), TRL["first_token_masked"]["value_head"]
     with torch.no_grad():
-        return model(
-            input_ids=pad(queries),
-            attention_mask=attention,
-            decoder_input_ids=pad([[START] + response[:-1] for response in responses]),
-        ).logits
+        policy.value_head.summary.weight.copy_(floats([head["weight"]]))
+        policy.value_head.summary.bias.copy_(floats(head["bias"]))
+    return policy
 
 
-def our_view(model, queries, with_start):
-    """Log-probabilities and mask of the generated tokens, as this project takes them."""
+def our_view(policy, queries, with_start):
+    """Log-probabilities, values and mask of the generated tokens, as this project takes them."""
     assert all(response[0] == START for response in with_start)
-    responses = [response[1:] for response in with_start]
-    tokens = pad(responses)
-    mask = response_mask(torch.tensor([len(r) for r in responses]), tokens.shape[1])
-    return token_logprobs(t5_logits(model, queries, responses), tokens), mask
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(response[1:]) for response in with_start], True)
+    responses = Responses(queries, tokens, torch.tensor([len(response) - 1 for response in with_start]))
+    return *policy.score(responses), responses.mask
 
 
-def test_the_checkpoint_is_the_model_trl_ran(t5):
-    case = TRL["first_token_masked"]
-    responses = [response[1:] for response in case["responses"]]
-    logits, expected = t5_logits(t5, case["queries"], responses), floats(case["logits"])
-    for row, response in enumerate(responses):
-        close(logits[row, : len(response)], expected[row, : len(response)], 1e-5)
-
-
-@pytest.mark.parametrize("name", ["first_token_masked", "length_cap"])
-def test_logprobs_agree_with_trl_wherever_trl_has_them(t5, name):
+@pytest.mark.parametrize("name", ["first_token_masked", "length_cap", "empty_response"])
+def test_logprobs_and_values_agree_with_trl_wherever_trl_has_them(policy, name):
     case = TRL[name]
-    responses, trl = (
-        (case["responses"], case) if name == "first_token_masked" else (case["returned"], case["on_returned"])
-    )
-    logprobs, mask = our_view(t5, case["queries"], responses)
+    responses, trl = (case["returned"], case["on_returned"]) if name == "length_cap" else (case["responses"], case)
+    logprobs, values, mask = our_view(policy, case["queries"], responses)
     trl_mask = bools(trl["masks"])
     assert (mask & trl_mask).equal(trl_mask)
     # TRL works out the first token's log-probability too and only masks it, so all of ours have a counterpart
     close(under(logprobs, mask), under(floats(trl["logprobs"]), mask), 1e-5)
+    close(under(values, mask), under(floats(trl["values"]), mask), 1e-5)
 
 
-def test_trl_leaves_the_first_generated_token_out(t5):
+def test_trl_leaves_the_first_generated_token_out(policy):
     case = TRL["first_token_masked"]
-    logprobs, mask = our_view(t5, case["queries"], case["responses"])
+    logprobs, _, mask = our_view(policy, case["queries"], case["responses"])
     trl_mask = bools(case["masks"])
     assert mask[:, 0].all() and not trl_mask[:, 0].any()
     assert mask[:, 1:].equal(trl_mask[:, 1:])
@@ -517,16 +490,16 @@ def test_trl_leaves_the_first_generated_token_out(t5):
         assert (moving.grad[:, 0] != 0).tolist() == [trained] * len(moving)
 
 
-def test_trl_has_no_token_left_in_an_empty_response(t5):
+def test_trl_has_no_token_left_in_an_empty_response(policy):
     case = TRL["empty_response"]
     assert not bools(case["masks"]).any() and case["error"] == "IndexError"
-    logprobs, mask = our_view(t5, case["queries"], case["responses"])
+    logprobs, _, mask = our_view(policy, case["queries"], case["responses"])
     assert mask.tolist() == [[True], [True]]
     rewards, _ = compute_rewards(floats([0.7, -0.4]), logprobs, logprobs, mask, 0.2)
     close(rewards, [[0.7], [-0.4]])
 
 
-def test_slicing_at_the_cap_costs_the_start_token(t5):
+def test_slicing_at_the_cap_costs_the_start_token(policy):
     case = TRL["length_cap"]
     cap = case["max_new_tokens"]
     full = [len(response) == cap + 1 for response in case["returned"]]
@@ -535,7 +508,7 @@ def test_slicing_at_the_cap_costs_the_start_token(t5):
     assert all(response[0] == START for response in case["returned"] + case["returned_one_by_one"])
     assert [response[0] != START for response in case["sliced"]] == full
 
-    logprobs, mask = our_view(t5, case["queries"], case["returned"])
+    logprobs, _, mask = our_view(policy, case["queries"], case["returned"])
     trl = case["on_sliced"]
     for row in (r for r, is_full in enumerate(full) if is_full):
         assert mask[row].sum() == cap

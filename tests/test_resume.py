@@ -1,12 +1,12 @@
 """A run that was stopped at any point and resumed ends as one that was never stopped."""
 
-import json
 import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import kill_points
 import pandas as pd
 import pytest
+import torch
 from kill_points import FAST, arguments, differences, left, strike
 
 import detox_ppo
@@ -50,76 +50,62 @@ def test_points_are_spread_over_the_phases():
 
 
 def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, copy, forked):
-    torn = copy / "run" / "checkpoint-3" / "optimizer.pt"
+    torn = copy / "run" / "checkpoint-3.pt"
     torn.write_bytes(torn.read_bytes()[:-1])
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
-    assert "warning: run/checkpoint-3 is not used: optimizer.pt is damaged" in run.output
-    assert "going on from run/checkpoint-2" in run.output
+    assert "warning: run/checkpoint-3.pt is not used: " in run.output
+    assert "going on from run/checkpoint-2.pt" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
-def test_every_damage_of_a_checkpoint_is_found(undisturbed, tmp_path):
-    whole = undisturbed.directory / "run" / "checkpoint-3"
-    assert detox_ppo.damage(whole) is None
-    names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
-    assert len(names) == 8
-    for name in names:
-        for kind in ("truncated", "emptied", "missing", "one bit"):
-            broken = tmp_path / "checkpoint-3"
-            shutil.copytree(whole, broken)
-            content = bytearray((broken / name).read_bytes())
-            content[len(content) // 2] ^= 1
-            path = broken / name
-            if kind == "missing":
-                path.unlink()
-            else:
-                path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b""}.get(kind, content))
-            assert detox_ppo.damage(broken), (name, kind)
-            shutil.rmtree(broken)
-
-
-def test_a_damaged_checkpoint_that_was_named_is_refused(copy, undisturbed, capsys, monkeypatch):
-    (copy / "run" / "checkpoint-3" / "state.json").write_text("{}")
-    monkeypatch.chdir(copy)
-    for name, reason in (
-        ("run/checkpoint-3", "state.json is damaged"),
-        ("run/checkpoint-9", "there is no such directory"),
-        ("run/adapter", "or it is no checkpoint of a run"),
-    ):
-        assert reason in complaint([*undisturbed.args, "--resume", name], capsys)
+def test_every_damage_is_found(tmp_path, capsys):
+    """Of a checkpoint so small that every byte can be flipped."""
+    checkpoints = detox_ppo.Checkpoints(tmp_path, limit=2)
+    policy = SimpleNamespace(adapters=lambda: {"lora": torch.arange(40.0)})
+    checkpoints.save(policy, torch.optim.Adam([torch.zeros(1)]), detox_ppo.RunState({"seed": 0}, {}))
+    (path,) = checkpoints.paths()
+    whole, found = path.read_bytes(), checkpoints.load()
+    assert found["weights"]["lora"].equal(torch.arange(40.0)) and found["state"].config == {"seed": 0}
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    damaged += [whole[:length] for length in (0, 1, 32, len(whole) // 2, len(whole) - 1)] + [whole + b"0"]
+    capsys.readouterr()
+    for number, content in enumerate(damaged):
+        path.write_bytes(content)
+        assert checkpoints.load() is None, number
+    told = capsys.readouterr().out
+    assert told.count("checkpoint-sft-0.pt is not used: it is damaged\n") == len(damaged)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, undisturbed, capsys, monkeypatch):
     """The disk may come back; what is damaged is replaced."""
-    (copy / "run" / "checkpoint-3" / "checksums.json").unlink()
-    (copy / "run" / "checkpoint-3" / "checksums.json").mkdir()  # no permission binds whoever runs this as root
+    (copy / "run" / "checkpoint-4.pt").mkdir()  # no permission binds whoever runs this as root
     monkeypatch.chdir(copy)
     line = complaint([*undisturbed.args, "--resume"], capsys)
-    assert "run/checkpoint-3 can't be read: " in line and "Is a directory" in line
+    assert "run/checkpoint-4.pt can't be read: " in line and "Is a directory" in line
 
 
 def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undisturbed, copy, forked):
     """As on a new machine, to which a part of the only checkpoint came."""
-    shutil.rmtree(copy / "run" / "checkpoint-2")
-    (copy / "run" / "checkpoint-3" / "optimizer.pt").unlink()
+    (copy / "run" / "checkpoint-2.pt").unlink()
+    (copy / "run" / "checkpoint-3.pt").write_bytes(b"")
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
-    assert "run/checkpoint-3 is not used: optimizer.pt is missing" in run.output
+    assert "run/checkpoint-3.pt is not used: " in run.output
     assert "no whole checkpoint in run, starting from the beginning" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
-def test_a_named_checkpoint_is_gone_on_from(undisturbed, copy, forked):
-    run = forked.run([*undisturbed.args, "--resume", "run/checkpoint-2"], copy, [FAST])
+def test_an_older_checkpoint_alone_in_a_directory_of_its_own_is_gone_on_from(undisturbed, forked, tmp_path):
+    """A file that was copied is all that a new machine needs."""
+    (tmp_path / "kept").mkdir()
+    shutil.copy(undisturbed.directory / "run" / "checkpoint-2.pt", tmp_path / "kept")
+    run = forked.run([*undisturbed.args, "--resume", "--checkpoint_dir", "kept"], tmp_path, [FAST])
     assert run.code == 0 and "step    2/3" not in run.output and "step    3/3" in run.output
-    assert differences(undisturbed.left, left(copy / "run")) == []
-
-
-def test_a_resume_before_the_first_checkpoint_starts_from_the_beginning(small_config, tmp_path, capsys):
-    assert detox_ppo.choose_checkpoint(small_config(resume="true"), tmp_path, False) is None
-    assert "starting from the beginning" in capsys.readouterr().out
-    assert detox_ppo.choose_checkpoint(small_config(), tmp_path, False) is None
+    found = left(tmp_path / "run")
+    assert found.pop("results.json")["config"].pop("checkpoint_dir") == "kept"
+    assert sorted(path.name for path in (tmp_path / "kept").glob("*.pt")) == ["checkpoint-2.pt", "checkpoint-3.pt"]
+    assert differences(undisturbed.left, found) == ["checkpoint-2.pt", "checkpoint-3.pt", "results.json"]
 
 
 # Which run
@@ -130,27 +116,25 @@ def test_another_configuration_is_refused_with_the_options_that_differ(undisturb
     line = complaint([*undisturbed.args, "--resume", "--seed", "7", "--learning_rate", "0.5"], capsys)
     assert "seed was 0 and is 7" in line and "learning_rate was 0.001 and is 0.5" in line and "batch_size" not in line
     line = complaint([*undisturbed.args, "--resume", "--max_ppo_steps", "2"], capsys)
-    assert "checkpoint-3: it is beyond --max_ppo_steps 2" in line
+    assert "step 3 is beyond --max_ppo_steps 2" in line
 
 
 def test_every_option_either_may_change_or_is_refused(undisturbed, small_config):
     """What may change is what the steps up to the checkpoint don't depend on."""
-    checkpoint = undisturbed.directory / "run" / "checkpoint-3"
-    same = json.loads((checkpoint / "state.json").read_text())["config"]
+    free = {"resume", "output_dir", "model_dir", "checkpoint_dir", "save_steps", "save_total_limit", "max_ppo_steps"}
+    free |= {"logging_steps", "report_to", "dynamodb_table", "gradient_checkpointing"}  # the last: the same gradients
+    checkpoints = detox_ppo.Checkpoints(undisturbed.directory / "run", 2)
+    found = checkpoints.load()
+    same = found["state"].config | {"resume": True}
     assert same.keys() == vars(small_config()).keys()
-    free = set(detox_ppo.MAY_CHANGE.split())
-    assert free == {"resume", "output_dir", "save_steps", "save_total_limit", "max_ppo_steps", "compare_samples"} | {
-        "report_to",
-        "dynamodb_table",
-        "gradient_checkpointing",  # the same gradients, bit by bit
-    }
     for name in same:
-        changed = detox_ppo.DetoxConfig(**same | {name: 99 if name != "max_ppo_steps" else 4})
+        changed = detox_ppo.DetoxConfig(**same)
+        setattr(changed, name, 99)
         if name in free:
-            assert detox_ppo.read_state(checkpoint, changed)["step"] == 3
+            checkpoints.check(found, changed)
         else:
-            with pytest.raises(detox_ppo.UserError, match=f"options: {name} was"):
-                detox_ppo.read_state(checkpoint, changed)
+            with pytest.raises(detox_ppo.UserError, match=f"options: {name} was [^,]* and is 99$"):
+                checkpoints.check(found, changed)
 
 
 def test_changed_data_is_refused(undisturbed, forked, tmp_path):
@@ -162,27 +146,25 @@ def test_changed_data_is_refused(undisturbed, forked, tmp_path):
     table.loc[3, "summary"] += " Or not."
     table.to_csv(tmp_path / "data" / "train.csv", index=False)
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "models or data have changed since: dataset fingerprint was" in run.error
+    assert run.code == 2 and "models or data have changed: they were " in run.error
 
 
 def test_another_commit_of_a_model_is_refused(undisturbed, copy, capsys, monkeypatch):
-    state = copy / "run" / "checkpoint-3" / "state.json"
-    told = json.loads(state.read_text())
-    assert told["commits"]["model_name"] is None  # local directories have none
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(detox_ppo, "hub_commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(detox_ppo, "hub_commit", lambda *_: "c0ffee")  # local directories have none
     with pytest.raises(SystemExit):
         detox_ppo.main([*undisturbed.args, "--resume"])
-    assert "models or data have changed since: commits was" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "models or data have changed: they were " in line
+    assert "'model_name': None" in line and "'model_name': 'c0ffee'" in line
 
 
 def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     line = complaint(undisturbed.args, capsys)
-    assert "run holds an unfinished run (checkpoint-3): --resume, without a name, goes on with it" in line
-    # Nor by a run that goes on from elsewhere.
-    shutil.copytree(undisturbed.directory / "run" / "checkpoint-2", copy / "elsewhere" / "checkpoint-2")
-    assert "holds an unfinished run" in complaint([*undisturbed.args, "--resume", "elsewhere/checkpoint-2"], capsys)
+    assert "run holds an unfinished run (checkpoint-3.pt): --resume goes on with it" in line
+    line = complaint([*undisturbed.args, "--output_dir", "elsewhere", "--checkpoint_dir", "run"], capsys)
+    assert "run holds an unfinished run (checkpoint-3.pt)" in line
 
 
 def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forked, tmp_path):
@@ -193,7 +175,7 @@ def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forke
     killed = forked.run(args, tmp_path / "again", [strike("tuning", 8)])
     assert killed.code == -9 and fresh.wait() == 0
     resumed = forked.run([*args, "--resume"], tmp_path / "again", [FAST])
-    assert resumed.code == 0 and "going on from run/sft_checkpoint/checkpoint-" in resumed.output
+    assert resumed.code == 0 and "going on from run/checkpoint-sft-2.pt" in resumed.output
     expected = left(tmp_path / "fresh" / "run")
     assert differences(expected, left(tmp_path / "again" / "run")) == []
     assert "adapter/adapter_model.safetensors" in differences(expected, undisturbed.left)
@@ -206,28 +188,24 @@ def test_more_steps_by_a_resume_are_the_longer_run(undisturbed, forked, tmp_path
     killed = forked.run([*undisturbed.args, "--resume"], tmp_path, [strike("update", 2)])
     assert killed.code == -9 and not (tmp_path / "run" / "results.json").exists()
     resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-2" in resumed.output
+    assert resumed.code == 0 and "going on from run/checkpoint-2.pt" in resumed.output
     # The older checkpoint tells of the shorter run.
-    assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-2/state.json"]
+    assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-2.pt"]
 
 
 # What is kept
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, capsys):
-    for name in (
-        "checkpoint-1",
-        "checkpoint-2",
-        "checkpoint-4",
-        "checkpoint-10",
-        "checkpoint-x",
-        ".checkpoint-5.partial",
-    ):
-        (tmp_path / name).mkdir()
-    detox_ppo.prune_checkpoints(tmp_path, step=4, limit=2)  # 10 is of a run that went on from 2 again
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-x"}
-    detox_ppo.prune_checkpoints(tmp_path, step=4, limit=1)
-    assert [path.name for path in detox_ppo.find_checkpoints(tmp_path)] == ["checkpoint-4"]
+    kept = ["checkpoint-10.pt", "checkpoint-4.pt", "checkpoint-2.pt", "checkpoint-sft-30.pt", "checkpoint-sft-4.pt"]
+    others = {"checkpoint-x.pt", "checkpoint-5", "model.pt"}
+    for name in (*kept, *others, ".checkpoint-7.pt.partial"):
+        (tmp_path / name).touch()
+    checkpoints = detox_ppo.Checkpoints(tmp_path, limit=4)
+    for limit, names in ((4, kept[:4]), (1, kept[:1]), (0, [])):
+        checkpoints.prune(limit)
+        assert [path.name for path in checkpoints.paths()] == names
+    assert {path.name for path in tmp_path.iterdir()} == others
     assert capsys.readouterr().out == ""
 
 
@@ -236,8 +214,8 @@ def test_a_finished_run_leaves_its_results_and_as_many_checkpoints_as_it_may(und
         ".lock",
         "README.md",
         "adapter",
-        "checkpoint-2",
-        "checkpoint-3",
+        "checkpoint-2.pt",
+        "checkpoint-3.pt",
         "comparison.csv",
         "metrics.jsonl",
         "results.json",
@@ -248,13 +226,11 @@ def test_a_finished_run_leaves_its_results_and_as_many_checkpoints_as_it_may(und
     assert [line["step"] for line in undisturbed.left["metrics.jsonl"]] == [1, 2, 3]
 
 
-def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+def test_a_file_is_whole_or_not_there(tmp_path):
     """While it is written its name is not a checkpoint's, and what was under the name stays until then."""
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "old").touch()
-    with detox_ppo.written_aside(tmp_path / "checkpoint-1") as aside:
-        aside.mkdir()
-        (aside / "new").touch()
-        assert [path.name for path in detox_ppo.find_checkpoints(tmp_path)] == ["checkpoint-1"]
-        assert (tmp_path / "checkpoint-1" / "old").exists()
-    assert [path.name for path in Path(tmp_path).rglob("*")] == ["checkpoint-1", "new"]
+    path = tmp_path / "checkpoint-1.pt"
+    path.write_text("old")
+    with detox_ppo.written_whole(path) as partial:
+        partial.write_text("new")
+        assert detox_ppo.Checkpoints(tmp_path, 1).paths() == [path] and path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

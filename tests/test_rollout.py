@@ -2,35 +2,32 @@
 
 import json
 import shutil
-from itertools import accumulate
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
-    BartConfig,
     BartForConditionalGeneration,
-    T5Config,
+    LEDForConditionalGeneration,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
 )
 
 import detox_ppo
 from detox_ppo import (
     EVALUATION,
-    TRAINING,
-    Responses,
+    ROLLOUT,
+    UserError,
+    evaluate_policy,
+    ppo_step,
     random_stream,
     sample_responses,
     sample_tokens,
-    sampling_support,
-    score_responses,
-    token_logprobs,
 )
-
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 SEED = 3
 
@@ -47,17 +44,34 @@ def prompts(splits):
     return chosen
 
 
-def sample(small, prompts, rows=None, step=1, caps=(4, 24), seed=SEED, **options):
-    config = small.config
-    if options:
-        config = type(config)(**(vars(config) | options))
-    rows = range(len(prompts)) if rows is None else rows
-    generators = [random_stream(seed, TRAINING, step, row) for row in rows]
-    return sample_responses(small.policy, prompts, generators, caps, config)
+def streams(rows, step=1, seed=SEED):
+    return [random_stream(seed, ROLLOUT, step, row) for row in rows]
+
+
+def sample(small, prompts, rows=None, step=1, caps=(4, 24), seed=SEED):
+    return sample_responses(small.policy, prompts, streams(rows or range(len(prompts)), step, seed), caps)
 
 
 def tokens_of(responses):
     return [row[:length].tolist() for row, length in zip(responses.tokens, responses.lengths, strict=True)]
+
+
+@contextmanager
+def head(policy, change):
+    """The model's output layer gives change(logits); the logits are a copy."""
+    layer = policy.base.get_output_embeddings()
+    handle = layer.register_forward_hook(lambda module, inputs, logits: change(logits.clone()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def step_of(small, classifier, splits, optimizer, step=1):
+    """A PPO step on four rows; its metrics without the times."""
+    batch = splits["train"].select(range(small.config.batch_size))
+    metrics = ppo_step(small.policy, small.tokenizer, classifier, optimizer, batch, step, 0.2, small.config)
+    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
 # Drawing a token
@@ -98,50 +112,6 @@ def test_the_only_possible_token_is_drawn():
     assert sample_tokens(logits, torch.tensor([0.0, 0.5, 0.99999994])).tolist() == [3, 3, 3]
 
 
-# Support of top_k and top_p
-
-
-def supported(probabilities, top_k, top_p):
-    """The definition, token by token: the likeliest of the top_k until their total, renormalised, reaches top_p."""
-    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
-    if top_k:
-        order = order[:top_k]
-    total = sum(probabilities[token] for token in order)
-    before = [0.0, *accumulate(probabilities[token] / total for token in order)]
-    return {token for token, mass in zip(order, before, strict=False) if mass < top_p and probabilities[token] > 0}
-
-
-@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.8), (0, 0.01), (5, 0.8), (500, 0.8), (2, 0.5)])
-def test_support_against_the_definition(top_k, top_p):
-    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(top_k), dtype=torch.float64) * 3
-    support = sampling_support(logits, top_k, top_p)
-    for row, probabilities in zip(support, logits.softmax(-1).tolist(), strict=True):
-        assert set(row.nonzero().flatten().tolist()) == supported(probabilities, top_k, top_p)
-
-
-def test_support_by_hand():
-    logits = floats([0.1, 0.5, 0.15, 0.25]).log()
-    assert sampling_support(logits, 2, 1.0).tolist() == [[False, True, False, True]]
-    assert sampling_support(logits, 0, 0.7).tolist() == [[False, True, False, True]]
-    assert sampling_support(logits, 0, 0.76).tolist() == [[False, True, True, True]]
-    assert sampling_support(logits, 3, 0.1).tolist() == [[False, True, False, False]]
-    # of the best three, 0.5 / 0.9 and 0.25 / 0.9 are 0.83 together
-    assert sampling_support(logits, 3, 0.8).tolist() == [[False, True, False, True]]
-
-
-def test_no_support_where_every_token_counts():
-    logits = torch.zeros(1, 4)
-    assert sampling_support(logits, 0, 1.0) is None
-    assert sampling_support(logits, 4, 1.0) is None
-    assert sampling_support(logits, 1000, 1.0) is None
-
-
-def test_support_leaves_the_logits_as_they_are():
-    logits = floats([3.0, 1.0, 2.0])
-    sampling_support(logits, 1, 0.5)
-    assert logits.tolist() == [[3.0, 1.0, 2.0]]
-
-
 # Responses
 
 
@@ -150,63 +120,58 @@ def test_response_depends_on_seed_step_and_row_alone(small, prompts):
     order = [4, 0, 5, 2, 1, 3]
     reordered = tokens_of(sample(small, [prompts[i] for i in order], order))
     assert reordered == [together[i] for i in order]
-    for row, prompt in enumerate(prompts):
-        assert tokens_of(sample(small, [prompt], [row])) == [together[row]]
-    assert tokens_of(sample(small, prompts)) == together
+    for row in (0, 3):
+        assert tokens_of(sample(small, prompts[row : row + 1], [row])) == [together[row]]
     assert tokens_of(sample(small, prompts, step=2)) != together
     assert tokens_of(sample(small, prompts, seed=SEED + 1)) != together
     # the same prompt in many rows
     assert len({tuple(tokens) for tokens in tokens_of(sample(small, [prompts[0]] * 8, caps=(24, 24)))}) > 1
 
 
-def test_sampling_leaves_the_global_random_state_alone(small, prompts):
+def test_global_random_numbers_are_neither_used_nor_drawn(small, splits, classifier, prompts):
+    before = tokens_of(sample(small, prompts))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    sample(small, prompts)
+    evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
+    assert tokens_of(sample(small, prompts)) == before
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
-    torch.rand(1), np.random.rand(1)
-    again = tokens_of(sample(small, prompts))
-    torch.manual_seed(99)
-    assert tokens_of(sample(small, prompts)) == again
+    torch.manual_seed(99), np.random.rand(1)
+    assert tokens_of(sample(small, prompts)) == before
 
 
 def test_streams_do_not_meet():
-    keys = [(0, TRAINING, 1, 7), (0, EVALUATION, 7), (0, EVALUATION, 1, 7), (1, TRAINING, 1, 7), (0, TRAINING, 7, 1)]
+    keys = [(0, ROLLOUT, 1, 7), (0, EVALUATION, 7), (0, EVALUATION, 1, 7), (1, ROLLOUT, 1, 7), (0, ROLLOUT, 7, 1)]
     draws = [tuple(random_stream(*key).integers(2**62, size=4)) for key in keys]
     assert len(set(draws)) == len(keys)
 
 
-def never_eos(small, monkeypatch):
-    """Responses then end at their caps alone."""
-    logits = small.policy.logits
-    eos = small.policy.base.config.eos_token_id
+@pytest.fixture
+def never_eos(small):
+    """Responses end at their caps alone."""
 
-    def without_eos(hidden):
-        result = logits(hidden)
-        result[..., eos] = -torch.inf
-        return result
+    def change(logits):
+        logits[..., small.policy.base.config.eos_token_id] = -torch.inf
+        return logits
 
-    monkeypatch.setattr(small.policy, "logits", without_eos)
+    with head(small.policy, change):
+        yield
 
 
-def test_caps_are_drawn_from_the_whole_range(small, prompts, monkeypatch):
-    never_eos(small, monkeypatch)
-    responses = sample(small, prompts[:1] * 60, caps=(2, 5))
-    lengths = responses.lengths.tolist()
+def test_caps_are_drawn_from_the_whole_range(small, prompts, never_eos):
+    lengths = sample(small, prompts[:1] * 60, caps=(2, 5)).lengths.tolist()
     assert set(lengths) == {2, 3, 4, 5}
     assert all(lengths.count(cap) > 4 for cap in (2, 3, 4, 5))
     assert sample(small, prompts, caps=(3, 3)).lengths.tolist() == [3] * 6
 
 
-def test_response_at_its_cap_has_no_eos_and_keeps_every_token(small, prompts, monkeypatch):
-    never_eos(small, monkeypatch)
-    eos, pad = small.policy.base.config.eos_token_id, small.policy.base.config.pad_token_id
+def test_response_at_its_cap_has_no_eos_and_keeps_every_token(small, prompts, never_eos):
+    special = small.policy.base.config
     short, long = (sample(small, prompts, caps=(cap, cap)) for cap in (5, 9))
     assert short.lengths.tolist() == [5] * 6 and long.lengths.tolist() == [9] * 6
-    assert not short.finished.any() and not (short.tokens == eos).any() and not (short.tokens == pad).all(1).any()
+    assert not short.finished.any() and not (short.tokens == special.eos_token_id).any()
     # the same random numbers, so a longer cap only goes on where the shorter one stopped
     assert torch.equal(short.tokens[:, :5], long.tokens[:, :5])
-    logprobs, _ = score_responses(small.policy, short)
+    logprobs, _ = small.policy.score(short)
     assert (logprobs[:, :5] < 0).all() and (logprobs[:, 5:] == 0).all()
 
 
@@ -221,235 +186,49 @@ def test_eos_is_the_last_token_and_nothing_follows(small, prompts):
         assert not finished or kept[-1] == eos
         assert set(rest) <= {pad}
     # what is trained: every token of the response, EOS included, and nothing after it
-    logprobs, values = score_responses(small.policy, responses)
+    logprobs, values = small.policy.score(responses)
     for row, length in enumerate(responses.lengths):
         assert (logprobs[row, :length] != 0).all() and (values[row, :length] != 0).all()
         assert (logprobs[row, length:] == 0).all() and (values[row, length:] == 0).all()
 
 
-def test_response_that_is_only_eos(small, prompts, monkeypatch):
+def test_response_that_is_only_eos(small, prompts):
     eos = small.policy.base.config.eos_token_id
-    logits = small.policy.logits
 
-    def eos_first(hidden):
-        result = logits(hidden)
-        result[0, eos] = 1000.0  # of the first row alone
-        return result
+    def eos_first(logits):
+        if len(logits) == 3:  # of the first of the three rows, which then leaves
+            logits[0, ..., eos] = 1000.0
+        return logits
 
-    monkeypatch.setattr(small.policy, "logits", eos_first)
-    responses = sample(small, prompts[:3], caps=(6, 6))
-    monkeypatch.undo()
+    with head(small.policy, eos_first):
+        responses = sample(small, prompts[:3], caps=(6, 6))
     assert responses.lengths[0] == 1 and responses.finished[0] and responses.tokens[0, 0] == eos
     assert responses.lengths[1] > 1
     assert small.tokenizer.decode(responses.tokens[0], skip_special_tokens=True) == ""
-    logprobs, values = score_responses(small.policy, responses)
+    logprobs, values = small.policy.score(responses)
     assert torch.isfinite(logprobs).all() and torch.isfinite(values).all()
-    alone = score_responses(small.policy, responses.select([0]))
-    assert (alone[0] != 0).sum() == 1
-    torch.testing.assert_close(alone[0][0, 0], logprobs[0, 0])
+    alone, _ = small.policy.score(responses.select([0]))
+    assert (alone != 0).sum() == 1
+    torch.testing.assert_close(alone[0, 0], logprobs[0, 0])
 
 
 def test_selecting_responses_trims_the_padding(small, prompts):
-    responses = sample(small, prompts, caps=(1, 40), top_k=5)
+    responses = sample(small, prompts, caps=(1, 40))
     rows = sorted(range(6), key=lambda row: responses.lengths[row])[:2]
     chosen = responses.select(rows)
     assert tokens_of(chosen) == [tokens_of(responses)[row] for row in rows]
-    assert chosen.tokens.shape[1] == chosen.support.shape[1] == 16 < responses.tokens.shape[1]
+    assert chosen.tokens.shape[1] == 16 < responses.tokens.shape[1]
     assert chosen.prompts == [responses.prompts[row] for row in rows]
-    assert torch.equal(chosen.finished, responses.finished[rows])
-    expected, _ = score_responses(small.policy, responses)
-    got, _ = score_responses(small.policy, chosen)
+    assert chosen.encoder_states.shape[1] == detox_ppo.padded_width(map(len, chosen.prompts))
+    expected, _ = small.policy.score(responses)
+    got, _ = small.policy.score(chosen)
     torch.testing.assert_close(got, expected[rows, : got.shape[1]], rtol=0, atol=2e-5)
 
 
-# Scoring
-
-
-@torch.no_grad()
-def plain_logprobs(model, prompt, tokens):
-    """One response at a time by plain transformers, which shifts the labels itself."""
-    labels = torch.tensor([tokens])
-    logits = model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), labels=labels).logits
-    return torch.log_softmax(logits.double(), dim=-1)[0].gather(1, labels[0][:, None]).squeeze(1)
-
-
-def check_against_plain(policy, model, responses):
-    with torch.no_grad():
-        logprobs, _ = score_responses(policy, responses)
-    for row, (prompt, tokens) in enumerate(zip(responses.prompts, tokens_of(responses), strict=True)):
-        expected = plain_logprobs(model, prompt, tokens)
-        torch.testing.assert_close(logprobs[row, : len(tokens)].double(), expected, rtol=0, atol=1e-4)
-
-
-def test_logprobs_against_plain_transformers(small, prompts):
-    responses = sample(small, prompts, caps=(1, 24))
-    check_against_plain(small.policy, small.policy.model, responses)
-    with small.policy.adapter("reference"):
-        check_against_plain(small.policy, small.policy.model, responses)
-
-
-def tied_t5(vocabulary):
-    """As T5 1.0, whose head is its embedding, so that the decoder's output is scaled before it."""
-    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, decoder_start_token_id=0, **shape))
-
-
-def bart(vocabulary):
-    model = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=vocabulary,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            init_std=0.3,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=1,
-            decoder_start_token_id=1,
-            forced_eos_token_id=None,
-        )
-    )
-    model.final_logits_bias += torch.randn(1, vocabulary)
-    return model
-
-
-@pytest.mark.parametrize("make", [tied_t5, bart])
-def test_logprobs_of_other_models_against_plain_transformers(small_config, tiny, tmp_path, make):
-    shutil.copytree(tiny / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    torch.manual_seed(0)
-    make(json.loads((tiny / "base" / "config.json").read_text())["vocab_size"]).save_pretrained(tmp_path / "base")
-    config = small_config(adapter_name="", model_name=tmp_path / "base")
-    policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
-    prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other."]).input_ids
-    generators = [random_stream(0, TRAINING, row) for row in range(2)]
-    responses = sample_responses(policy, prompts, generators, (6, 8), config)
-    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    check_against_plain(policy, model, responses)
-    check_sampled_is_scored(policy, prompts, config)
-
-
-def check_sampled_is_scored(policy, prompts, config, caps=(4, 20)):
-    """Record the distribution that each token was drawn from, and hold the scores against it."""
-    drawn_from, draw = {}, detox_ppo.sample_tokens
-
-    def record(logits, uniforms):
-        # Rows leave the batch as they end, so a draw is known by its random number, not by its place.
-        drawn_from.update(zip(uniforms.tolist(), torch.log_softmax(logits.double(), dim=-1), strict=True))
-        return draw(logits, uniforms)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detox_ppo, "sample_tokens", record)
-        generators = [random_stream(SEED, TRAINING, 1, row) for row in range(len(prompts))]
-        responses = sample_responses(policy, prompts, generators, caps, config)
-    with torch.no_grad():
-        logprobs, _ = score_responses(policy, responses)
-    streams = [random_stream(SEED, TRAINING, 1, row) for row in range(len(prompts))]
-    width = max([stream.integers(*caps, endpoint=True) for stream in streams])
-    for row, tokens in enumerate(tokens_of(responses)):
-        uniforms = streams[row].random(width, dtype=np.float32).tolist()
-        expected = torch.stack([drawn_from[uniforms[t]][token] for t, token in enumerate(tokens)])
-        assert torch.isfinite(expected).all()
-        torch.testing.assert_close(logprobs[row, : len(tokens)].double(), expected, rtol=0, atol=1e-4)
-    return responses, logprobs
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (5, 0.8)])
-def test_what_is_sampled_is_what_is_scored(small, prompts, top_k, top_p):
-    config = type(small.config)(**(vars(small.config) | {"top_k": top_k, "top_p": top_p}))
-    responses, logprobs = check_sampled_is_scored(small.policy, prompts, config)
-    if (top_k, top_p) == (0, 1.0):
-        assert responses.support is None
-        return
-    assert responses.support.shape == (*responses.tokens.shape, small.policy.base.config.vocab_size)
-    for row, tokens in enumerate(tokens_of(responses)):
-        for t, token in enumerate(tokens):
-            support = responses.support[row, t]
-            assert support[token]
-            assert not top_k or support.sum() <= top_k
-    # Policy and reference are both normalised over the support that was sampled from.
-    for adapter in ("default", "reference"):
-        with small.policy.adapter(adapter):
-            assert_probabilities_add_up(small, responses)
-    # Without the support the same tokens would score lower, so the comparison above can fail.
-    unrestricted = Responses(responses.prompts, responses.tokens, responses.lengths, responses.finished, None)
-    with torch.no_grad():
-        plain, _ = score_responses(small.policy, unrestricted)
-    assert (plain <= logprobs + 1e-4).all() and (plain.sum() < logprobs.sum() - 0.1)
-
-
-@torch.no_grad()
-def assert_probabilities_add_up(small, responses):
-    """Score, at the first position of the first row, every token of the support in turn."""
-    support = responses.support[0, 0].nonzero().flatten()
-    support = support[:200]
-    rows = len(support)
-    everything = Responses(
-        responses.prompts[:1] * rows,
-        support[:, None],
-        torch.ones(rows, dtype=torch.long),
-        torch.zeros(rows, dtype=torch.bool),
-        responses.support[:1, :1].expand(rows, -1, -1),
-    )
-    logprobs, _ = score_responses(small.policy, everything)
-    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-4)
-
-
-def test_support_keeps_the_reference_finite_when_it_disagrees(load_small, prompts):
-    """Tokens outside the reference's own best five still have a probability under it."""
-    small = load_small(top_k=5)
-    responses = sample(small, prompts)
-    with torch.no_grad():
-        for name, parameter in small.policy.named_parameters():
-            if ".reference." in name and "lora_B" in name:
-                parameter.mul_(-3)
-        with small.policy.adapter("reference"):
-            reference, _ = score_responses(small.policy, responses)
-        logprobs, _ = score_responses(small.policy, responses)
-    assert torch.isfinite(reference).all()
-    assert (reference - logprobs).abs().max() > 0.1
-
-
-def test_token_logprobs_over_a_support_by_hand():
-    logits = floats([0.1, 0.2, 0.3, 0.4]).log()
-    support = torch.tensor([[False, True, True, False]])
-    assert token_logprobs(logits, torch.tensor([2])).exp().item() == pytest.approx(0.3)
-    assert token_logprobs(logits, torch.tensor([2]), support).exp().item() == pytest.approx(0.6)
-    assert token_logprobs(logits, torch.tensor([1]), support).exp().item() == pytest.approx(0.4)
-
-
-def test_padding_of_prompts_changes_nothing(small, prompts):
-    responses = sample(small, prompts)
-    with torch.no_grad():
-        together, values = score_responses(small.policy, responses)
-        for row in range(len(prompts)):
-            alone, value = score_responses(small.policy, responses.select([row]))
-            torch.testing.assert_close(alone[0], together[row, : alone.shape[1]], rtol=0, atol=5e-5)
-            torch.testing.assert_close(value[0], values[row, : alone.shape[1]], rtol=0, atol=5e-5)
-
-
-# Evaluation and training
-
-
-def test_evaluation_draws_from_nothing_that_training_uses(small, splits, classifier, prompts):
-    before = tokens_of(sample(small, prompts))
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    detox_ppo.evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config, "evaluating")
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-    assert tokens_of(sample(small, prompts)) == before
-
-
-def test_ended_rows_leave_the_batch_that_is_decoded(small, prompts, monkeypatch):
-    decoded, decode = [], small.policy.decode
-    monkeypatch.setattr(
-        small.policy, "decode", lambda last, *args: (decoded.append(len(last)), decode(last, *args))[1]
-    )
-    generators = [random_stream(SEED, TRAINING, 1, row) for row in range(len(prompts))]
-    responses = sample_responses(small.policy, prompts, generators, (4, 20), small.config)
+def test_ended_rows_leave_the_batch_that_is_decoded(small, prompts):
+    decoded = []
+    with head(small.policy, lambda logits: decoded.append(len(logits)) or logits):
+        responses = sample(small, prompts, caps=(4, 20))
     running = [int((responses.lengths > position).sum()) for position in range(len(decoded))]
     assert len(decoded) == responses.lengths.max()
     assert all(now <= size for now, size in zip(running, decoded, strict=True))
@@ -458,25 +237,150 @@ def test_ended_rows_leave_the_batch_that_is_decoded(small, prompts, monkeypatch)
     assert decoded[-1] < decoded[0]
 
 
-def metrics_of(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+# Scoring
 
 
-def test_evaluating_more_leaves_training_unchanged(small_config, tmp_path):
-    for name, samples in (("few", 1), ("more", 6)):
-        config = small_config(output_dir=tmp_path / name, eval_samples=samples, compare_samples=1)
-        detox_ppo.run(config)
-    assert metrics_of(tmp_path / "few") == metrics_of(tmp_path / "more")
-    assert len(metrics_of(tmp_path / "few")) == 2
+@torch.no_grad()
+def plain_scores(model, value_head, prompt, tokens):
+    """Log-probabilities and values of one response, by plain transformers, which shifts the labels itself."""
+    labels, attention_mask = torch.tensor([tokens]), torch.ones(1, len(prompt))
+    outputs = model(torch.tensor([prompt]), attention_mask, labels=labels, output_hidden_states=True)
+    logprobs = outputs.logits[0].double().log_softmax(dim=-1).gather(1, labels[0][:, None]).squeeze(1)
+    return logprobs, value_head(outputs.decoder_hidden_states[-1][0])
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5, "top_p": 0.8}, {"dtype": "bfloat16", "adapter_name": ""}])
-def test_first_ratio_is_one_and_first_kl_zero(small_config, tmp_path, options):
-    detox_ppo.run(small_config(output_dir=tmp_path, eval_samples=1, max_ppo_steps=1, **options))
-    (first,) = metrics_of(tmp_path)
+def check_against_plain(policy, model, responses):
+    scored = policy.score(responses)
+    for row, (prompt, tokens) in enumerate(zip(responses.prompts, tokens_of(responses), strict=True)):
+        for column, expected in zip(scored, plain_scores(model, policy.value_head, prompt, tokens), strict=True):
+            torch.testing.assert_close(column[row, : len(tokens)].to(expected), expected, rtol=0, atol=1e-4)
+
+
+def check_sampled_is_scored(policy, prompts, caps=(4, 20)):
+    """Record the distribution that each token was drawn from, and hold the scores against it."""
+    drawn_from = {}
+
+    def record(logits, uniforms):
+        # Rows leave the batch as they end, so a draw is known by its random number, not by its place.
+        drawn_from.update(zip(uniforms.tolist(), torch.log_softmax(logits.double(), dim=-1), strict=True))
+        return sample_tokens(logits, uniforms)
+
+    rows = range(len(prompts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detox_ppo, "sample_tokens", record)
+        responses = sample_responses(policy, prompts, streams(rows), caps)
+    logprobs, _ = policy.score(responses)
+    again = streams(rows)
+    width = max([stream.integers(*caps, endpoint=True) for stream in again])
+    for row, tokens in enumerate(tokens_of(responses)):
+        uniforms = again[row].random(width, dtype=np.float32).tolist()
+        expected = torch.stack([drawn_from[uniforms[t]][token] for t, token in enumerate(tokens)])
+        torch.testing.assert_close(logprobs[row, : len(tokens)].double(), expected, rtol=0, atol=1e-4)
+    return responses
+
+
+def test_what_is_sampled_is_what_is_scored_and_what_plain_transformers_says(small, prompts):
+    responses = check_sampled_is_scored(small.policy, prompts)
+    check_against_plain(small.policy, small.policy.model, responses)
+    responses.encoder_states = None
+    with small.policy.as_adapter("reference"):
+        check_against_plain(small.policy, small.policy.model, responses)
+
+
+def t5(kind):
+    """A T5 whose head is its embedding, so that the decoder's output is scaled before it."""
+
+    def make(vocabulary):
+        shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+        return kind(kind.config_class(vocab_size=vocabulary, decoder_start_token_id=0, **shape))
+
+    return make
+
+
+def bart(kind, **options):
+    """A BART, or one of its kin, whose logits have a bias."""
+
+    def make(vocabulary):
+        layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+        shape = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in layers.items()}
+        special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+        config = kind.config_class(
+            vocab_size=vocabulary, d_model=32, init_std=0.3, forced_eos_token_id=None, **shape, **special, **options
+        )
+        model = kind(config)
+        model.final_logits_bias += torch.randn(1, vocabulary)
+        return model
+
+    return make
+
+
+FAMILIES = {
+    "T5": (t5(T5ForConditionalGeneration), None),
+    "UMT5": (t5(UMT5ForConditionalGeneration), "q v"),
+    "BART": (bart(BartForConditionalGeneration), None),
+    # It pads prompts to its window by itself.
+    "LED": (bart(LEDForConditionalGeneration, attention_window=16), "q_proj"),
+}
+
+
+@pytest.fixture
+def saved(small_config, tiny, tmp_path):
+    """The configuration of a model of another family, with the small world's tokenizer."""
+
+    def saved(make, modules):
+        left_out = shutil.ignore_patterns("*.safetensors", "config.json")
+        shutil.copytree(tiny / "base", tmp_path / "base", ignore=left_out)
+        torch.manual_seed(0)
+        make(json.loads((tiny / "base" / "config.json").read_text())["vocab_size"]).save_pretrained(tmp_path / "base")
+        return small_config(adapter_name="", model_name=tmp_path / "base", lora_target_modules=modules or "")
+
+    return saved
+
+
+@pytest.mark.parametrize("make, modules", FAMILIES.values(), ids=FAMILIES)
+def test_other_families(saved, make, modules):
+    config = saved(make, modules)
+    policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
+    torch.nn.init.normal_(policy.value_head.summary.weight)
+    prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other has."]).input_ids
+    responses = check_sampled_is_scored(policy, prompts, caps=(6, 8))
+    model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=torch.float32).eval()
+    check_against_plain(policy, model, responses)
+
+
+def test_a_family_that_makes_its_logits_otherwise_is_refused(saved):
+    shape = {"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 0}
+    for part in ("encoder", "decoder"):
+        shape |= {f"num_{part}_layers": 1, f"num_{part}_attention_heads": 4}
+
+    def prophetnet(vocabulary):
+        return ProphetNetForConditionalGeneration(ProphetNetConfig(vocab_size=vocabulary, **shape))
+
+    with pytest.raises(UserError, match="^--model_name .*: can't be loaded: "):
+        detox_ppo.load_policy(saved(prophetnet, "query_proj"), torch.device("cpu"), torch.float32)
+
+
+# A step
+
+
+def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
+    found = []
+    for evaluated in (False, True):
+        small = load_small()
+        optimizer = torch.optim.Adam(small.policy.trained(), lr=1e-3)
+        for step in (1, 2):
+            if evaluated:
+                evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
+            found.append(step_of(small, classifier, splits, optimizer, step))
+    assert found[:2] == found[2:] and found[0]["ppo/skipped_steps"] == 0 and found[0] != found[1]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_first_ratio_is_one_and_first_kl_zero(load_small, splits, classifier, dtype, tolerance):
+    small = load_small(dtype, adapter_name="")
+    first = step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
     assert first["objective/kl"] == 0
-    assert first["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5 if "dtype" not in options else 0.02)
+    assert first["ppo/policy/first_ratio"] == pytest.approx(1, abs=tolerance)
 
 
 # One minibatch in parts
@@ -498,20 +402,20 @@ def test_micro_batches_hold_every_row_once_and_bound_the_pass(small):
     assert len(groups) < len(rows)
 
 
-def test_parts_of_a_minibatch_add_up_to_its_gradient(small_config, tiny, tmp_path, monkeypatch):
-    # Plain gradient descent shows the gradient itself; Adam's first step would show its sign only.
-    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
-    options = {"batch_size": 6, "mini_batch_size": 6, "max_ppo_steps": 1, "eval_samples": 1, "learning_rate": 1.0}
+def test_parts_of_a_minibatch_add_up_to_its_gradient(load_small, splits, classifier, monkeypatch):
+    """Plain gradient descent shows the gradient itself; Adam's first step would show its sign only."""
 
-    def adapter_after_a_step(name):
-        detox_ppo.run(small_config(output_dir=tmp_path / name, **options))
-        return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    def moved():
+        small = load_small(batch_size=6, mini_batch_size=6)
+        start = {name: tensor.clone() for name, tensor in small.policy.adapters().items()}
+        step_of(small, classifier, splits, torch.optim.SGD(small.policy.trained(), lr=1.0))
+        return {
+            name: tensor - start[name] for name, tensor in small.policy.adapters().items() if ".reference." not in name
+        }
 
-    whole = adapter_after_a_step("whole")
+    whole = moved()
     monkeypatch.setattr(detox_ppo, "micro_batches", lambda lengths, rows, model: [[int(row)] for row in rows])
-    parts = adapter_after_a_step("parts")
-    start = load_file(tiny / "adapter" / "adapter_model.safetensors")
-    for name, tensor in start.items():
-        moved = whole[name] - tensor
-        assert moved.abs().max() > 1e-4, name
-        torch.testing.assert_close(parts[name] - tensor, moved, rtol=1e-2, atol=1e-3 * moved.abs().max().item())
+    parts = moved()
+    for name, change in whole.items():
+        assert change.abs().max() > 1e-4, name
+        torch.testing.assert_close(parts[name], change, rtol=1e-2, atol=1e-3 * change.abs().max().item())

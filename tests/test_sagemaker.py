@@ -46,8 +46,8 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     stopped = forked.run(job, code, [container.prepare, ["kill_points:watch", watch]], container.env)
     assert stopped.code == 0, stopped.output
     assert stopped.error.startswith("stopped by SIGTERM")
-    synced = detox_ppo.find_checkpoints(container.ml / "checkpoints")
-    assert synced[0].name == "checkpoint-2" and detox_ppo.damage(synced[0]) is None
+    synced = {path.name for path in (container.ml / "checkpoints").glob("*.pt")}
+    assert "checkpoint-2.pt" in synced and "checkpoint-3.pt" not in synced
     assert not (container.ml / "output" / "failure").exists()
 
     # The new machine has the checkpoints back and nothing else; the command is the same.
@@ -57,7 +57,7 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     (container.ml / "output" / "data").mkdir(parents=True)
     again = forked.run(job, code, [container.prepare, FAST], container.env)
     assert again.code == 0, again.output
-    assert f"going on from {container.ml}/checkpoints/checkpoint-2" in again.output
+    assert f"going on from {container.ml}/checkpoints/checkpoint-2.pt" in again.output
     model, data = left(container.ml / "model"), left(container.ml / "output" / "data")
     pictures = {"training.png", "toxicity.png"}
     adapters = {name for name in undisturbed.left if name.startswith(("adapter", "sft_adapter"))}
@@ -66,10 +66,16 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     for name in [*adapters, "metrics.jsonl", "comparison.csv"]:
         assert (model | data)[name] == undisturbed.left[name], name
     results, expected = data["results.json"], undisturbed.left["results.json"]
-    moved = {name: results["config"][name] for name in ("output_dir", "dataset_name")}
-    assert moved["output_dir"] == container.env["SM_OUTPUT_DATA_DIR"]
-    assert moved["dataset_name"] == container.env["SM_CHANNEL_TRAINING"]
-    assert results == expected | {"config": expected["config"] | moved}
+    assert results == expected | {"config": expected["config"] | places(container)}
+
+
+def places(container):
+    return {
+        "dataset_name": container.env["SM_CHANNEL_TRAINING"],
+        "output_dir": container.env["SM_OUTPUT_DATA_DIR"],
+        "model_dir": container.env["SM_MODEL_DIR"],
+        "checkpoint_dir": str(container.ml / "checkpoints"),
+    }
 
 
 def in_process(container, monkeypatch):
@@ -79,28 +85,22 @@ def in_process(container, monkeypatch):
 
 
 def test_what_a_job_says_of_its_places(container, monkeypatch, tmp_path):
+    def chosen(*args):
+        return vars(detox_ppo.parse_config([*args]))
+
+    without = chosen()
     in_process(container, monkeypatch)
+    assert chosen() == without | places(container) | {"resume": True}
+    # It wins over the file, and flags win over both.
     (tmp_path / "options.yaml").write_text("output_dir: elsewhere\ndataset_name: other\nresume: false\n")
-    config = detox_ppo.parse_config(["--config", str(tmp_path / "options.yaml")])
-    assert config.output_dir == container.env["SM_OUTPUT_DATA_DIR"]
-    assert config.dataset_name == container.env["SM_CHANNEL_TRAINING"] and config.resume == detox_ppo.NEWEST
-    assert detox_ppo.places(config) == (
-        container.ml / "output" / "data",
-        container.ml / "model",
-        container.ml / "checkpoints",
-    )
-    config = detox_ppo.parse_config(["--output_dir", "mine", "--dataset_name=my/data", "--resume", "False"])
-    assert (config.output_dir, config.dataset_name, config.resume) == ("mine", "my/data", None)
+    assert chosen("--config", str(tmp_path / "options.yaml")) == without | places(container) | {"resume": True}
+    flags = ["--output_dir=a", "--dataset_name", "b", "--model_dir", "c", "--checkpoint_dir", "d", "--resume", "False"]
+    mine = {"output_dir": "a", "dataset_name": "b", "model_dir": "c", "checkpoint_dir": "d", "resume": False}
+    assert chosen(*flags) == without | mine
     (container.ml / "checkpoints").rmdir()  # a job without checkpoint_s3_uri
-    assert detox_ppo.places(config)[2].name == "mine"
+    assert chosen()["checkpoint_dir"] is None
     monkeypatch.delenv("SM_CHANNEL_TRAINING")  # a job without a channel
-    assert detox_ppo.parse_config([]).dataset_name == "knkarthick/dialogsum"
-
-
-def test_without_a_job_the_places_are_one(small_config):
-    config = small_config(output_dir="mine")
-    assert {str(place) for place in detox_ppo.places(config)} == {"mine"}
-    assert config.resume is None
+    assert chosen()["dataset_name"] == "knkarthick/dialogsum"
 
 
 def test_hyperparameters_of_every_type():

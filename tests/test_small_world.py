@@ -45,9 +45,23 @@ def test_no_row_is_shared_with_what_the_models_were_trained_on(build, world):
     assert not {contents(row) for row in seen} & {contents(row) for row in world}
 
 
-def test_no_held_out_row_is_shared_with_ppo(small_config, small, tiny):
-    config = small_config(eval_samples=400)
-    splits = detox_ppo.build_dataset(*detox_ppo.load_dialogues(config.dataset_name), small.tokenizer, config)
+@pytest.fixture(scope="module")
+def options(tiny):
+    """The bundled configuration, whose paths are as from the repository's root, from wherever the tests run."""
+    parts = {"model_name": "base", "adapter_name": "adapter", "reward_model_name": "classifier"}
+    parts["dataset_name"] = "dialogues"
+    given = {name: tiny / part for name, part in parts.items()} | {"device": "cpu"}
+
+    def options(**overrides):
+        flags = [str(part) for name, value in (given | overrides).items() for part in (f"--{name}", value)]
+        return detox_ppo.parse_config(["--config", str(tiny / "config.yaml"), *flags])
+
+    return options
+
+
+def test_no_held_out_row_is_shared_with_ppo(options, small):
+    config = options()
+    splits = detox_ppo.build_dataset(detox_ppo.load_dialogues(config.dataset_name), small.tokenizer, config)
     assert len(splits["test"]) >= 200
     assert not set(splits["train"]["dialogue"]) & set(splits["test"]["dialogue"])
 
@@ -56,8 +70,8 @@ def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypa
     """Two steps of its tuning leave the files of the bundled adapter, but for what the other steps teach."""
     for name in ("base", "classifier"):
         (tmp_path / name).symlink_to(tiny / name)
-    monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 16)
-    build.tune_adapter(build.draw_rows("adapter", 48, "models", build.ADAPTER_INSULTS, 0), 0, tmp_path)
+    monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 8)
+    build.tune_adapter(build.draw_rows("adapter", 40, "models", build.ADAPTER_INSULTS, 0), 0, tmp_path)
     made, bundled = tmp_path / "adapter", tiny / "adapter"
     assert {path.name for path in made.iterdir()} == {path.name for path in bundled.iterdir()}
     assert (made / "adapter_config.json").read_text() == (bundled / "adapter_config.json").read_text()
@@ -72,23 +86,20 @@ def test_it_is_small(tiny):
     assert sum(path.stat().st_size for path in tiny.rglob("*") if "__pycache__" not in path.parts) <= 12e6
 
 
-def test_ppo_detoxifies_it(tiny, tmp_path, capsys):
-    arguments = ["--config", str(tiny / "config.yaml"), "--output_dir", str(tmp_path / "run"), "--max_ppo_steps", "12"]
-    for name, part in (("model", "base"), ("adapter", "adapter"), ("reward_model", "classifier")):
-        arguments += [f"--{name}_name", str(tiny / part)]
-    arguments += ["--dataset_name", str(tiny / "dialogues"), "--eval_samples", "64", "--compare_samples", "64"]
-    results = detox_ppo.run(detox_ppo.parse_config(arguments))
+def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
+    """In a few of its steps and on a few of its rows: most of the way, and the slots of the summaries stay."""
+    results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=8, eval_samples=48))
     statistics = results["summary_toxicity"]
     assert statistics["before"]["mean"] > 0.3
+    assert statistics["verdict"]["change"] == "less toxic"
     assert statistics["reduction_percent"]["mean"] > 50
-    assert statistics["paired_difference"]["ci_high"] < 0
     assert statistics["paired_difference"]["p_value"] < 0.001
     printed = float(re.search(r"summary toxicity: mean fell by ([\d.]+)%", capsys.readouterr().out)[1])
     assert printed == pytest.approx(statistics["reduction_percent"]["mean"], abs=0.05)
 
     # The slots that the summaries copy are counted from the run's own comparison, by a script of the small world.
-    command = [sys.executable, str(tiny / "slot_accuracy.py"), str(tmp_path / "run" / "comparison.csv")]
+    command = [sys.executable, str(tiny / "slot_accuracy.py"), str(tmp_path / "comparison.csv")]
     last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     accuracy = json.loads(last)
-    assert accuracy["n"] == 64 and 0.9 < accuracy["before"] <= 1
+    assert accuracy["n"] == 48 and 0.9 < accuracy["before"] <= 1
     assert accuracy["after"] > accuracy["before"] - 0.03

@@ -23,6 +23,7 @@ def summarize(directory: Path) -> dict[str, str]:
     """One row of the table, from the files that a run left."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
+    steps = [step for step in steps if not step["ppo/skipped_steps"]]
     kl = [step["objective/kl"] for step in steps]
     # Pooled over the last steps: a batch of summaries that are all paid alike has hardly any variance to explain.
     variance = [step["ppo/returns/var"] for step in steps[-LAST:]]
