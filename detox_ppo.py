@@ -120,7 +120,7 @@ class UserError(Exception):
 
 
 def one_line(what: Exception | str) -> str:
-    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}"
+    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}".removesuffix(": ")
     return " ".join(text.split())[:400]
 
 
@@ -1011,9 +1011,10 @@ def print_examples(classifier: HateClassifier) -> None:
     """Score the two English sentences of the published notebooks, as a check that a reader can make by eye."""
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
         logits = classifier.logits([text])[0]
-        told, probabilities = (", ".join(f"{x:.4f}" for x in row.tolist()) for row in (logits, logits.softmax(dim=-1)))
-        print(f'"{text}"\n  logits [{told}] ({", ".join(classifier.labels)})', end=", ")
-        print(f"probabilities [{probabilities}], reward {logits[classifier.reward_index]:.4f}")
+        probabilities = ", ".join(f"{p:.6f}" for p in logits.softmax(dim=-1).tolist())
+        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits.tolist())}]', end=" ")
+        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
+        print(f", reward {logits[classifier.reward_index]:.4f}")
 
 
 # --- Rollout: responses, and what the policy, the reference and the classifier say of them ---------------------------
@@ -1235,7 +1236,7 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
     parts' gradients add up to the minibatch's. Returns the means of the minibatches' stats; nothing where a gradient
     is not finite, and then all is as it was before.
     """
-    before = copy.deepcopy((policy.adapters(), optimizer.state_dict()))
+    before = copy.deepcopy(([parameter.data for parameter in policy.trained()], optimizer.state_dict()))
     parameters, mask = policy.trained(), batch.responses.mask
     lengths = [len(prompt) for prompt in batch.responses.prompts]
     every, skipped = [], 0
@@ -1263,7 +1264,8 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
                 continue
             norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             if not norm.isfinite():
-                policy.load_state_dict(before[0], strict=False)
+                for parameter, weights in zip(parameters, before[0], strict=True):
+                    parameter.data.copy_(weights)
                 optimizer.load_state_dict(before[1])
                 return {}
             if config.max_grad_norm:
@@ -1802,10 +1804,11 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     with written_whole(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
     toxicity = [list(evaluations[when]["summary_toxicity"]) for when in ("before", "after")]
-    picture = draw_toxicity(*toxicity, results["summary_toxicity"]["paired_difference"])
-    for directory in {output_dir, model_dir}:  # the card shows them, so they lie beside it too
-        draw_training(history).savefig(directory / "training.png", dpi=120)
-        picture.savefig(directory / "toxicity.png", dpi=120)
+    paired = results["summary_toxicity"]["paired_difference"]
+    pictures = {"training.png": draw_training(history), "toxicity.png": draw_toxicity(*toxicity, paired)}
+    for name, figure in pictures.items():
+        for directory in {output_dir, model_dir}:  # the card shows them, so they lie beside it too
+            figure.savefig(directory / name, dpi=120)
     write_card(model_dir, config, results, comparison)
     with written_whole(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -1925,7 +1928,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, limit: int):
-        self.directory, self.limit = directory, limit
+        self.directory, self.limit, self.damaged = directory, limit, []
 
     def paths(self) -> list[Path]:
         """The newest first."""
@@ -1942,9 +1945,11 @@ class Checkpoints:
         self.prune(self.limit)
 
     def prune(self, limit: int) -> None:
-        """Delete all but the newest, and what a killed run had half written."""
-        for path in [*self.paths()[limit:], *self.directory.glob(".checkpoint-*.partial")]:
+        """Delete all but the newest, those that were found damaged, and what a killed run had half written."""
+        whole = [path for path in self.paths() if path not in self.damaged]
+        for path in [*whole[limit:], *self.damaged, *self.directory.glob(".checkpoint-*.partial")]:
             path.unlink()
+        self.damaged = []
 
     def load(self) -> dict | None:
         """The newest whole one; each damaged one that is passed over is told."""
@@ -1958,6 +1963,7 @@ class Checkpoints:
                 with loading(str(path), "resume"):
                     found = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
                     return found | {"state": RunState(**found["state"])}
+            self.damaged.append(path)
             print(f"warning: {path} is not used: it is damaged")
         # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
         print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
@@ -2069,9 +2075,8 @@ def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> N
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
-    Returns the contents of results.json; "base" in it is the start before the tuning. Without PPO steps "after" is
-    "before", which is not measured twice. Raises UserError for what the user can mend, and Stopped at a signal that
-    stop took note of: what was done so far is in a checkpoint.
+    Returns the contents of results.json; "base" in it is the start before the tuning, and without PPO steps "after" is
+    "before". Raises UserError, and Stopped at a signal: what was done so far is then in a checkpoint.
     """
     # Load
     started, stop, processes = time.perf_counter(), stop or StopSignals(), PartialState()
@@ -2095,7 +2100,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         policy.load_state_dict(found["weights"], strict=False)
     if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
+    if found and writes:  # all have read theirs
+        checkpoints.prune(config.save_total_limit)
     human = measure_human(classifier, evaluated, config)
+    print_means("of the human summaries", human)
     tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
 
@@ -2104,8 +2112,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             table = evaluate_policy(policy, tokenizer, classifier, evaluated, config, f"evaluating {when}")
         state.evaluations[when] = table.to_dict("list")
         print_means("before tuning" if when == "base" else f"{when} detox", table)
-        if when == "before":
-            print_means("of the human summaries", human)
 
     def keep(due):
         """Write a checkpoint where one is due or the run is to stop; then stop."""
@@ -2176,7 +2182,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     # Measure what a user will load: the files on disk, not the weights in memory
     if state.best:
         policy.load_state_dict(state.best["weights"], strict=False)
-        print(f"the best adapter by the rows set aside is that of step {state.best['step']}")
     if writes:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
@@ -2193,9 +2198,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
         write_report(config, results, state.history, evaluated, tables)
-    end_tracker(tracker, results, state.step)
-    if writes and config.dynamodb_table:
-        upload_comparison(config.dynamodb_table, output_dir)
+        end_tracker(tracker, results, state.step)
+        if config.dynamodb_table:
+            upload_comparison(config.dynamodb_table, output_dir)
     return results
 
 

@@ -59,6 +59,16 @@ def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, c
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(undisturbed, copy, forked):
+    """Damaged, that of step 4 is no longer one of those to keep: step 3's is, where one may be kept."""
+    run = copy / "run"
+    (run / "checkpoint-3.pt").rename(run / "checkpoint-4.pt")
+    (run / "checkpoint-4.pt").write_bytes(b"")
+    args = [*undisturbed.args, "--max_ppo_steps", "4", "--save_total_limit", "1"]
+    assert forked.run([*args, "--resume"], copy, [strike("update", 8)]).code == -9  # in step 4
+    assert detox_ppo.Checkpoints(run, 1).load()["state"].step == 3
+
+
 def test_every_damage_is_found(tmp_path, capsys):
     """Of a checkpoint so small that every byte can be flipped."""
     checkpoints = detox_ppo.Checkpoints(tmp_path, limit=2)

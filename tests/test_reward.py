@@ -274,7 +274,7 @@ def test_examples_are_printed_with_logits_probabilities_and_reward(classifier, p
         logits = plain(text)
         probabilities = logits.softmax(-1)
         assert f"[{logits[0]:.4f}, {logits[1]:.4f}]" in block
-        assert f"[{probabilities[0]:.4f}, {probabilities[1]:.4f}]" in block
+        assert f"[{probabilities[0]:.6f}, {probabilities[1]:.6f}]" in block
         assert f"reward {logits[0]:.4f}" in block
 
 
