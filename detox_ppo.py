@@ -48,7 +48,8 @@ from typing import Annotated, Literal
 
 from packaging.version import Version
 
-for package, oldest in {"torch": "2.6", "transformers": "5.0", "peft": "0.18"}.items():  # the oldest that were tried
+# The oldest that were tried and run; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
+for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items():
     if Version(version(package)) < Version(oldest):
         sys.exit(f"detox_ppo.py: error: {package} {version(package)} is older than {oldest}: pip install -U {package}")
 
