@@ -76,6 +76,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from rouge_score import rouge_scorer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -129,6 +130,8 @@ def explain(error: Exception) -> str | None:
     """A failure that the user can mend, in one line; None for a defect of the script."""
     if isinstance(error, UserError):
         return str(error)
+    if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
+        return None
     ways = (way for words, way in MENDABLE.items() if re.search(words, one_line(error), re.IGNORECASE))
     return next((f"{one_line(error)}. {way}." for way in ways), None)
 
@@ -313,9 +316,6 @@ OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
 # What a resumed run may change; another difference would make it another run.
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
     report_to dynamodb_table gradient_checkpointing""".split()
-NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
-PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
-UNMEASURED = ("config", "environment", "warnings", "timings")  # parts of results.json
 # The headings of --help, by the first option under each.
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
@@ -1237,8 +1237,8 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
     parts' gradients add up to the minibatch's. Returns the means of the minibatches' stats; nothing where a gradient
     is not finite, and then all is as it was before.
     """
-    before = copy.deepcopy(([parameter.data for parameter in policy.trained()], optimizer.state_dict()))
     parameters, mask = policy.trained(), batch.responses.mask
+    before = copy.deepcopy(([parameter.data for parameter in parameters], optimizer.state_dict()))
     lengths = [len(prompt) for prompt in batch.responses.prompts]
     every, skipped = [], 0
     for epoch in range(config.ppo_epochs):
@@ -1250,13 +1250,12 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
                 part = batch.responses.select(rows)
                 columns = (batch.logprobs, batch.values, advantages, returns)
                 mb_logprobs, mb_values, mb_advantages, mb_returns = (c[rows, : part.tokens.shape[1]] for c in columns)
-                with policy.learning(dropout=False):
-                    logprobs, values = policy(part)
-                    pg_loss, pg_stats = policy_loss(logprobs, mb_logprobs, mb_advantages, part.mask, config.cliprange)
-                    vf_loss, vf_stats = value_loss(values, mb_values, mb_returns, part.mask, config.cliprange_value)
-                    loss = pg_loss + config.vf_coef * vf_loss
-                    weight = part.mask.sum() / mask[mb].sum()
-                    (weight * loss).backward()
+                logprobs, values = policy(part)
+                pg_loss, pg_stats = policy_loss(logprobs, mb_logprobs, mb_advantages, part.mask, config.cliprange)
+                vf_loss, vf_stats = value_loss(values, mb_values, mb_returns, part.mask, config.cliprange_value)
+                loss = pg_loss + config.vf_coef * vf_loss
+                weight = part.mask.sum() / mask[mb].sum()
+                (weight * loss).backward()
                 losses = {"ppo/loss/total": loss, "ppo/loss/policy": pg_loss, "ppo/loss/value": vf_loss}
                 stats.update({name: (weight * value).item() for name, value in (losses | pg_stats | vf_stats).items()})
             every.append(sum_over_processes(parameters, stats))
@@ -1287,7 +1286,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
         mask, broken = found.responses.mask, found.not_finite()
         rewards, kl = compute_rewards(found.scores, found.logprobs, found.ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(found.values, rewards, mask, config.gamma, config.lam)
-        with timed(seconds, "time/optimize"):
+        with timed(seconds, "time/optimize"), policy.learning(dropout=False):
             stats = {} if broken else update(policy, optimizer, found, advantages, returns, step, config)
         if stats:
             metrics |= {
@@ -1367,12 +1366,12 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
     dropout = random_stream(config.seed, TUNING, step, PartialState().process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
-    for rows in micro_batches(prompt_lengths, share(range(len(batch)), prompt_lengths), policy.base):
-        with policy.learning(dropout=True):
+    with policy.learning(dropout=True):
+        for rows in micro_batches(prompt_lengths, share(range(len(batch)), prompt_lengths), policy.base):
             logprobs, _ = policy(summaries.select(rows))
             loss = -logprobs.sum() / lengths.sum()
             loss.backward()
-        stats["loss"] += loss.item()
+            stats["loss"] += loss.item()
     loss = sum_over_processes(policy.trained(), stats)["loss"]
     nn.utils.clip_grad_norm_(policy.trained(), 1.0)
     for group in optimizer.param_groups:
@@ -1523,22 +1522,11 @@ def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
     return found
 
 
-def choose_best(policy: Policy, tokenizer, classifier, rows, state: "RunState", config: DetoxConfig) -> dict:
-    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
-    with timed(state.timings, "choosing"):
-        found = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality, toxicity = summary_quality(found, list(rows["summary"])), float(found["summary_toxicity"].mean())
-    start = state.best["start"] if state.best else quality
-    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
-        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
-        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"]}
-        state.best = best | {"start": start, "weights": weights}
-    told = f"rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}"
-    tell(f"  {told}; the best is that of step {state.best['step']}")
-    return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
-
-
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
+
+PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
+UNMEASURED = ("config", "environment", "warnings", "timings")  # parts of results.json
+NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
 
 
 def build_results(evaluations: dict[str, pd.DataFrame], human: pd.DataFrame, rows, state, config: DetoxConfig) -> dict:
@@ -2017,6 +2005,21 @@ def claim(config: DetoxConfig) -> list[FileLock]:
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
+    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
+    with timed(state.timings, "choosing"):
+        found = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
+    quality, toxicity = summary_quality(found, list(rows["summary"])), float(found["summary_toxicity"].mean())
+    start = state.best["start"] if state.best else quality
+    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
+        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
+        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"]}
+        state.best = best | {"start": start, "weights": weights}
+    told = f"rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}"
+    tell(f"  {told}; the best is that of step {state.best['step']}")
+    return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
 
 
 def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -238,6 +239,19 @@ def test_bundled_configuration_names_the_bundled_world(tiny):
     for name in ("model_name", "adapter_name", "reward_model_name", "dataset_name"):
         assert (ROOT / getattr(config, name)).is_dir(), name
         assert (ROOT / getattr(config, name)).parent == tiny
+
+
+@pytest.mark.parametrize("package, version", [("torch", "2.12.0"), ("transformers", "5.0.0"), ("peft", "0.21.1")])
+def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_path):
+    """Before anything of it is imported; a folder on the path says that it is installed in that version."""
+    metadata = tmp_path / f"{package}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"detox_ppo.py: error: {package} {version} is older than ") and "pip install" in line
 
 
 # Mistakes
