@@ -1235,10 +1235,9 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
 
     A minibatch goes through the model some rows at a time, shared by the processes; weighed by their tokens, the
     parts' gradients add up to the minibatch's. Returns the means of the minibatches' stats; nothing where a gradient
-    is not finite, and then all is as it was before.
+    is not finite: the update ends there, before it reaches a weight.
     """
     parameters, mask = policy.trained(), batch.responses.mask
-    before = copy.deepcopy(([parameter.data for parameter in parameters], optimizer.state_dict()))
     lengths = [len(prompt) for prompt in batch.responses.prompts]
     every, skipped = [], 0
     for epoch in range(config.ppo_epochs):
@@ -1264,9 +1263,6 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
                 continue
             norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             if not norm.isfinite():
-                for parameter, weights in zip(parameters, before[0], strict=True):
-                    parameter.data.copy_(weights)
-                optimizer.load_state_dict(before[1])
                 return {}
             if config.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
@@ -1278,7 +1274,7 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
 def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int, kl_coef: float, config) -> dict:
     """Sample responses to a batch of prompts, score them, and learn from them; returns the step's metrics.
 
-    Numbers that are not finite would end up in the weights: such a step changes nothing but ppo/skipped_steps.
+    Numbers that are not finite never reach a weight: the step ends where they are met, as ppo/skipped_steps counts.
     """
     metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
     with timed(seconds, "time/step"):
