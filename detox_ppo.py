@@ -1089,28 +1089,13 @@ def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
     return column[order.argsort()]
 
 
-@dataclasses.dataclass
-class Rollout:
-    """B responses and what PPO needs to know of them, in every process all: scores (B,), the other columns (B, T).
+def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
+    """Sample a response to each prompt of a batch and score it; each process does its share of the rows.
 
-    logprobs (nats) and values are those of the policy that sampled. seconds has the time of each stage.
+    Returns, in every process all, the responses and by name what is known of them: scores (B,), and logprobs (nats),
+    values and ref_logprobs, all (B, T). The time of each stage is added to seconds.
     """
-
-    responses: Responses
-    scores: torch.Tensor
-    logprobs: torch.Tensor
-    values: torch.Tensor
-    ref_logprobs: torch.Tensor
-    seconds: dict[str, float]
-
-    def not_finite(self) -> list[str]:
-        columns = ("scores", "logprobs", "values", "ref_logprobs")
-        return [name for name in columns if not getattr(self, name).isfinite().all()]
-
-
-def roll_out(policy: Policy, tokenizer, classifier: HateClassifier, batch, step: int, config: DetoxConfig) -> Rollout:
-    """Sample a response to each prompt of a batch and score it; each process does its share of the rows."""
-    (prompts, dialogues, keys), seconds = (list(batch[name]) for name in ("input_ids", "dialogue", "row")), {}
+    prompts, dialogues, keys = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
     rows = share(range(len(batch)), [len(prompt) for prompt in prompts])
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
@@ -1127,10 +1112,11 @@ def roll_out(policy: Policy, tokenizer, classifier: HateClassifier, batch, step:
             texts = [classifier.join(dialogues[i], text) for i, text in zip(rows, texts, strict=True)]
         scores = classifier.scores(texts).to(policy.device)
     with timed(seconds, "time/gather"):
-        columns = (responses.tokens, responses.lengths, responses.finished, scores, logprobs, values, ref_logprobs)
-        tokens, lengths, finished, *columns = (gather_rows(rows, column) for column in columns)
+        columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
+        columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}
+        found = {name: gather_rows(rows, column) for name, column in columns.items()}
     seconds["time/rollout"] = sum(seconds[f"time/{stage}"] for stage in ("sample", "logprobs", "reference"))
-    return Rollout(Responses(prompts, tokens, lengths, finished), *columns, seconds)
+    return Responses(prompts, *(found.pop(name) for name in ("tokens", "lengths", "finished"))), found
 
 
 # --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
@@ -1230,15 +1216,15 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counte
     return total
 
 
-def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step: int, config: DetoxConfig) -> dict:
+def update(policy: Policy, optimizer, responses: Responses, found: dict, step: int, config: DetoxConfig) -> dict:
     """Learn from a batch, minibatch by minibatch; one whose mean ratio is above ratio_threshold is skipped.
 
-    A minibatch goes through the model some rows at a time, shared by the processes; weighed by their tokens, the
-    parts' gradients add up to the minibatch's. Returns the means of the minibatches' stats; nothing where a gradient
-    is not finite: the update ends there, before it reaches a weight.
+    found has logprobs, values, advantages and returns, all (B, T). A minibatch goes through the model some rows at a
+    time, shared by the processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the
+    means of the minibatches' stats; nothing where a gradient is not finite, at which the update ends.
     """
-    parameters, mask = policy.trained(), batch.responses.mask
-    lengths = [len(prompt) for prompt in batch.responses.prompts]
+    parameters, mask = policy.trained(), responses.mask
+    lengths = [len(prompt) for prompt in responses.prompts]
     every, skipped = [], 0
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
@@ -1246,8 +1232,8 @@ def update(policy: Policy, optimizer, batch: Rollout, advantages, returns, step:
             optimizer.zero_grad()
             stats = Counter()
             for rows in micro_batches(lengths, share(mb, lengths), policy.base):
-                part = batch.responses.select(rows)
-                columns = (batch.logprobs, batch.values, advantages, returns)
+                part = responses.select(rows)
+                columns = (found[name] for name in ("logprobs", "values", "advantages", "returns"))
                 mb_logprobs, mb_values, mb_advantages, mb_returns = (c[rows, : part.tokens.shape[1]] for c in columns)
                 logprobs, values = policy(part)
                 pg_loss, pg_stats = policy_loss(logprobs, mb_logprobs, mb_advantages, part.mask, config.cliprange)
@@ -1278,31 +1264,33 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
     """
     metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
     with timed(seconds, "time/step"):
-        found = roll_out(policy, tokenizer, classifier, batch, step, config)
-        mask, broken = found.responses.mask, found.not_finite()
-        rewards, kl = compute_rewards(found.scores, found.logprobs, found.ref_logprobs, mask, kl_coef)
-        advantages, returns = compute_advantages(found.values, rewards, mask, config.gamma, config.lam)
+        responses, found = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
+        mask, broken = responses.mask, [name for name, column in found.items() if not column.isfinite().all()]
+        scores, logprobs, values, ref_logprobs = found.values()
+        rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+        advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
+        found |= {"advantages": advantages, "returns": returns}
         with timed(seconds, "time/optimize"), policy.learning(dropout=False):
-            stats = {} if broken else update(policy, optimizer, found, advantages, returns, step, config)
+            stats = {} if broken else update(policy, optimizer, responses, found, step, config)
         if stats:
             metrics |= {
                 "ppo/skipped_steps": 0,
                 "objective/kl": kl.sum(dim=1).mean().item(),
-                "objective/entropy": -found.logprobs.sum(dim=1).mean().item(),
-                "ppo/mean_scores": found.scores.mean().item(),
-                "ppo/std_scores": found.scores.std(correction=0).item(),
+                "objective/entropy": -logprobs.sum(dim=1).mean().item(),
+                "ppo/mean_scores": scores.mean().item(),
+                "ppo/std_scores": scores.std(correction=0).item(),
                 "ppo/mean_non_score_reward": masked_mean(-kl_coef * kl, mask).item(),
                 "ppo/returns/mean": masked_mean(returns, mask).item(),
                 "ppo/returns/var": returns[mask].var().item() if mask.sum() > 1 else 0.0,
-                "ppo/val/var_explained": variance_explained(found.values, returns, mask),
+                "ppo/val/var_explained": variance_explained(values, returns, mask),
                 "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
                 **stats,
-                "tokens/responses_len_mean": found.responses.lengths.float().mean().item(),
-                "tokens/finished_share": found.responses.finished.float().mean().item(),
+                "tokens/responses_len_mean": responses.lengths.float().mean().item(),
+                "tokens/finished_share": responses.finished.float().mean().item(),
             }
         else:
             tell(f"step {step}: skipped, not finite: {', '.join(broken) or 'gradients'}")
-    return metrics | found.seconds | seconds
+    return metrics | seconds
 
 
 def step_in_words(history: list[dict], config: DetoxConfig) -> str:

@@ -362,9 +362,9 @@ def test_kl_of_an_evaluation_and_of_a_step(evaluate, load_small, classifier, spl
     assert max(map(abs, expected)) > 1
     assert evaluate(range(4), small.policy)["kl"].tolist() == pytest.approx(expected, abs=1e-3)
 
-    found = roll_out(small.policy, small.tokenizer, classifier, rows, 1, small.config)
-    for column, expected in zip((found.logprobs, found.ref_logprobs), scored(found.responses), strict=True):
-        torch.testing.assert_close(column, expected, rtol=0, atol=1e-4)
+    responses, found = roll_out(small.policy, small.tokenizer, classifier, rows, 1, small.config, {})
+    for name, expected in zip(("logprobs", "ref_logprobs"), scored(responses), strict=True):
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-4)
 
 
 def test_rows_keep_their_order_and_their_random_numbers(evaluate, evaluated, splits):
