@@ -435,27 +435,23 @@ def hub_commit(name: str, option_name: str) -> str | None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a csv or jsonl file, every value as it stands there; what is broken is named by its line."""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8") from error
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
+        line = text[: broken.start()].count("\n") + 1
+        raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
     if path.suffix == ".csv":
         try:
             # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-            table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, na_values=[""])
+            table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
         except pd.errors.ParserError as error:
             raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
-        return table.iloc[1:].astype(object).set_axis(table.iloc[0].fillna("").tolist(), axis=1)
+        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):  # pandas' reader doesn't say which line is broken
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-        if rows and not isinstance(rows[-1], dict):
-            raise ValueError(f"line {number} must be a JSON object with dialogue and summary")
+            rows += [{**json.loads(line)}] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"line {number} is not a JSON object with dialogue and summary: {error}") from error
     return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
 
 
@@ -485,10 +481,9 @@ def load_dialogues(name: str) -> datasets.Dataset:
             if columns.count(column) != 1:
                 what = "more than one" if column in columns else "no"
                 raise ValueError(f"{what} column {column!r}, found {one_line(', '.join(columns)) or 'none'}")
-            for row, text in enumerate(table[column], start=1):
+            for row, text in enumerate(table[column].fillna(""), start=1):
                 if not isinstance(text, str) or not text:
-                    empty = text is None or text == "" or text != text  # of all values, NaN alone is not itself
-                    what = "empty" if empty else f"of type {type(text).__name__}"
+                    what = f"of type {type(text).__name__}" if text != "" else "empty"
                     raise ValueError(f"row {row}: column {column!r} is {what}; expected text")
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
