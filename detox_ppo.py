@@ -797,13 +797,11 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only."""
     lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
-    if lora.peft_type != peft.PeftType.LORA:
-        raise ValueError(f"expected a LORA adapter, found {lora.peft_type}")
-    if lora.bias != "none" or lora.modules_to_save:
-        found = f"bias {lora.bias!r}, modules_to_save {lora.modules_to_save!r}"
-        raise ValueError(f"it trains the base's own weights, which the reference shares: {found}")
-    if lora.init_lora_weights not in (True, False, "gaussian"):  # PiSSA and its like
-        raise ValueError(f"its init_lora_weights {lora.init_lora_weights!r} would change the base")
+    # The reference shares the base: biases, whole layers and PiSSA's start would change it too.
+    plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
+    for key, known in (plain | {"init_lora_weights": [True, False, "gaussian"]}).items():
+        if (value := getattr(lora, key)) not in known:
+            raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
     if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{wrong[0]} is not finite")
     # PEFT falls back to the hub for an adapter's base unless told which it is.
@@ -883,16 +881,13 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
     T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
     """
     base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if policy.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(policy.device).total_memory
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
     longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
-        # LED's positions, which has some for each side, or BART's
-        keys = (f"max_{part}_position_embeddings", "max_position_embeddings")
-        positions = next((getattr(base, key) for key in keys if hasattr(base, key)), math.inf)
+        of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(base, f"max_{part}_position_embeddings", of_both)
         # At the least, the scores of one layer and their softmax have to fit.
         limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
         limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
@@ -907,12 +902,12 @@ def print_parameters(policy: Policy) -> None:
     """Print trainable and all parameters of policy, policy with value head, and reference."""
     print(policy.value_head)
     head = sum(parameter.numel() for parameter in policy.value_head.parameters())
-    total = sum(p.numel() for name, p in policy.named_parameters() if ".reference." not in name)
-    trained = sum(parameter.numel() for parameter in policy.trained())
+    trained, both = policy.model.get_nb_trainable_parameters()
+    total = both - trained  # with one LoRA, not the reference's as well
     with policy.as_adapter("reference"):
-        frozen = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    counts = {"policy": (trained - head, total - head), "policy with value head": (trained, total)}
-    for name, (part, whole) in (counts | {"reference": (frozen, total)}).items():
+        frozen, _ = policy.model.get_nb_trainable_parameters()
+    counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
+    for name, (part, whole) in (counts | {"reference": (frozen, total + head)}).items():
         print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
 
 
