@@ -1706,12 +1706,9 @@ def escape(text: str, longest: int = 300) -> str:
 
 def markdown_table(table: pd.DataFrame) -> str:
     """A table; floats get four digits, texts are escaped."""
-    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    shown = [
-        [f"{cell:.4g}".replace("nan", "") if isinstance(cell, float) else escape(str(cell)) for cell in row]
-        for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in shown)
+    shown = table.map(lambda cell: f"{cell:.4g}".replace("nan", "") if isinstance(cell, float) else escape(str(cell)))
+    rows = [table.columns, ["---"] * table.shape[1], *shown.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def card_name(name: str) -> str:
