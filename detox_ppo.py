@@ -33,7 +33,6 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
 import warnings
@@ -2201,9 +2200,8 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # into a file too
-    stop, handlers, streams = StopSignals(), {}, (sys.stdout, sys.stderr)
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop, streams = StopSignals(), (sys.stdout, sys.stderr)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
             if parse_flag_from_env(f"ACCELERATE_USE_{way}"):
@@ -2213,21 +2211,20 @@ def main(args: list[str] | None = None) -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
-    except (Stopped, Exception) as error:
-        stopped, told, first = isinstance(error, Stopped), None, first_to_end()
-        if stopped:
-            name = signal.Signals(stop.received).name
-            told = f"stopped by {name}; the same command with --resume goes on from the newest checkpoint"
-        elif reason := explain(error):
-            told = f"detox_ppo.py: error: {reason}"
-        if first and not stopped and (SAGEMAKER / "output").is_dir():
-            with suppress(OSError):  # a full disk, say
+    except Stopped:
+        if first_to_end():
+            what = f"stopped by {signal.Signals(stop.received).name}"
+            print(f"{what}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
+        sys.exit(0 if stop.received == signal.SIGTERM else 130)
+    except Exception as error:
+        if first_to_end():
+            reason = explain(error)
+            with suppress(OSError):  # no directory, or a full disk
                 (SAGEMAKER / "output" / "failure").write_text(reason or SECRETS.sub("***", traceback.format_exc()))
-        if first and told is None:
-            raise
-        if first:
-            print(told, file=streams[1])
-        sys.exit(2 if not stopped else 0 if stop.received == signal.SIGTERM else 130)
+            if not reason:
+                raise
+            print(f"detox_ppo.py: error: {reason}", file=streams[1])
+        sys.exit(2)
     finally:
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
