@@ -1312,10 +1312,7 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
         "skipped": (skipped, f"{skipped} minibatches were over ratio_threshold. Lower learning_rate or ppo_epochs."),
         "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
         "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
-        "cut": (
-            cut > 0.5,
-            f"{cut:.0%} of the responses were cut, half sentences are scored. Raise output_max_length.",
-        ),
+        "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
     }
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
