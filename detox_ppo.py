@@ -153,11 +153,9 @@ def loading(name: str, option_name: str):
         elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
             told = "its weights have another shape than its config.json says"
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
-            told = told.rstrip(".") + (
-                f". No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked: set "
-                "HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before, or run the bundled "
-                f"small world: {SMALL_WORLD}"
-            )
+            asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
+            ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
+            told = f"{told.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
             told = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
         raise UserError(f"--{option_name} {name}: can't be loaded: {told}") from error
