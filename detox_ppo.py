@@ -458,21 +458,16 @@ def load_dialogues(name: str) -> datasets.Dataset:
     Returns row (index in the file), dialogue and summary. A UserError names the file or repository, and the column or
     the row that is not as expected.
     """
-    path = Path(name)
-    if os.path.isdir(name):
-        files = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".jsonl"))
-        files = [file for file in files if file.name.startswith("train")] or files
-        if len(files) != 1:
-            seen = ", ".join(file.name for file in files) or "none"
-            raise UserError(f"--dataset_name {name}: expected one train.csv or train.jsonl in it, found {seen}")
-        path = files[0]
-    with loading(str(path) if os.path.exists(name) else name, "dataset_name"):
-        if not os.path.exists(name):
-            table = datasets.load_dataset(name, split="train").to_pandas()
-        elif path.suffix in (".csv", ".jsonl"):
-            table = read_table(path)
-        else:
-            raise ValueError("expected a .csv or .jsonl file, or a directory with one")
+    local = os.path.exists(name)
+    files = sorted(Path(name).iterdir()) if os.path.isdir(name) else [Path(name)]
+    files = [file for file in files if file.suffix in (".csv", ".jsonl")]
+    files = [file for file in files if file.name.startswith("train")] or files
+    if local and len(files) != 1:
+        seen = ", ".join(file.name for file in files) or "none"
+        expected = "expected a .csv or .jsonl file, or a directory with one train.csv or train.jsonl"
+        raise UserError(f"--dataset_name {name}: {expected}, found {seen}")
+    with loading(str(files[0]) if local else name, "dataset_name"):
+        table = read_table(files[0]) if local else datasets.load_dataset(name, split="train").to_pandas()
         columns = list(map(str, table.columns))
         for column in ("dialogue", "summary"):
             if columns.count(column) != 1:
@@ -533,9 +528,9 @@ def build_dataset(rows: datasets.Dataset, tokenizer, config: DetoxConfig) -> dat
         parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
         splits["train"], splits["selection"] = parts["train"], parts["test"]
         print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
-    for name, split in (("eval_samples", "test"), ("batch_size", "train"), ("sft_batch_size", "train")):
-        used = config.sft_steps if name == "sft_batch_size" else True
-        if used and len(splits[split]) < getattr(config, name):
+    taken = {"eval_samples": "test", "batch_size": "train"} | ({"sft_batch_size": "train"} if config.sft_steps else {})
+    for name, split in taken.items():
+        if len(splits[split]) < getattr(config, name):
             raise UserError(f"--{name} {getattr(config, name)} is more than the {len(splits[split])} {split} rows")
     return splits
 
