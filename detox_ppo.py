@@ -1903,13 +1903,10 @@ class Checkpoints:
     def load(self) -> dict | None:
         """The newest whole one; each damaged one that is passed over is told."""
         for path in self.paths():
-            try:
+            with loading(str(path), "resume"):  # a disk that fails may come back: that is no damage
                 content = path.read_bytes()
-            except OSError as error:  # which may pass
-                raise UserError(f"--resume: {path} can't be read: {one_line(error)}") from error
-            if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-                print(f"going on from {path}")
-                with loading(str(path), "resume"):
+                if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+                    print(f"going on from {path}")
                     found = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
                     return found | {"state": RunState(**found["state"])}
             self.damaged.append(path)

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, u
     (copy / "run" / "checkpoint-4.pt").mkdir()  # no permission binds whoever runs this as root
     monkeypatch.chdir(copy)
     line = complaint([*undisturbed.args, "--resume"], capsys)
-    assert "run/checkpoint-4.pt can't be read: " in line and "Is a directory" in line
+    assert "--resume run/checkpoint-4.pt: can't be loaded: " in line and "Is a directory" in line
 
 
 def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undisturbed, copy, forked):
