@@ -821,10 +821,8 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
         target_modules=config.lora_target_modules,
         base_model_name_or_path=config.model_name,
     )
-    try:
+    with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules: {error}") from error
     print("adapter: a new LoRA, which starts as the identity")
     return model
 
