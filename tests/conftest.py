@@ -13,6 +13,14 @@ import pytest
 # the modules under test are single files in the repository root
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """A process for each core, four at most; none but this for the tests of a single file, which one of them gets."""
+    files = {argument.split("::")[0] for argument in config.args}
+    return 0 if all(map(os.path.isfile, files)) and len(files) == 1 else min(4, len(os.sched_getaffinity(0)))
+
+
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
 
@@ -23,7 +31,15 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def small_arguments(tiny):
+def dialogues(tmp_path_factory):
+    """A directory with thirty of the bundled dialogues: to filter and tokenize all 2,000 takes longer than a run."""
+    import kill_points
+
+    return kill_points.make_dialogues(tmp_path_factory.mktemp("data") / "dialogues")
+
+
+@pytest.fixture(scope="session")
+def small_arguments(tiny, dialogues):
     """Command-line arguments of a small, exact run in the bundled world; keywords override single options."""
 
     def arguments(**overrides):
@@ -31,7 +47,7 @@ def small_arguments(tiny):
             "model_name": tiny / "base",
             "adapter_name": tiny / "adapter",
             "reward_model_name": tiny / "classifier",
-            "dataset_name": tiny / "dialogues",
+            "dataset_name": dialogues,
             "device": "cpu",
             "dtype": "float32",
             "max_ppo_steps": 2,
@@ -98,11 +114,11 @@ def classifier(small_config):
 
 
 @pytest.fixture(scope="session")
-def splits(small):
+def splits(small, tiny):
     """The first rows of the bundled dialogues as prompts: 32 to train on, 8 held out."""
     import detox_ppo
 
-    rows = detox_ppo.load_dialogues(small.config.dataset_name).select(range(40))
+    rows = detox_ppo.load_dialogues(str(tiny / "dialogues")).select(range(40))
     return detox_ppo.build_dataset(rows, small.tokenizer, small.config)
 
 
@@ -116,12 +132,11 @@ def forked():
 
 
 @pytest.fixture(scope="session")
-def undisturbed(forked, tmp_path_factory):
+def undisturbed(forked, dialogues, tmp_path_factory):
     """A run of seconds that tunes and trains, and that nobody stopped; left: all that it leaves."""
     import kill_points
 
     directory = tmp_path_factory.mktemp("undisturbed")
-    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
     args = kill_points.arguments(dialogues)
     run = forked.run(args, directory, [kill_points.FAST])
     assert run.code == 0, run.output

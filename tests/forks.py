@@ -94,11 +94,20 @@ def child(args, directory, prepare, env):
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    try:
+
+    def prepared():
         for name, kwargs in prepare:
             module, function = name.split(":")
             getattr(importlib.import_module(module), function)(**kwargs)
         detox_ppo.main(args)
+
+    return exit_code(prepared)
+
+
+def exit_code(program):
+    """Call it and give the exit code with which an interpreter would end."""
+    try:
+        program()
         return 0
     except SystemExit as end:
         return end.code or 0

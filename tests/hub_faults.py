@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, hub_environment, small_repositories
+from kill_points import make_dialogues
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {BASE: "model_name", ADAPTER: "adapter_name", CLASSIFIER: "reward_model_name", DIALOGUES: "dataset_name"}
@@ -48,6 +49,7 @@ def write_program(directory, trap):
 
 def main(directory):
     models, datasets = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
+    make_dialogues(datasets[DIALOGUES])  # as many as are read forty times in no time
     datasets[PROGRAM] = write_program(directory / "repositories" / PROGRAM, directory / "trap")
     with StandInHub(models, datasets) as hub:
         os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home")
@@ -63,7 +65,7 @@ def main(directory):
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
         repo_info = huggingface_hub.HfApi.repo_info
-        huggingface_hub.HfApi.repo_info = lambda *args, **kwargs: repo_info(*args, **kwargs | {"timeout": 1})
+        huggingface_hub.HfApi.repo_info = lambda *args, **kwargs: repo_info(*args, **kwargs | {"timeout": 0.5})
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
         def tell(name, repo_id, *more):

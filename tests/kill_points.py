@@ -250,6 +250,14 @@ def arguments(dialogues, **overrides) -> list[str]:
     return [str(part) for name, value in (options | overrides).items() for part in (f"--{name}", value)]
 
 
+def wait_for_steps(directory: Path, steps: int) -> None:
+    """Wait until the run with this output_dir has done some steps."""
+    metrics, deadline = directory / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline, f"no step {steps}"
+        time.sleep(0.05)
+
+
 def untimed(found):
     """A run's JSON, or what is in a checkpoint, without what depends on the clock; tensors as their hashes."""
     if isinstance(found, dict):

@@ -9,7 +9,6 @@ import os
 import shutil
 from pathlib import Path
 
-import kill_points
 import numpy as np
 import pandas as pd
 import peft
@@ -35,9 +34,8 @@ ROW = {"dialogue": "#Person1#: " + "Hello there, how are you today? " * 10, "sum
 @pytest.fixture(scope="module")
 def options(small_arguments, tmp_path_factory):
     """Those of a small run on thirty dialogues, 24 of them to train on; keywords override single ones."""
-    base = tmp_path_factory.mktemp("options")
-    dialogues = kill_points.make_dialogues(base / "dialogues")
-    return lambda **overrides: small_arguments(**{"dataset_name": dialogues, "output_dir": base / "run"} | overrides)
+    output_dir = tmp_path_factory.mktemp("options") / "run"
+    return lambda **overrides: small_arguments(**{"output_dir": output_dir} | overrides)
 
 
 def complaint(args, capsys):

@@ -3,10 +3,13 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import hub
 import pandas as pd
 import pytest
@@ -32,12 +35,29 @@ def benchmarks(monkeypatch):
 
 def as_command(script, args):
     """Runs in a forked process (see forks.py), which has imported already what the script takes seconds to import."""
+    subprocess.run = run_forked
     os.chdir(ROOT)
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).parent))
     sys.stdout.reconfigure(line_buffering=True)
     runpy.run_path(script, run_name="__main__")
     sys.exit()
+
+
+def run_forked(command, start=subprocess.run, **options):
+    """subprocess.run, but that a script of ours is run by another fork; its output is stderr's or goes to stdout."""
+    if not str(command[1]).endswith(".py"):  # accelerate's launcher
+        return start(command, **options)
+    with tempfile.TemporaryFile("w+") as kept:
+        pid = os.fork()
+        if not pid:
+            for stream in (1, 2):
+                os.dup2((options.get("stdout") or kept).fileno(), stream)
+            os.environ |= options.get("env") or {}
+            os._exit(forks.exit_code(lambda: as_command(command[1], command[2:])))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        kept.seek(0)
+        return subprocess.CompletedProcess(command, code, "", kept.read())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from kill_points import FAST, content, differences, left, strike
+from kill_points import FAST, content, differences, left, strike, wait_for_steps
 from safetensors.torch import load_file, save_file
 
 import detox_ppo
 from detox_ppo import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def metrics_of(directory):
@@ -209,13 +205,11 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(
-    broken_steps, undisturbed, small_config, tmp_path, capsys
-):
+def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(broken_steps, small_config, tmp_path, capsys):
     kinds = ["score nan", "score inf", "score -inf", "logit nan", "logit inf", "loss nan", "loss inf", "late loss nan"]
     faults, steps = broken_steps.faults, range(1, 14)
     faults.update(zip([step for step in steps if step % 3 != 1], kinds, strict=True))  # two in a row, then a good one
-    options = {"dataset_name": undisturbed.dialogues, "max_ppo_steps": len(steps), "eval_samples": 1}
+    options = {"max_ppo_steps": len(steps), "eval_samples": 1}
     options |= {"learning_rate": 1e-3, "save_steps": 1, "save_total_limit": 99}
     results = detox_ppo.run(small_config(output_dir=tmp_path, **options))
     lines = metrics_of(tmp_path)
@@ -241,11 +235,9 @@ def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(
     assert kept == {0, *steps} - faults.keys()
 
 
-def test_three_such_steps_in_a_row_stop_the_run_with_the_last_good_state(
-    broken_steps, undisturbed, small_config, tmp_path
-):
+def test_three_such_steps_in_a_row_stop_the_run_with_the_last_good_state(broken_steps, small_config, tmp_path):
     broken_steps.faults.update({2: "logit nan", 3: "score inf", 4: "loss nan"})
-    options = {"dataset_name": undisturbed.dialogues, "max_ppo_steps": 9, "save_steps": 1, "eval_samples": 1}
+    options = {"max_ppo_steps": 9, "save_steps": 1, "eval_samples": 1}
     with pytest.raises(UserError, match="step 4: three steps in a row gave numbers that are not finite.*float32"):
         detox_ppo.run(small_config(output_dir=tmp_path, **options))
     assert checkpoints_of(tmp_path)[0] == "checkpoint-1.pt"
@@ -321,21 +313,12 @@ def test_a_second_signal_is_not_made_to_wait(undisturbed, forked, tmp_path):
     assert checkpoints_of(tmp_path / "run")[0] == "checkpoint-1.pt"  # step 2 was in hand
 
 
-def test_ctrl_c_at_the_command_line(tmp_path, undisturbed):
-    """The script itself, by an interpreter of its own."""
+def test_ctrl_c_at_any_moment(tmp_path, undisturbed, forked):
+    """From outside, while it is somewhere in a step."""
     args = [*undisturbed.args, "--max_ppo_steps", "10000", "--save_steps", "100000", "--sft_steps", "0"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "detox_ppo.py"), *args],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step    2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    run = forked.start(args, tmp_path, [FAST])
+    wait_for_steps(tmp_path / "run", 2)
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == 130 and "Traceback" not in run.output
     step = detox_ppo.Checkpoints(tmp_path / "run", 1).load()["state"].step
     assert step >= 2 and step == metrics_of(tmp_path / "run")[-1]["step"]

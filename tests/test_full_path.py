@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, hub_environment, small_repositories
+from kill_points import make_dialogues
 
 TOKEN, PASSWORD = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567", "battery-staple"
 SCRIPT = Path(__file__).resolve().parent.parent / "detox_ppo.py"
@@ -26,6 +27,7 @@ def detox(environment, work, *more):
 
 def test_default_names_download_train_and_tell_their_commits(tmp_path):
     repositories = small_repositories(tmp_path / "served", SCRIPT.parent / "checkpoints" / "tiny")
+    make_dialogues(repositories[1][DIALOGUES])
     work, caches = tmp_path / "a" / "work", tmp_path / "caches"
     places = {"HOME": "home", "TMPDIR": "tmp", "XDG_CACHE_HOME": "xdg", "MPLCONFIGDIR": "matplotlib"}
     for directory in (work, *(caches / name for name in places.values())):
@@ -43,8 +45,8 @@ def test_default_names_download_train_and_tell_their_commits(tmp_path):
         expected = {option: hub.sha(name) for option, name in (names | {"dataset_name": DIALOGUES}).items()}
     assert results["environment"]["commits"] == expected
     assert results["config"]["model_name"] == "google/flan-t5-base"
-    assert "data: 2,000 rows, 2,000 with 200 < characters" in done.stdout
-    assert "1,600 rows to train on, 400 held out" in done.stdout
+    assert "data: 30 rows, 30 with 200 < characters" in done.stdout
+    assert "24 rows to train on, 6 held out" in done.stdout
 
     # It writes into its output directory alone, and the libraries into the caches that the environment names.
     changed = [path for path, when in files().items() if before.get(path) != when]

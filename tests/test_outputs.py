@@ -7,7 +7,6 @@ from decimal import Decimal
 from pathlib import Path
 from xml.etree import ElementTree
 
-import kill_points
 import numpy as np
 import pandas as pd
 import pytest
@@ -36,9 +35,7 @@ NASTY = [
 def finished(small_config, tmp_path_factory):
     """A small run whose adapter has a directory of its own: its configuration, output directory and results."""
     directory = tmp_path_factory.mktemp("outputs") / "some run"
-    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("data") / "dialogues")
-    options = {"output_dir": directory, "model_dir": directory / "model", "dataset_name": dialogues}
-    config = small_config(learning_rate=0.01, **options)
+    config = small_config(learning_rate=0.01, output_dir=directory, model_dir=directory / "model")
     return config, directory, run(config)
 
 
@@ -299,7 +296,6 @@ def test_difficult_rows(dynamodb, tmp_path):
 
 def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_path, monkeypatch, capsys):
     options = {"max_ppo_steps": 0, "eval_samples": 2, "eval_max_new_tokens": 4, "output_dir": tmp_path / "run"}
-    options["dataset_name"] = kill_points.make_dialogues(tmp_path / "dialogues")
     with pytest.raises(UserError) as error:
         run(small_config(dynamodb_table="missing", **options))
     for name in ("results.json", "comparison.csv", "README.md", "toxicity.png", "adapter/adapter_config.json"):

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,60 +26,37 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import kill_points  # noqa: E402
+from kill_points import wait_for_steps  # noqa: E402
 
 import detox_ppo  # noqa: E402
 
-# The real command line, with a note of its process and of what it sampled.
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-sys.path.insert(0, {root!r})
-import detox_ppo
-
-rank, notes = int(os.environ.get("RANK", 0)), Path({notes!r})
-(notes / f"process.{{rank}}").write_text(str(os.getpid()))
-sample = detox_ppo.sample_responses
-
-
-def noted(policy, prompts, *args):
-    responses = sample(policy, prompts, *args)
-    with open(notes / f"sampled.{{rank}}.jsonl", "a") as file:
-        for prompt, tokens, length in zip(prompts, responses.tokens.tolist(), responses.lengths.tolist()):
-            print(json.dumps([prompt, tokens[:length]]), file=file)
-    return responses
-
-
-detox_ppo.sample_responses = noted
-detox_ppo.main()
-"""
 # On a machine without a GPU, too, --multi_gpu is how accelerate starts several processes; they use gloo there.
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --mixed_precision no"
 LAUNCH += " --dynamo_backend no --num_processes"
 
 
 def start(processes, args, directory):
-    """Start the script in a directory of its own, which becomes its output_dir's parent."""
+    """Start a noted run as a user does, in a directory of its own, which becomes its output_dir's parent."""
     directory.mkdir(parents=True)
-    script = directory / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), notes=str(directory)))
     launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launch, str(script), *args, "--output_dir", str(directory / "run"), "--device", "cpu"]
+    script = [str(ROOT / "tests" / "noted_run.py"), str(directory)]
+    command = [sys.executable, *launch, *script, *args, "--output_dir", str(directory / "run"), "--device", "cpu"]
     with open(directory / "out", "w") as out, open(directory / "err", "w") as err:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
 
 
-def fork(server, args, directory, prepare=()):
-    """Start two processes without a launcher, each in a directory of its own; see forks."""
+def fork(server, args, directory, prepare=(), processes=2):
+    """Start some processes without a launcher, each in a directory of its own; see forks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common["ACCELERATE_USE_CPU"] = "true"
     args = [*args, "--output_dir", str(directory / "run")]
     return [
-        server.start(args, directory / rank, prepare, common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        server.start(args, directory / rank, prepare, common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in map(str, range(processes))
     ]
 
 
@@ -138,18 +114,24 @@ def within_the_interval(one, other):
 @pytest.fixture(scope="module")
 def endless(small_arguments):
     """The arguments of a run that only a signal ends; one of its two processes has nothing to evaluate."""
-    return lambda dialogues: small_arguments(
-        dataset_name=dialogues, max_ppo_steps=10_000, save_steps=1, eval_samples=1
-    )
+    return small_arguments(max_ppo_steps=10_000, save_steps=1, eval_samples=1)
 
 
 @pytest.fixture(scope="module")
-def started(small_arguments, endless, tmp_path_factory):
-    """All runs with a launcher, started at once: most of each is imports and waiting."""
-    base = tmp_path_factory.mktemp("processes")
-    dialogues = kill_points.make_dialogues(base / "dialogues")
+def launched(endless, tmp_path_factory):
+    """An endless run of two processes with accelerate's launcher, and its directory."""
+    directory = tmp_path_factory.mktemp("processes") / "launched"
+    process = start(2, endless, directory)
+    yield process, directory
+    process.terminate()  # not kill, which would leave its children behind
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def ended(small_arguments, forked, tmp_path_factory):
+    """Directories of the same run by one process and by two; "told" in each: what all of its processes printed."""
+    base = tmp_path_factory.mktemp("ended")
     args = small_arguments(
-        dataset_name=dialogues,
         adapter_name="",
         lora_dropout=0,  # each process would have its own
         sft_steps=2,
@@ -164,32 +146,20 @@ def started(small_arguments, endless, tmp_path_factory):
         save_total_limit=9,
         report_to="tensorboard",
     )
-    runs = {"one": (1, args), "two": (2, args), "killed": (2, endless(dialogues))}
-    found = {name: (start(*run, base / name), base / name) for name, run in runs.items()}
-    yield found
-    for process, _ in found.values():
-        process.terminate()  # not kill, which would leave its children behind
-        process.wait()
+    found = {1: base / "one", 2: base / "two"}
+    runs = {
+        count: fork(forked, args, path, [["noted_run:note", {"directory": str(path)}]], count)
+        for count, path in found.items()
+    }
+    for count, path in found.items():
+        assert [run.wait() for run in runs[count]] == [0] * count, [run.output for run in runs[count]]
+        (path / "told").write_text("".join(run.output for run in runs[count]))
+    return found
 
 
-def finished(started, name, code=0):
-    process, directory = started[name]
-    process.wait(timeout=240)
-    assert process.returncode == code, (directory / "err").read_text()
-    return directory
-
-
-def wait_for_steps(directory, steps):
-    """Wait until a run has done some steps."""
-    metrics, deadline = directory / "run" / "metrics.jsonl", time.monotonic() + 240
-    while not metrics.exists() or metrics.read_text().count("\n") < steps:
-        assert time.monotonic() < deadline, f"no step {steps}"
-        time.sleep(0.1)
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, undisturbed, tmp_path):
-    runs = fork(forked, endless(undisturbed.dialogues), tmp_path)
-    wait_for_steps(tmp_path, 2)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, tmp_path):
+    runs = fork(forked, endless, tmp_path)
+    wait_for_steps(tmp_path / "run", 2)
     os.kill(runs[1].pid, signal.SIGTERM)
     assert [run.wait() for run in runs] == [0, 0]
     assert newest_of(tmp_path) == f"checkpoint-{read_metrics(tmp_path)[-1]['step']}.pt"
@@ -197,19 +167,18 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, 
     assert told.count("stopped by SIGTERM") == 1 and not errors(told) and "Traceback" not in told
 
 
-def test_a_mistake_of_one_process_is_told_and_ends_all(forked, endless, undisturbed, tmp_path):
-    runs = fork(forked, endless(undisturbed.dialogues), tmp_path, [["forks:mistaken", {"rank": 1}]])
+def test_a_mistake_of_one_process_is_told_and_ends_all(forked, endless, tmp_path):
+    runs = fork(forked, endless, tmp_path, [["forks:mistaken", {"rank": 1}]])
     assert [run.wait() for run in runs] == [2, 2]
     (told,) = errors("".join(run.output for run in runs))
     assert told.endswith("only here")
 
 
-def test_a_process_that_dies_takes_the_others_down(started):
-    wait_for_steps(started["killed"][1], 2)
-    os.kill(int((started["killed"][1] / "process.1").read_text()), signal.SIGKILL)
-    killed = time.monotonic()
-    directory = finished(started, "killed", code=1)
-    assert time.monotonic() - killed < 60
+def test_a_process_that_dies_takes_the_others_down(launched):
+    process, directory = launched
+    wait_for_steps(directory / "run", 2)
+    os.kill(int((directory / "process.1").read_text()), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
     (told,) = errors((directory / "err").read_text())
     assert "Another process of this run has ended" in told and "--resume" in told
     step = detox_ppo.Checkpoints(directory / "run", 1).load()["state"].step
@@ -281,8 +250,8 @@ def test_sizes_and_devices_that_do_not_fit_the_processes(several, small_config, 
             resolved(device)
 
 
-def test_two_processes_learn_what_one_does(started):
-    one, two = finished(started, "one"), finished(started, "two")
+def test_two_processes_learn_what_one_does(ended):
+    one, two = ended.values()
     equal, count, worst, difference = compare(one, two)
     assert count == 3 * 6 + 3 * 5  # PPO; base, before and after
     assert len(list(two.glob("sampled.*.jsonl"))) == 2  # each process sampled a share
@@ -297,10 +266,10 @@ def test_two_processes_learn_what_one_does(started):
     assert texts[0]["response_after"].equals(texts[1]["response_after"])
 
 
-def test_one_process_speaks_and_writes(started):
-    one, two = finished(started, "one"), finished(started, "two")
+def test_one_process_speaks_and_writes(ended):
+    one, two = ended.values()
     numbers = re.compile(r" *-?\d[\d.,]*")
-    told = [[numbers.sub("#", line) for line in (path / "out").read_text().splitlines()] for path in (one, two)]
+    told = [[numbers.sub("#", line) for line in (path / "told").read_text().splitlines()] for path in (one, two)]
     assert sorted(told[0]) == sorted(line.replace("/two/", "/one/") for line in told[1])
     written = [
         sorted(re.sub(r"detox_ppo/.*", "#", str(file.relative_to(path / "run"))) for file in path.rglob("run/**/*"))
@@ -311,8 +280,8 @@ def test_one_process_speaks_and_writes(started):
     assert results["environment"]["num_processes"] == 2
 
 
-def test_a_run_of_two_goes_on_as_one(started, tmp_path):
-    two = finished(started, "two")
+def test_a_run_of_two_goes_on_as_one(ended, tmp_path):
+    two = ended[2]
     config = json.loads((two / "run" / "results.json").read_text())["config"]
     config |= {"resume": True, "output_dir": str(tmp_path), "report_to": "none"}
     shutil.copy(two / "run" / "checkpoint-2.pt", tmp_path)

@@ -5,7 +5,6 @@ import shutil
 from types import SimpleNamespace
 
 import evaluate
-import kill_points
 import numpy as np
 import pytest
 import torch
@@ -212,8 +211,7 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
         monkeypatch.setattr(kind, "from_pretrained", counted)
     logits = HateClassifier.logits
     monkeypatch.setattr(HateClassifier, "logits", lambda self, texts: scored.extend(texts) or logits(self, texts))
-    options = {"dataset_name": kill_points.make_dialogues(tmp_path), "output_dir": tmp_path / "run"}
-    config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, **options)
+    config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
     # the two examples; of what does not change, once: human summaries joined and alone, dialogues; before and after:

@@ -11,7 +11,6 @@ import re
 import shutil
 from pathlib import Path
 
-import kill_points
 import pytest
 import torch
 from hub_faults import Trap
@@ -37,10 +36,9 @@ def trap(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def options(small_arguments, tmp_path_factory):
+def options(small_arguments):
     """Those of a run that only evaluates; keywords override single ones."""
-    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
-    return lambda **overrides: small_arguments(dataset_name=dialogues, max_ppo_steps=0, **overrides)
+    return lambda **overrides: small_arguments(max_ppo_steps=0, **overrides)
 
 
 def refusal(args, capsys):

@@ -15,10 +15,9 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
-def short(small_config, tmp_path_factory):
-    """Configurations of runs over thirty dialogues."""
-    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"))
-    return lambda **options: small_config(dataset_name=dialogues, eval_samples=2, learning_rate=1e-3, **options)
+def short(small_config):
+    """Configurations of runs that evaluate little."""
+    return lambda **options: small_config(eval_samples=2, learning_rate=1e-3, **options)
 
 
 def read_metrics(directory):
@@ -30,8 +29,8 @@ def numbers(line):
     return {name: value for name, value in line.items() if not name.startswith(("time/", "eval/"))}
 
 
-def test_rows_to_choose_by_are_no_others(small, small_config):
-    dialogues = load_dialogues(small.config.dataset_name).select(range(60))
+def test_rows_to_choose_by_are_no_others(small, small_config, tiny):
+    dialogues = load_dialogues(str(tiny / "dialogues")).select(range(60))
     config = small_config(eval_every=1, eval_samples=5)
     splits = build_dataset(dialogues, small.tokenizer, config)
     rows = {name: list(split["row"]) for name, split in splits.items()}

@@ -2,7 +2,6 @@
 
 import json
 
-import kill_points
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_tensorboard_holds_every_metric_and_the_results(small_config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = {"eval_samples": 2, "dataset_name": kill_points.make_dialogues(tmp_path / "dialogues")}
-    results = run(small_config(output_dir=tmp_path / "told", report_to="tensorboard", **options))
+    results = run(small_config(output_dir=tmp_path / "told", report_to="tensorboard", eval_samples=2))
     events = accumulator.EventAccumulator(str(tmp_path / "told" / "detox_ppo"))
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
@@ -30,7 +28,7 @@ def test_tensorboard_holds_every_metric_and_the_results(small_config, tmp_path):
     assert {"final/rouge/after/rougeL", "final/quality/after/kl", "final/human/toxicity/mean"} <= tags
     assert not [tag for tag in tags if tag.startswith(("final/config", "final/environment", "final/timings"))]
 
-    untold = run(small_config(output_dir=tmp_path / "untold", **options))
+    untold = run(small_config(output_dir=tmp_path / "untold", eval_samples=2))
     assert untold["reward"] == results["reward"]
     first, second = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("told", "untold")

@@ -1,0 +1,35 @@
+"""The real command line, with a note of its process and of what it sampled.
+
+python tests/noted_run.py DIRECTORY ARGUMENTS       # leaves process.RANK and sampled.RANK.jsonl in the directory
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import detox_ppo  # noqa: E402
+
+
+def note(directory):
+    """Prepare a run: see forks."""
+    rank, sample = os.environ.get("RANK", 0), detox_ppo.sample_responses
+    (Path(directory) / f"process.{rank}").write_text(str(os.getpid()))
+
+    def noted(policy, prompts, *args):
+        responses = sample(policy, prompts, *args)
+        with open(Path(directory) / f"sampled.{rank}.jsonl", "a") as file:
+            for prompt, tokens, length in zip(
+                prompts, responses.tokens.tolist(), responses.lengths.tolist(), strict=True
+            ):
+                print(json.dumps([prompt, tokens[:length]]), file=file)
+        return responses
+
+    detox_ppo.sample_responses = noted
+
+
+if __name__ == "__main__":
+    note(sys.argv[1])
+    detox_ppo.main(sys.argv[2:])
