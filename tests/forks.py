@@ -11,6 +11,7 @@ killed, stopped by a signal, or started twice at once.
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +84,16 @@ class Server:
         run = self.start(*args, **kwargs)
         run.wait()
         return run
+
+
+def ranks(processes):
+    """The environment of each of some processes of a run, as a launcher sets it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common["ACCELERATE_USE_CPU"] = "true"
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def child(args, directory, prepare, env):

@@ -214,14 +214,14 @@ def strike(phase: str, number: int, *signals: str) -> list:
     return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals or ["SIGKILL"]}]
 
 
-def make_dialogues(directory: Path) -> Path:
-    """Thirty of the small world's dialogues."""
+def make_dialogues(directory: Path, rows: int = 30) -> Path:
+    """The first of the small world's dialogues."""
     directory.mkdir(parents=True, exist_ok=True)
     with (
         open(TINY / "dialogues" / "train.csv", newline="", encoding="utf-8") as source,
         open(directory / "train.csv", "w", newline="", encoding="utf-8") as target,
     ):
-        csv.writer(target).writerows(row for row, _ in zip(csv.reader(source), range(31), strict=False))
+        csv.writer(target).writerows(row for row, _ in zip(csv.reader(source), range(rows + 1), strict=False))
     return directory
 
 

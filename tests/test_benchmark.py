@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import forks
 import hub
+import kill_points
 import pandas as pd
 import pytest
 from transformers import AutoTokenizer
@@ -18,12 +19,14 @@ from transformers import AutoTokenizer
 import detox_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
-# Those that start processes of their own; the others run in this one.
+# Those that start processes of their own; the others run in this one. Where the scaling starts one process of a run,
+# it is itself that one, and is not to be forked any more.
 COMMANDS = {
     "step_time": "benchmarks/step_time.py --short --threads 1 --dtypes float32",
     "memory": "benchmarks/memory.py --short --threads 1",
-    "scaling": "benchmarks/scaling.py --short --output_dir {}",
-    "seeds": "checkpoints/tiny/seeds.py --seeds 3 --output_dir {} --max_ppo_steps 2 --eval_samples 8",
+    "scaling": "benchmarks/scaling.py --short --processes 2 1 --output_dir {output_dir}",
+    "seeds": "checkpoints/tiny/seeds.py --seeds 3 --output_dir {output_dir} --dataset_name {dialogues} "
+    "--max_ppo_steps 2 --eval_samples 8",
 }
 
 
@@ -36,6 +39,7 @@ def benchmarks(monkeypatch):
 def as_command(script, args):
     """Runs in a forked process (see forks.py), which has imported already what the script takes seconds to import."""
     subprocess.run = run_forked
+    kill_points.fast()
     os.chdir(ROOT)
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).parent))
@@ -45,27 +49,34 @@ def as_command(script, args):
 
 
 def run_forked(command, start=subprocess.run, **options):
-    """subprocess.run, but that a script of ours is run by another fork; its output is stderr's or goes to stdout."""
-    if not str(command[1]).endswith(".py"):  # accelerate's launcher
+    """subprocess.run, but that our scripts are run by other forks; their output is all stderr's or goes to stdout."""
+    launched, processes = command[1:], [{}]
+    if "--num_processes" in command:  # accelerate's launcher, which test_processes.py starts with the same words
+        at = command.index("--num_processes")
+        launched, processes = command[at + 2 :], forks.ranks(int(command[at + 1]))
+    elif not command[1].endswith(".py"):
         return start(command, **options)
     with tempfile.TemporaryFile("w+") as kept:
-        pid = os.fork()
-        if not pid:
-            for stream in (1, 2):
-                os.dup2((options.get("stdout") or kept).fileno(), stream)
-            os.environ |= options.get("env") or {}
-            os._exit(forks.exit_code(lambda: as_command(command[1], command[2:])))
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        started = []
+        for rank in processes:
+            started.append(os.fork())
+            if not started[-1]:
+                for stream in (1, 2):
+                    os.dup2((options.get("stdout") or kept).fileno(), stream)
+                os.environ |= (options.get("env") or {}) | rank
+                os._exit(forks.exit_code(lambda: as_command(launched[0], launched[1:])))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
         kept.seek(0)
-        return subprocess.CompletedProcess(command, code, "", kept.read())
+        return subprocess.CompletedProcess(command, max(codes, key=abs), "", kept.read())
 
 
 @pytest.fixture(scope="module")
 def started(forked, tmp_path_factory):
     """The commands, all started at once; started(name) waits for one: what it printed, and its directory."""
     runs, directories = {}, {name: tmp_path_factory.mktemp(name) for name in COMMANDS}
+    dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"), 120)
     for name, directory in directories.items():
-        script, *args = COMMANDS[name].format(directory).split()
+        script, *args = COMMANDS[name].format(output_dir=directory, dialogues=dialogues).split()
         runs[name] = forked.start([], directory, [["test_benchmark:as_command", {"script": script, "args": args}]])
 
     def wait(name):
@@ -116,7 +127,7 @@ def test_the_fit_of_the_growth_by_hand():
     assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
 
 
-def test_learning_is_judged(started, tmp_path, monkeypatch, call):
+def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
     import learning_curve
 
     monkeypatch.chdir(ROOT)  # where it goes

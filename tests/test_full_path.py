@@ -1,10 +1,12 @@
 """The default names through the real download code, against a stand-in hub that serves the small world."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 from hub import ADAPTER, BASE, CLASSIFIER, DIALOGUES, StandInHub, hub_environment, small_repositories
 from kill_points import make_dialogues
 
@@ -33,6 +35,9 @@ def test_default_names_download_train_and_tell_their_commits(tmp_path):
     for directory in (work, *(caches / name for name in places.values())):
         directory.mkdir(parents=True)
 
+    # Matplotlib looks through all fonts where it finds no list of them.
+    shutil.copytree(matplotlib.get_cachedir(), caches / "matplotlib", dirs_exist_ok=True)
+
     def files():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -58,5 +63,5 @@ def test_default_names_download_train_and_tell_their_commits(tmp_path):
         assert TOKEN not in text and PASSWORD not in text
 
     # What was downloaded serves without the hub when the user says so; a hub that is gone: test_hub_faults.py.
-    again = detox(environment | {"HF_HUB_OFFLINE": "1"}, work, "--max_ppo_steps", "0")[1]
+    again = detox(environment | {"HF_HUB_OFFLINE": "1"}, work, "--max_ppo_steps", "0", "--report_to", "none")[1]
     assert again["environment"]["commits"] == expected and again["config"]["max_ppo_steps"] == 0

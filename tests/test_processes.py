@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,15 +23,13 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from kill_points import wait_for_steps  # noqa: E402
+import forks  # noqa: E402
+from kill_points import FAST, wait_for_steps  # noqa: E402
+from scaling import LAUNCH  # noqa: E402
 
 import detox_ppo  # noqa: E402
-
-# On a machine without a GPU, too, --multi_gpu is how accelerate starts several processes; they use gloo there.
-LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --mixed_precision no"
-LAUNCH += " --dynamo_backend no --num_processes"
 
 
 def start(processes, args, directory):
@@ -48,16 +45,8 @@ def start(processes, args, directory):
 
 def fork(server, args, directory, prepare=(), processes=2):
     """Start some processes without a launcher, each in a directory of its own; see forks."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    common["ACCELERATE_USE_CPU"] = "true"
     args = [*args, "--output_dir", str(directory / "run")]
-    return [
-        server.start(args, directory / rank, prepare, common | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in map(str, range(processes))
-    ]
+    return [server.start(args, directory / env["RANK"], prepare, env) for env in forks.ranks(processes)]
 
 
 def errors(told):
@@ -148,7 +137,7 @@ def ended(small_arguments, forked, tmp_path_factory):
     )
     found = {1: base / "one", 2: base / "two"}
     runs = {
-        count: fork(forked, args, path, [["noted_run:note", {"directory": str(path)}]], count)
+        count: fork(forked, args, path, [FAST, ["noted_run:note", {"directory": str(path)}]], count)
         for count, path in found.items()
     }
     for count, path in found.items():
