@@ -169,6 +169,7 @@ def serve():
     sys.path[:0] = [str(HERE.parent), str(HERE)]
     import gc
 
+    import datasets
     from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, logging
 
     import detox_ppo  # noqa: F401
@@ -176,6 +177,7 @@ def serve():
     # What a first load imports and compiles is then done for all.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()  # what a run prints is then the same every time, but for its numbers
     tiny = HERE.parent / "checkpoints" / "tiny"
     AutoModelForSeq2SeqLM.from_pretrained(tiny / "base")
     AutoModelForSequenceClassification.from_pretrained(tiny / "classifier")
