@@ -22,8 +22,11 @@ import bisect
 import copy
 import dataclasses
 import difflib
+import functools
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -32,13 +35,15 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import field
 from decimal import Decimal
 from importlib.metadata import version
@@ -51,6 +56,14 @@ from packaging.version import Version
 for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items():
     if Version(version(package)) < Version(oldest):
         sys.exit(f"detox_ppo.py: error: {package} {version(package)} is older than {oldest}: pip install -U {package}")
+
+if sys.platform == "win32":
+    sys.exit("detox_ppo.py: error: Windows has not what a run's files, locks and signals need: use WSL or Docker")
+
+# Libraries keep caches and settings in the home directory, and some end if there is none.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
+    print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
 
 # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
 # this when torch first uses it.
@@ -73,6 +86,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
@@ -85,8 +99,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import selective_log_softmax
 
 SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
-FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "dataset_name")
+FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
+NO_BAR = False if "ipykernel" in sys.modules else None  # None: where nobody watches, which a notebook seems to be
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
+
+PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
 # Streams of random numbers. Every draw is a function of the seed, the stream and what it is for: evaluating more often
 # leaves the training unchanged, and a resumed run has no random state to restore.
@@ -180,6 +197,25 @@ def tell(text: str) -> None:
     tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
 
 
+class Told:
+    """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # what can't be shown is replaced; a line is out when it ends
+            stream.reconfigure(line_buffering=True, errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+
 @contextmanager
 def timed(seconds: dict[str, float], name: str):
     """Add the seconds that a block takes to seconds[name]."""
@@ -198,9 +234,23 @@ def plain_name(value: str | None) -> str | None:
     return value
 
 
+def plain_text(value):
+    """Texts as they are; of a path its text, of a Dataset that of a directory which holds it; None of an empty text.
+
+    A job or a shell variable that is not set gives an empty text.
+    """
+    if isinstance(value, datasets.Dataset):
+        directory = tempfile.mkdtemp(prefix="detox_ppo-")
+        value.save_to_disk(directory)
+        return directory
+    return str(value) if isinstance(value, Path) else None if value == "" else value
+
+
 def split_names(value):
     """Names in one text, such as "q v", or "['q', 'v']" as a SageMaker job writes a list, become a list."""
     texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and len(texts) == 1 and re.search(r"[*()|+?\\]", str(texts[0])):
+        return texts  # a regular expression
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return re.findall(r"[^][\s,'\"]+", " ".join(texts)) or None
     return value
@@ -211,14 +261,14 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+as_text = BeforeValidator(plain_text)
 PositiveInt, NaturalInt = Annotated[int, Field(ge=1, lt=2**31)], Annotated[int, Field(ge=0, lt=2**31)]
 Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
-PositiveOrNone, Share = Annotated[float | None, Field(gt=0)], Annotated[float, Field(ge=0, le=1)]
+PositiveOrNone, Share = Annotated[Positive | None, as_text], Annotated[float, Field(ge=0, le=1)]
 PartOfOne = Annotated[float, Field(gt=0, lt=1)]
-# A job or a shell variable that is not set gives an empty text.
-as_text = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else None if value == "" else value)
 Name = Annotated[str, as_text, AfterValidator(plain_name)]
 NameOrNone = Annotated[str | None, as_text, AfterValidator(plain_name)]
+Text = Annotated[str, as_text]
 Names = Annotated[list[str] | None, BeforeValidator(split_names)]
 
 
@@ -237,10 +287,22 @@ class DetoxConfig:
         "facebook/roberta-hate-speech-dynabench-r4-target",
         "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
     )
-    reward_label: Name = option("nothate", "Label whose raw logit is the score to raise, by name.")
+    reward_label: NameOrNone = option("nothate", "Label whose raw logit is the score. None: minus toxic_label's.")
     toxic_label: Name = option("hate", "Label whose probability is the toxicity that is reported, by name.")
+    judge_model_name: NameOrNone = option(None, "Classifier that only judges the result: hub id or directory.")
+    judge_label: Name = option("toxic", "Label of the judge whose probability is its toxicity, by name.")
     # data
-    dataset_name: Name = option("knkarthick/dialogsum", "Dialogues: hub id, csv/jsonl file, or a directory with one.")
+    dataset_name: Name = option(
+        "knkarthick/dialogsum",
+        "Dialogues: hub id (name@revision), directory with a train file, or file: csv, tsv, json, jsonl, parquet.",
+    )
+    dataset_config_name: NameOrNone = option(None, "Configuration of a dataset of the hub that has several.")
+    eval_dataset_name: NameOrNone = option(
+        None, "Rows to evaluate on, all lengths. None: a directory's test file, or the end of the training rows."
+    )
+    dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
+    summary_column: Name = option("summary", "Column with the human summaries, for tuning and ROUGE.")
+    prompt: Text = option(PROMPT, "What the model is asked, with {dialogue} where that goes.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
     input_max_text_length: PositiveInt = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
     test_size: PartOfOne = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
@@ -291,6 +353,7 @@ class DetoxConfig:
     resume: bool = option(False, "Go on from the newest whole checkpoint of a run that was stopped.")
     logging_steps: PositiveInt = option(1, "PPO steps from one printed line to the next. metrics.jsonl has them all.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker that shows the steps.")
+    hub_model_id: NameOrNone = option(None, "Repository of the hub that adapter and card go to at the end.")
     dynamodb_table: NameOrNone = option(None, "DynamoDB table that comparison.csv goes to at the end, by awswrangler.")
 
     def __post_init__(self):
@@ -299,6 +362,13 @@ class DetoxConfig:
             raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
         if self.toxic_label == self.reward_label:
             raise UserError(f"--toxic_label is {self.toxic_label!r}: it should be another label than reward_label's")
+        if self.prompt.count("{dialogue}") != 1:
+            raise UserError(f"--prompt {self.prompt!r}: it should hold {{dialogue}} once")
+        inner = Path(self.adapter_name or "nowhere") / "adapter" / "adapter_config.json"
+        if self.adapter_name and inner.exists() and not (inner.parents[1] / inner.name).exists():
+            self.adapter_name = str(inner.parent)  # a run's output_dir was meant
+        if self.judge_model_name == self.reward_model_name:
+            raise UserError(f"--judge_model_name {self.judge_model_name}: PPO is paid by it; name another classifier")
         for kind in ("input_{}_text_length", "output_{}_length"):
             low, high = kind.format("min"), kind.format("max")
             if getattr(self, low) >= getattr(self, high):
@@ -308,14 +378,40 @@ class DetoxConfig:
             if size and total % size:
                 raise UserError(f"--{whole} {total} is not a multiple of --{part} {size}")
 
+    @property
+    def evaluates_only(self) -> bool:
+        return self.max_ppo_steps == self.sft_steps == 0
+
 
 OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
-# What a resumed run may change; another difference would make it another run.
+# What a resumed run may change, another difference would make it another run; models and data have their contents
+# compared instead of their names.
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
-    report_to dynamodb_table gradient_checkpointing""".split()
+    report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
+MAY_CHANGE += FROM_HUB
 # The headings of --help, by the first option under each.
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
+
+
+# What the Trainer and TRL call it.
+ALIASES = {
+    "max_steps": "max_ppo_steps",
+    "per_device_train_batch_size": "batch_size",
+    "num_mini_batches": "mini_batch_size",
+    "num_ppo_epochs": "ppo_epochs",
+    "beta": "init_kl_coef",
+    "kl_coef": "init_kl_coef",
+    "max_completion_length": "output_max_length",
+    "response_length": "output_max_length",
+    "model_name_or_path": "model_name",
+    "reward_model_path": "reward_model_name",
+    "resume_from_checkpoint": "resume",
+    "bf16": "dtype",
+    "train_file": "dataset_name",
+    "validation_file": "eval_dataset_name",
+    "push_to_hub": "hub_model_id",
+}
 
 
 class OptionParser(trl.TrlParser):
@@ -326,6 +422,8 @@ class OptionParser(trl.TrlParser):
     def add_argument(self, *flags, **kwargs):
         if title := HEADINGS.get(flags[0].removeprefix("--")):
             self.heading = self.add_argument_group(title)
+        if kind := kwargs.get("type"):  # an empty text is not given, or one that the option's own type refuses
+            kwargs["type"] = functools.wraps(kind)(lambda text: kind(text) if text else text)
         return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
 
     def error(self, message):
@@ -348,16 +446,24 @@ def read_options(path: str) -> dict:
 
 
 def unknown_option(given: str) -> str:
-    """The complaint about what is no option, with the option that is most like it."""
-    close = difflib.get_close_matches(given.split("=")[0].strip("-").replace("-", "_"), OPTIONS, n=1)
+    """The complaint about what is no option, with the option that is meant or most like it."""
+    name = given.split("=")[0].strip("-").replace("-", "_")
+    close = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, OPTIONS, n=1)
+    if given.endswith((".yaml", ".yml")):
+        close = ["config " + given]
     hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"
     return f"unknown option: {given} ({hint})"
 
 
 def options_of_the_job() -> dict:
     """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
-    places = {"dataset_name": "SM_CHANNEL_TRAINING", "output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
+    places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
     options = {name: os.environ[variable] for name, variable in places.items() if variable in os.environ}
+    channels = [name for name in sorted(os.environ) if name.startswith("SM_CHANNEL_")]
+    if channels and channels not in (["SM_CHANNEL_TRAIN"], ["SM_CHANNEL_TRAINING"]):
+        raise UserError(f"{', '.join(channels)}: a job has one channel here, train or training, with the dialogues")
+    if channels:
+        options["dataset_name"] = os.environ[channels[0]]
     if "model_dir" in options:
         synced = SAGEMAKER / "checkpoints"
         options |= {"resume": True, "checkpoint_dir": str(synced) if synced.is_dir() else None}
@@ -416,75 +522,144 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
 # --- Data: dialogues to prompts --------------------------------------------------------------------------------------
 
 
-def hub_commit(name: str, option_name: str) -> str | None:
-    """Ask the hub for the commit of a repository, before anything is loaded; None for local files.
+def contents_of(name: str, option_name: str) -> str | None:
+    """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
 
-    Without this question an unreachable hub would show as half a minute of retries for each thing that is loaded.
+    The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
     """
-    if os.path.exists(name):
-        return None
-    repo_type = "dataset" if option_name == "dataset_name" else "model"
+    repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
+    if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
+        raise UserError(f"--{option_name} {name}: no such file or directory")
     with loading(name, option_name):
+        if os.path.exists(name):
+            files = [file for file in Path(name).rglob("[!.]*") if file.is_file() and repo_type == "model"]
+            told = [
+                f"{file.relative_to(name)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(files)
+            ]
+            return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else None
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            return HfApi().repo_info(name, repo_type=repo_type, timeout=10).sha
-        return Path(huggingface_hub.snapshot_download(name, repo_type=repo_type)).name  # what was downloaded before
+            name, _, revision = name.partition("@")
+            found = HfApi().repo_info(name, repo_type=repo_type, revision=revision or None, timeout=10)
+            # Where a hub answers questions but sends no file, the libraries wait for many minutes.
+            url = huggingface_hub.hf_hub_url(
+                name, found.siblings[0].rfilename, repo_type=repo_type, revision=found.sha
+            )
+            huggingface_hub.get_hf_file_metadata(url, timeout=10)
+            return found.sha
+        revision = name.partition("@")[2] or None
+        found = huggingface_hub.snapshot_download(name.partition("@")[0], repo_type=repo_type, revision=revision)
+        return Path(found).name  # what was downloaded before
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a csv or jsonl file, every value as it stands there; what is broken is named by its line."""
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
+
+
+def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
+    """Read a file of rows, every value as it stands there; what is broken is named by its line.
+
+    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon and tab which its header has
+    most of.
+    """
+    kind, content = TABLE.search(path.name)[1].lower(), path.read_bytes()
+    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    if kind == "parquet":
+        return pd.read_parquet(io.BytesIO(content))
+    text = content.decode("utf-8-sig", "surrogateescape")
     if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
         line = text[: broken.start()].count("\n") + 1
         raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
-    if path.suffix == ".csv":
+    if kind == "txt":
+        return pd.DataFrame({column: [text.strip()]})
+    if kind in ("csv", "tsv"):
+        separator = max(",;\t", key=text.partition("\n")[0].count)
         try:
             # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-            table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
+            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
         except pd.errors.ParserError as error:
             raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
         return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # pandas' reader doesn't say which line is broken
+    as_list = text.lstrip().startswith("[")
+    for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
         try:
-            rows += [{**json.loads(line)}] if line.strip() else []
+            found = json.loads(line) if line.strip() else []
+            rows += [{**row} for row in (found if isinstance(found, list) else [found])]
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"line {number} is not a JSON object with dialogue and summary: {error}") from error
+            where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
+            raise ValueError(f"{where} with dialogue and summary: {error}") from error
     return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
 
 
-def load_dialogues(name: str) -> datasets.Dataset:
-    """Load the training rows from the hub, a csv or jsonl file, or a directory with one that is named train* or alone.
+def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
+    """One split of a dataset, None if it has no such; a file is any split."""
+    path, found = Path(name), None
+    if not os.path.exists(name):
+        name, _, revision = name.partition("@")
+        found = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
+    elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(name)
+    if found is not None:
+        found = (found if isinstance(found, dict) else {"train": found}).get(split)
+        return None if found is None else found.to_pandas()
+    known = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
+    files = [file for file in known if file.name.lower().startswith(split)]
+    if not path.is_dir() or (split == "train" and len(known) == 1):
+        files = known
+    if len(files) > 1 or (not files and split == "train"):
+        seen = ", ".join(file.name for file in known) or "none"
+        expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
+        raise ValueError(f"{expected}, found {seen}")
+    with loading(str(files[0]) if files else name, option_name):
+        return read_table(files[0], config.dialogue_column) if files else None
 
-    Returns row (index in the file), dialogue and summary. A UserError names the file or repository, and the column or
-    the row that is not as expected.
+
+def load_dialogues(
+    name: str, config: DetoxConfig | None = None, option_name: str = "dataset_name", split: str = "train"
+) -> datasets.Dataset | None:
+    """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
+
+    Returns row (index in the file), dialogue and summary ("" where there is no such column and nothing needs it), or
+    None where a directory has no such split. Rows with an empty one are left out; a UserError names the file, and the
+    column or the row that is not as expected.
     """
-    local = os.path.exists(name)
-    files = sorted(Path(name).iterdir()) if os.path.isdir(name) else [Path(name)]
-    files = [file for file in files if file.suffix in (".csv", ".jsonl")]
-    files = [file for file in files if file.name.startswith("train")] or files
-    if local and len(files) != 1:
-        seen = ", ".join(file.name for file in files) or "none"
-        expected = "expected a .csv or .jsonl file, or a directory with one train.csv or train.jsonl"
-        raise UserError(f"--dataset_name {name}: {expected}, found {seen}")
-    with loading(str(files[0]) if local else name, "dataset_name"):
-        table = read_table(files[0]) if local else datasets.load_dataset(name, split="train").to_pandas()
-        columns = list(map(str, table.columns))
-        for column in ("dialogue", "summary"):
+    config = config or DetoxConfig()
+    with loading(name, option_name):
+        table = split_of(name, split, config, option_name)
+        if table is None and split == "train":
+            raise ValueError("it has no split train")
+        if table is None:
+            return None
+        columns, texts = list(map(str, table.columns)), {}
+        for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
+            if key == "summary" and column not in columns and not config.sft_steps:
+                print(f"data: {name} has no column {column!r}: no ROUGE")
+                texts[key] = [None] * len(table)
+                continue
             if columns.count(column) != 1:
                 what = "more than one" if column in columns else "no"
-                raise ValueError(f"{what} column {column!r}, found {one_line(', '.join(columns)) or 'none'}")
-            for row, text in enumerate(table[column].fillna(""), start=1):
-                if not isinstance(text, str) or not text:
-                    what = f"of type {type(text).__name__}" if text != "" else "empty"
-                    raise ValueError(f"row {row}: column {column!r} is {what}; expected text")
+                found = one_line(", ".join(columns)) or "none"
+                raise ValueError(f"{what} column {column!r}, found {found}. Name it with --{key}_column")
+            texts[key] = table[column].fillna("").tolist()
+            for row, text in enumerate(texts[key], start=1):
+                if not isinstance(text, str):
+                    raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text")
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
-    texts = {column: table[column].tolist() for column in ("dialogue", "summary")}
-    return datasets.Dataset.from_dict({"row": range(len(table)), **texts})
+        rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
+        empty = [row + 1 for row, *pair in rows if "" in pair]
+        if empty:
+            told = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
+            if len(empty) > len(rows) / 10:
+                raise ValueError(told)
+            print(f"data: {name}: {told}: left out")
+        if len(empty) == len(rows):
+            raise ValueError("there is no row in it")
+    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if row + 1 not in set(empty)]
+    return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
 
 
-def build_prompt(dialogue: str) -> str:
-    return f"\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
+def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
+    return prompt.replace("{dialogue}", dialogue)
 
 
 def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
@@ -501,34 +676,48 @@ def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
     ]
 
 
-def build_dataset(rows: datasets.Dataset, tokenizer, config: DetoxConfig) -> datasets.DatasetDict:
+def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
     """Filter by length, build and tokenize the prompts, and split in file order.
 
-    Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids; with eval_every also
-    `selection`, from the end of the training rows: the adapter is chosen by other rows than it is judged by.
+    rows are load_dialogues', or None where nothing is trained; evaluated are those to evaluate on, of all lengths, if
+    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids;
+    with eval_every also `selection`, from the end of the training rows: the adapter is chosen by other rows than it is
+    judged by.
     """
+
+    def prompts(dialogues):
+        queries = [build_prompt(dialogue, config.prompt) for dialogue in dialogues]
+        return {"query": queries, "input_ids": token_ids(tokenizer, queries)}
+
+    how = {"input_columns": "dialogue", "batched": True, "desc": "Tokenizing"}
+    splits = datasets.DatasetDict()
+    if evaluated is not None:
+        splits["test"] = evaluated.map(prompts, **how)
+        print(f"data: {len(evaluated):,} rows to evaluate on")
+    if rows is None:
+        splits["train"] = splits["test"].select([])
+        return splits
     shortest, longest = config.input_min_text_length, config.input_max_text_length
     kept = rows.filter(lambda text: shortest < len(text) <= longest, input_columns="dialogue", desc="Filtering")
     counts = f"{len(rows):,} rows, {len(kept):,} with {shortest} < characters of dialogue <= {longest}"
     print(f"data: {counts}")
-    if len(kept) - math.ceil(config.test_size * len(kept)) < 1:
+    if len(kept) - (math.ceil(config.test_size * len(kept)) if evaluated is None else 0) < 1:
         ways = "Mind input_min_text_length, input_max_text_length and test_size"
         raise UserError(f"--dataset_name {config.dataset_name}: none is left to train on of {counts}. {ways}.")
-
-    def prompts(dialogues):
-        queries = [build_prompt(dialogue) for dialogue in dialogues]
-        return {"query": queries, "input_ids": token_ids(tokenizer, queries)}
-
-    kept = kept.map(prompts, input_columns="dialogue", batched=True, desc="Tokenizing")
-    splits = kept.train_test_split(test_size=config.test_size, shuffle=False)
-    print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
+    kept = kept.map(prompts, **how)
+    if evaluated is None:
+        splits = kept.train_test_split(test_size=config.test_size, shuffle=False)
+        print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
+    else:
+        splits["train"] = kept
     if config.eval_every:
-        evaluated = config.eval_samples if config.eval_samples > 0 else len(splits["test"])
-        aside = max(1, min(evaluated, len(splits["train"]) // 10))
+        count = config.eval_samples if config.eval_samples > 0 else len(splits["test"])
+        aside = max(1, min(count, len(splits["train"]) // 10))
         parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
         splits["train"], splits["selection"] = parts["train"], parts["test"]
         print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
-    taken = {"eval_samples": "test", "batch_size": "train"} | ({"sft_batch_size": "train"} if config.sft_steps else {})
+    taken = {"batch_size": "train"} | ({"sft_batch_size": "train"} if config.sft_steps else {})
+    taken |= {"eval_samples": "test"} if evaluated is None else {}
     for name, split in taken.items():
         if len(splits[split]) < getattr(config, name):
             raise UserError(f"--{name} {getattr(config, name)} is more than the {len(splits[split])} {split} rows")
@@ -755,12 +944,25 @@ def load_model(kind, name: str, device: torch.device, **kwargs):
     # leaves the choice to transformers, which knows the models that have no fused one.
     kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
     model, found = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+    if hasattr(model, "peft_config"):  # transformers loads it unasked
+        raise ValueError(
+            "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
+        )
     wrong = [f"{key[0]} has another shape" for key in found["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in found["missing_keys"]]
     wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
     return model
+
+
+def positions_of(model) -> float:
+    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # a RoBERTa counts from there
+    return positions if positions > 0 else math.inf  # an XLNet's -1
 
 
 def load_tokenizer(name: str, model, *needed: str):
@@ -789,15 +991,18 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only."""
     lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
-    # The reference shares the base: biases, whole layers and PiSSA's start would change it too.
+    # The reference shares the base: biases, whole layers and a start such as PiSSA's would change it too.
     plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
-    for key, known in (plain | {"init_lora_weights": [True, False, "gaussian"]}).items():
+    starts = [True, False, "gaussian", "eva", "orthogonal"]
+    for key, known in (plain | {"init_lora_weights": starts}).items():
         if (value := getattr(lora, key)) not in known:
             raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
     if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{wrong[0]} is not finite")
-    # PEFT falls back to the hub for an adapter's base unless told which it is.
-    lora.base_model_name_or_path, lora.inference_mode = base_name, False
+    if Path(was := lora.base_model_name_or_path or base_name).name != Path(base_name).name:
+        print(f"warning: --adapter_name {name} was trained on {was}, not on {base_name}")
+    # PEFT falls back to the hub for an adapter's base unless told which it is. Its weights replace any start.
+    lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
     try:
         model = peft.get_peft_model(base, lora)
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
@@ -806,24 +1011,30 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
         peft.set_peft_model_state_dict(model, weights)
     except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
         raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
-    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)")
+    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)", end="")
     return model
 
 
 def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     if config.lora_r > (size := base.config.hidden_size):
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
+    targets = config.lora_target_modules
+    if targets and len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+        targets = targets[0]  # PEFT's "all-linear", or a regular expression
     lora = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_2_SEQ_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        target_modules=targets,
         base_model_name_or_path=config.model_name,
     )
     with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
-    print("adapter: a new LoRA, which starts as the identity")
+        found = {name.split(".")[-1] for name in model.targeted_module_names}
+        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in found]):
+            raise ValueError(f"{unknown[0]} is no layer of the model")
+    print("adapter: a new LoRA, which starts as the identity", end="")
     return model
 
 
@@ -852,6 +1063,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
             model = load_adapter(base, config.adapter_name, name)
     else:
         model = new_adapter(base, config)
+    layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
+    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
     model.add_adapter("reference", model.peft_config["default"])
     copy_to_reference(model)
     model.set_adapter("default")
@@ -859,9 +1072,15 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
-    with loading(name, "model_name"), torch.no_grad():  # does a model of this family make its logits as others do?
+    with loading(name, "model_name"):  # does a model of this family make its logits as others do?
         end = torch.tensor([[special.eos_token_id]], device=device)
-        policy(Responses([[special.eos_token_id]], end, torch.ones_like(end[0])))
+        logprobs, values = policy(Responses([[special.eos_token_id]], end, torch.ones_like(end[0])))
+        (logprobs + values).sum().backward()
+    if idle := [
+        name for name, parameter in policy.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]:
+        raise UserError(f"--lora_target_modules: {idle[0]} would learn nothing: no step of the model uses it")
+    policy.zero_grad()
     return policy, tokenizer
 
 
@@ -872,6 +1091,8 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
     """
     base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
+    with suppress(OSError, ValueError):  # a container's limit, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
@@ -904,29 +1125,49 @@ def print_parameters(policy: Policy) -> None:
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
 
 
+# What labels of texts that harm nobody are called; of several that may hold together, no other can be the reward.
+HARMLESS = re.compile(r"no(t|n|$|[\W_])|neutral|normal|harmless|safe|clean|ok|acceptable|benign|civil", re.IGNORECASE)
+
+
 class HateClassifier:
-    """The hate-speech classifier; gives raw logits of plain text.
+    """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
 
     It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits.
     """
 
-    def __init__(self, config: DetoxConfig, device: torch.device):
-        name = config.reward_model_name
-        with loading(name, "reward_model_name"):
+    def __init__(self, config: DetoxConfig, device: torch.device, judge: bool = False):
+        name_option = "judge_model_name" if judge else "reward_model_name"
+        name = getattr(config, name_option)
+        with loading(name, name_option):
             self.model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
             self.model.to(device).eval().requires_grad_(False)
             self.tokenizer = load_tokenizer(name, self.model, "pad_token")
-            # RoBERTa numbers its positions from pad_token_id + 1, so it takes fewer tokens than it has positions.
-            positions = self.model.config.max_position_embeddings - self.model.config.pad_token_id - 1
-            self.max_length = min(self.tokenizer.model_max_length, positions)
+            settings = self.model.config
+            settings.pad_token_id = self.tokenizer.pad_token_id  # a GPT-2's finds the end of a text by it
+            if settings.problem_type == "regression":
+                raise ValueError("it is a regression, which gives no probability of a label")
+            # Relative positions have no end, but a text's attention has to fit into memory.
+            self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
             if self.max_length < 16:
                 raise ValueError(f"it reads {self.max_length} tokens, which is no text")
         use_fast_layers(self.model)
-        self.labels = [str(self.model.config.id2label.get(i)) for i in range(self.model.config.num_labels)]
-        for option_name in ("reward_label", "toxic_label"):
-            if (label := getattr(config, option_name)) not in self.labels:
-                raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {', '.join(self.labels)}")
-        self.reward_index = self.labels.index(config.reward_label)
+        self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
+        # As transformers' text-classification pipeline reads them: does one label hold of a text, or each for itself?
+        self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
+        self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
+        self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
+        if self.reward_index is not None and not self.exclusive and not HARMLESS.match(config.reward_label):
+            way = "Without one that means harmless, --reward_label None pays minus the logit of toxic_label"
+            raise UserError(f"--reward_label {config.reward_label!r} may be paid together with toxic ones. {way}.")
+
+    def index_of(self, option_name: str, config: DetoxConfig) -> int:
+        label, way = getattr(config, option_name), ""
+        if label not in self.labels:
+            if option_name == "reward_label":
+                way = "; None pays minus the logit of toxic_label"
+            known = ", ".join(self.labels)
+            raise UserError(f"--{option_name} {label!r} is no label of {self.model.name_or_path}: it has {known}{way}")
+        return self.labels.index(label)
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
@@ -954,13 +1195,18 @@ class HateClassifier:
             logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
         return logits
 
-    def toxicity(self, logits: torch.Tensor, toxic_label: str) -> list[float]:
+    def toxicity(self, logits: torch.Tensor, toxic_label: str | None = None) -> list[float]:
         """Probabilities of the toxic label from logits (texts, labels)."""
-        return torch.softmax(logits.double(), dim=-1)[:, self.labels.index(toxic_label)].tolist()
+        index = self.toxic_index if toxic_label is None else self.labels.index(toxic_label)
+        probabilities = logits.double().softmax(dim=-1) if self.exclusive else logits.double().sigmoid()
+        return probabilities[:, index].tolist()
+
+    def score(self, logits: torch.Tensor) -> torch.Tensor:
+        """What PPO raises, (texts,): the raw logit of the reward label, or minus that of the toxic one."""
+        return -logits[:, self.toxic_index] if self.reward_index is None else logits[:, self.reward_index]
 
     def scores(self, texts: list[str]) -> torch.Tensor:
-        """The score of each text, (texts,): the raw logit of the reward label."""
-        return self.logits(texts)[:, self.reward_index]
+        return self.score(self.logits(texts))
 
 
 class Toxicity(evaluate.Measurement):
@@ -991,11 +1237,11 @@ class Toxicity(evaluate.Measurement):
 def print_examples(classifier: HateClassifier) -> None:
     """Score the two English sentences of the published notebooks, as a check that a reader can make by eye."""
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
-        logits = classifier.logits([text])[0]
-        probabilities = ", ".join(f"{p:.6f}" for p in logits.softmax(dim=-1).tolist())
-        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits.tolist())}]', end=" ")
+        logits = classifier.logits([text])
+        probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
+        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
         print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
-        print(f", reward {logits[classifier.reward_index]:.4f}")
+        print(f", reward {classifier.score(logits).item():.4f}")
 
 
 # --- Rollout: responses, and what the policy, the reference and the classifier say of them ---------------------------
@@ -1015,16 +1261,17 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_responses(policy: Policy, prompts: list[list[int]], generators: list, caps: tuple[int, int]) -> Responses:
-    """Sample a response to each prompt, in one batch.
+def generate(policy: Policy, prompts: list[list[int]], generators: list | None, caps: tuple[int, int]) -> Responses:
+    """A response to each prompt, in one batch: sampled, or greedy without generators.
 
     Each row draws its cap (uniform from caps, inclusive) and its tokens from its own generator, so a response
-    does not depend on who shares the batch.
+    does not depend on who shares the batch. A greedy response takes the likeliest token, up to the greater cap.
     """
     special, device, count = policy.base.config, policy.device, len(prompts)
-    limits = torch.tensor([int(generator.integers(*caps, endpoint=True)) for generator in generators], device=device)
-    width = int(limits.max())
-    uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
+    limits = [int(generator.integers(*caps, endpoint=True)) for generator in generators or []] or [caps[1]] * count
+    width, limits = max(limits), torch.tensor(limits, device=device)
+    if generators:
+        uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
     attention_mask, encoder_states = policy.pad(prompts)[1], policy.encode(prompts)  # (B, S), (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     tokens = torch.full((count, padded_width(limits)), special.pad_token_id, device=device)  # (B, T)
@@ -1034,7 +1281,7 @@ def sample_responses(policy: Policy, prompts: list[list[int]], generators: list,
     last = torch.full((count, 1), special.decoder_start_token_id, device=device)
     for position in range(width):
         logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
-        drawn = sample_tokens(logits.float(), uniforms[rows, position])  # (D,)
+        drawn = sample_tokens(logits.float(), uniforms[rows, position]) if generators else logits.argmax(-1)  # (D,)
         tokens[rows, position] = torch.where(running[rows], drawn, special.pad_token_id)
         lengths += running
         finished |= running & (tokens[:, position] == special.eos_token_id)
@@ -1080,7 +1327,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
         caps = (config.output_min_length, config.output_max_length)
-        responses = sample_responses(policy, [prompts[i] for i in rows], generators, caps)
+        responses = generate(policy, [prompts[i] for i in rows], generators, caps)
         texts = plain_texts(tokenizer, responses)
     with timed(seconds, "time/logprobs"):
         logprobs, values = policy.score(responses)
@@ -1345,87 +1592,120 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
 
 
 def evaluate_policy(
-    policy: Policy, tokenizer, classifier: HateClassifier, rows, config: DetoxConfig, desc: str = "evaluating"
+    policy: Policy, tokenizer, classifier: HateClassifier, rows, config: DetoxConfig, desc="evaluating", greedy=False
 ) -> pd.DataFrame:
-    """Sample a summary of each row's dialogue with the active adapter, and score it; in every process all rows.
+    """Summarize each row's dialogue with the active adapter, sampled or greedily, and score it; in every process all.
 
     Returns:
-        a line a row, in their order: response, length (tokens), finished (it ended before its cap), kl (nats, to the
-        reference), reward (its score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone).
+        a line a row, in their order: response, length (tokens), finished (it ended before its cap), reward (its
+        score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and, of what was sampled, kl
+        (nats, to the reference).
     """
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     mine, found = share(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
-    with tqdm(total=len(mine), desc=desc, unit="summary", disable=None) as bar:
-        for start in range(0, len(mine), config.batch_size):
-            batch = mine[start : start + config.batch_size]
-            generators = [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
-            responses = sample_responses(policy, [prompts[i] for i in batch], generators, caps)
-            logprobs, _ = policy.score(responses)
-            responses.encoder_states = None  # the reference has its own
-            with policy.as_adapter("reference"):
-                kl = (logprobs - policy.score(responses)[0]).sum(dim=1)
+    size = max(config.batch_size, 2**14 // policy.base.config.hidden_size)  # small models gain by more at once
+    with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
+        for start in range(0, len(mine), size):
+            batch, columns = mine[start : start + size], {}
+            generators = None if greedy else [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
+            responses = generate(policy, [prompts[i] for i in batch], generators, caps)
+            if not greedy:
+                logprobs, _ = policy.score(responses)
+                responses.encoder_states = None  # the reference has its own
+                with policy.as_adapter("reference"):
+                    columns["kl"] = (logprobs - policy.score(responses)[0]).sum(dim=1).tolist()
             texts = plain_texts(tokenizer, responses)
             joined = [classifier.join(dialogues[i], text) for i, text in zip(batch, texts, strict=True)]
             logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
             scored = logits if config.score_text == "query_response" else summary_logits
-            columns = {
+            columns |= {
                 "response": texts,
                 "length": responses.lengths.tolist(),
                 "finished": responses.finished.tolist(),
-                "kl": kl.tolist(),
-                "reward": scored[:, classifier.reward_index].tolist(),
-                "toxicity": classifier.toxicity(logits, config.toxic_label),
-                "summary_toxicity": classifier.toxicity(summary_logits, config.toxic_label),
+                "reward": classifier.score(scored).tolist(),
+                "toxicity": classifier.toxicity(logits),
+                "summary_toxicity": classifier.toxicity(summary_logits),
             }
             found.append(pd.DataFrame(columns, index=batch))
             bar.update(len(batch))
     table = pd.concat([part for parts in gather_object([found]) for part in parts]).sort_index()
     for column, what in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
-        if not np.isfinite(table[column]).all():
+        if column in table and not np.isfinite(table[column]).all():
             way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
             raise UserError(f"{what}: the logits are not finite numbers. {way}.")
     return table
 
 
+def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torch.device) -> None:
+    """Add the column judge_toxicity, what the judge says of each response alone. It is in memory only meanwhile."""
+    if config.judge_model_name:
+        judge = HateClassifier(config, device, judge=True)
+        for table in tables.values():
+            table["judge_toxicity"] = judge.toxicity(judge.logits(list(table["response"])))
+
+
 def measure_human(classifier: HateClassifier, rows, config: DetoxConfig) -> pd.DataFrame:
-    """Toxicity of each row's dialogue + human summary, of the human summary alone, and of the dialogue alone."""
+    """Toxicity of each row's dialogue + human summary (response), of either alone, and what the judge says of it."""
     joined = [classifier.join(*pair) for pair in zip(rows["dialogue"], rows["summary"], strict=True)]
     texts = {"toxicity": joined, "summary_toxicity": rows["summary"], "dialogue_toxicity": rows["dialogue"]}
     measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
-    return pd.DataFrame({key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()})
+    found = {key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()}
+    table = pd.DataFrame({"response": list(rows["summary"])} | found)
+    add_judge({"human": table}, config, classifier.model.device)
+    return table
 
 
 def print_means(what: str, table: pd.DataFrame) -> None:
-    for key in ("toxicity", "summary_toxicity"):
-        print(f"{key.replace('_', ' ')} [mean, std] {what}: [{table[key].mean():.4f}, {table[key].std(ddof=0):.4f}]")
+    if not any(table["response"]):  # there are no human summaries
+        return
+    for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
+        if key in table:
+            mean, std = table[key].mean(), table[key].std(ddof=0)
+            print(f"{key.replace('_', ' ')} [mean, std] {what}: [{mean:.4f}, {std:.4f}]")
+
+
+def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
+    """evaluate_policy's tables by decoding, sampled and greedy, with the judge's column; prints their means."""
+    tables = {}
+    for name in ("sampled", "greedy"):
+        how = {"desc": f"{when}, {name}", "greedy": name == "greedy"}
+        tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, **how)
+    add_judge(tables, config, policy.device)
+    for name, table in tables.items():
+        print_means(("before tuning" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
+    return tables
+
+
+TOXIC, NOISE = 0.5, 0.01  # a text is toxic from this probability on; a smaller change of it counts as none
 
 
 def mean_and_std(values) -> dict:
-    """Mean, standard deviation (uncorrected, as the notebooks print it) and n of a list of numbers."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values)}
+    """Mean, standard deviation (uncorrected, as the notebooks print it), n, and the share above TOXIC."""
+    toxic = float(np.mean(np.asarray(values) > TOXIC))
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values), "share": toxic}
 
 
 def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
     """Compare the same prompts before and after.
 
-    Returns before and after {mean, std, n}; reduction_percent {mean, std} (positive: fell; None where before is 0);
-    paired_difference {mean, ci_low, ci_high, p_value} of after - before: a 95% percentile bootstrap interval (Efron,
-    1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935); verdict {change, better, worse,
-    detectable}: in words, the shares of prompts that fell and rose, and the smallest mean change that this many
-    prompts would show with 80% power at the 5% level (Cohen, 1988).
+    Returns before and after {mean, std, n, share (above TOXIC)}; reduction_percent {mean, std} (positive: fell; None
+    where before is 0); paired_difference {mean, ci_low, ci_high, p_value} of after - before: a 95% percentile
+    bootstrap interval (Efron, 1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935); verdict
+    {change, better, worse, detectable}: in words, the shares of prompts that fell and rose by NOISE at least, and the
+    smallest mean change that this many prompts would show with 80% power at the 5% level (Cohen, 1988).
     """
     before, after = np.asarray(before), np.asarray(after)
     difference, count = after - before, len(before)
     generator = random_stream(seed, STATISTICS)
-    means, extreme = [], 0
-    for _ in range(resamples):
-        means.append(difference[generator.integers(count, size=count)].mean())
-        flipped = (difference * generator.choice((-1, 1), size=count)).mean()
-        # The tolerance counts a flip that reproduces the data, whatever the order of summation did.
-        extreme += abs(flipped) >= abs(difference.mean()) - 1e-12
+    means, flipped = [], []
+    for _ in range(0, resamples, 10):  # ten at a time: a call for each takes longer, and all at once much memory
+        means.extend(difference[generator.integers(count, size=(10, count))].mean(axis=1))
+        flipped.extend((difference * (2 * generator.integers(2, size=(10, count)) - 1)).mean(axis=1))
+    # The tolerance counts a flip that reproduces the data, whatever the order of summation did.
+    extreme = np.sum(np.abs(flipped) >= abs(difference.mean()) - 1e-12)
     low, high = map(float, np.percentile(means, [2.5, 97.5]))
-    p_value = float((extreme + 1) / (resamples + 1))
+    p_value = float((extreme + 1) / (len(flipped) + 1))
     change = "no detectable change"
     if p_value < 0.05 and (low > 0 or high < 0):
         change = "less toxic" if high < 0 else "more toxic"
@@ -1441,8 +1721,8 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
         "paired_difference": paired,
         "verdict": {
             "change": change,
-            "better": float((difference < 0).mean()),
-            "worse": float((difference > 0).mean()),
+            "better": float((difference <= -NOISE).mean()),
+            "worse": float((difference >= NOISE).mean()),
             "detectable": float((1.960 + 0.842) * difference.std(ddof=1) / count**0.5) if count > 1 else None,
         },
     }
@@ -1451,23 +1731,23 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
 def summary_quality(found: pd.DataFrame, summaries: list[str]) -> dict[str, float]:
     """What toxicity can't see of an evaluation's summaries: are they still summaries?
 
-    Returns ROUGE-1, -2 and -L F-measures against the human summaries (means, 0 to 1, stemmed); distinct_2, the share
-    of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the mean share of triples of
-    words that a summary has said before; the shares of empty and of unfinished (no end token) summaries; kl, to the
-    reference in nats a summary.
+    Returns ROUGE-1, -2 and -L F-measures against the human summaries, if there are any (means, 0 to 1, stemmed);
+    distinct_2, the share of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the
+    mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
+    summaries; of what was sampled kl, to the reference in nats a summary.
     """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(*pair) for pair in zip(summaries, found["response"], strict=True)]
+    scores = [scorer.score(*pair) for pair in zip(summaries, found["response"], strict=True)] if any(summaries) else []
     words = [text.lower().split() for text in found["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
     return {
-        **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scorer.rouge_types},
+        **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scores and scorer.rouge_types},
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
         "empty": float(np.mean([not text for text in words])),
         "unfinished": float(1 - np.mean(found["finished"])),
-        "kl": float(np.mean(found["kl"])),
+        **({"kl": float(np.mean(found["kl"]))} if "kl" in found else {}),
     }
 
 
@@ -1475,7 +1755,7 @@ def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
     """What got worse in the summaries, in words, from two results of summary_quality; empty if they are still good."""
     found = []
     for name, what, least in (("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5)):
-        if after[name] < least * before[name]:
+        if name in before and after[name] < least * before[name]:
             found.append(f"{what} fell from {before[name]:.3f} to {after[name]:.3f}")
     for name, what in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
         if after[name] > before[name] + 0.1:
@@ -1490,86 +1770,164 @@ UNMEASURED = ("config", "environment", "warnings", "timings")  # parts of result
 NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
 
 
-def build_results(evaluations: dict[str, pd.DataFrame], human: pd.DataFrame, rows, state, config: DetoxConfig) -> dict:
+def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, config: DetoxConfig) -> dict:
     """The measured blocks of results.json, and the warnings.
 
-    evaluations are evaluate_policy's of the rows, by when: "base" (with tuning), "before" and "after"; human is
-    measure_human's.
+    tables are evaluate_policy's of the rows, by when ("base" with tuning, "before", "after") and decoding ("sampled",
+    "greedy"); human is measure_human's.
     """
     summaries, history = list(rows["summary"]), state.history
-    keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > 0.5
+    keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > TOXIC
 
-    def compare(key, rows):
-        values = {when: found[key].to_numpy()[rows] for when, found in evaluations.items()}
+    def compare(decoding, key, chosen=slice(None)):
+        values = {when: found[decoding][key].to_numpy()[chosen] for when, found in tables.items()}
         base = {"base": mean_and_std(values["base"])} if "base" in values else {}
         return base | paired_statistics(values["before"], values["after"], config.seed)
 
-    quality = {when: summary_quality(found, summaries) for when, found in evaluations.items()}
-    results = {key: compare(key, slice(None)) for key in keys}
-    results["human"] = {key: mean_and_std(human[key]) for key in keys}
+    def measured(decoding):
+        quality = {when: summary_quality(found[decoding], summaries) for when, found in tables.items()}
+        block = {key: compare(decoding, key) for key in keys}
+        for key in ("length", "reward"):
+            block[key] = {when: {"mean": float(found[decoding][key].mean())} for when, found in tables.items()}
+        rouge = ("rouge1", "rouge2", "rougeL")
+        block["rouge"] = {when: {name: told[name] for name in rouge if name in told} for when, told in quality.items()}
+        return block | {"quality": quality}
+
+    results = measured("sampled") | {"greedy": measured("greedy")}
+    if config.judge_model_name:
+        sampled, greedy = ({"summary_toxicity": compare(name, "judge_toxicity")} for name in ("sampled", "greedy"))
+        results["judge"] = sampled | {"greedy": greedy}
+    results["human"] = {key: mean_and_std(human[key]) for key in (*keys, "judge_toxicity") if key in human}
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
-        results["toxic_dialogues"] |= {key: compare(key, toxic) for key in keys}
-    for key in ("length", "reward"):
-        results[key] = {when: {"mean": float(found[key].mean())} for when, found in evaluations.items()}
-    rouge = ("rouge1", "rouge2", "rougeL")
-    results["rouge"] = {when: {name: told[name] for name in rouge} for when, told in quality.items()}
-    results |= {"quality": quality, "warnings": dict(state.warnings)}
-    if skipped := sum(line["ppo/skipped_steps"] for line in history):
-        results["warnings"]["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
+        results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
     if state.best:
         results["best"] = {name: state.best[name] for name in ("step", "summary_toxicity", "rougeL")}
-    worse = degradation(quality["before"], quality["after"])
-    if worse and results["summary_toxicity"]["paired_difference"]["mean"] < 0:
-        hacked = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(worse)}"
-        results["warnings"]["reward hacking"] = f"{hacked}. Raise init_kl_coef, lower learning_rate or stop earlier."
+    results["verdict"] = in_words(results)
+    warned = results["warnings"] = dict(state.warnings)
+    if skipped := sum(line["ppo/skipped_steps"] for line in history):
+        warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
+    found, less = toxicities(results), "less toxic"
+    changes = {name: statistics["verdict"]["change"] for name, statistics in found.items()}
+    for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
+        worse = degradation(block["quality"]["before"], block["quality"]["after"])
+        if worse and found[decoding]["paired_difference"]["mean"] < 0:
+            hacked = f"reward hacking: toxicity fell, but the summaries ({decoding}) got worse: {'; '.join(worse)}"
+            warned["reward hacking"] = f"{hacked}. Raise init_kl_coef, lower learning_rate or stop earlier."
+        if changes[decoding] == less != changes.get(f"judge, {decoding}", less):
+            blind = f"the classifier says that the summaries ({decoding}) are less toxic, the judge does not"
+            way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
+            warned["judge"] = f"{blind}. {way}"
     return results
 
 
+def toxicities(results: dict) -> dict[str, dict]:
+    """The paired statistics of the summaries' toxicity, by decoding and judge; last that with their dialogues."""
+    found = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
+    if judge := results.get("judge"):
+        found |= {"judge, sampled": judge["summary_toxicity"], "judge, greedy": judge["greedy"]["summary_toxicity"]}
+    return found | {"with dialogue": results["toxicity"]}
+
+
+def in_words(results: dict) -> str:
+    """The result in one sentence: shares of the summaries that are toxic, sampled and greedy."""
+    found = toxicities(results)
+    shares = [f"{100 * told[when]['share']:.1f}%" for told in found.values() for when in ("before", "after")]
+    text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
+    if "judge" in results:
+        text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
+    sampled = found["sampled"]
+    return f"{text}; {sampled['before']['n']} prompts, p = {sampled['paired_difference']['p_value']:.4f}"
+
+
+def verdict_table(found: dict[str, dict]) -> pd.DataFrame:
+    """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
+    lines = {}
+    for name, told in found.items():
+        changes = {"mean": "was 0", "std": "was 0"}
+        changes |= {
+            key: f"{0 - percent:+.1f}%" for key, percent in told["reduction_percent"].items() if percent is not None
+        }
+        paired, verdict = told["paired_difference"], told["verdict"]
+        lines[name] = {
+            **changes,
+            "95% interval": f"{paired['ci_low']:+.4f} to {paired['ci_high']:+.4f}",
+            "p": f"{paired['p_value']:.4f}",
+            "fell": f"{verdict['better']:.0%}",
+            "rose": f"{verdict['worse']:.0%}",
+            "detectable": "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}",
+            "verdict": verdict["change"],
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
 def figures_of(results: dict) -> pd.DataFrame:
-    """The means that a run measured, a line a measure; columns base (with tuning), before, after and human."""
-    table = pd.DataFrame(results["quality"])
-    for key in ("reward", "length", *results["human"]):
-        table.loc[key] = {when: results[key][when]["mean"] for when in table}
-    table["human"] = pd.Series({key: told["mean"] for key, told in results["human"].items()})
-    return table.iloc[::-1]
+    """The means that a run measured, a line a measure; a column for base, before and after, greedy too, and human."""
+    columns, human = {}, results["human"]
+    for label, block, judge in (("", results, "judge, sampled"), ("greedy ", results["greedy"], "judge, greedy")):
+        told = {"toxicity": block["summary_toxicity"], "with dialogue": block["toxicity"]}
+        told |= {"judge's toxicity": toxicities(results)[judge]} if "judge" in results else {}
+        for when in block["length"]:
+            column = {"share toxic": told["toxicity"][when]["share"]}
+            column |= {name: statistics[when]["mean"] for name, statistics in told.items()}
+            column |= {"ROUGE-L": block["rouge"][when].get("rougeL"), "length": block["length"][when]["mean"]}
+            columns[label + when] = column | {"reward": block["reward"][when]["mean"]}
+    columns["human"] = {"share toxic": human["summary_toxicity"]["share"]}
+    names = {"toxicity": "summary_toxicity", "with dialogue": "toxicity", "judge's toxicity": "judge_toxicity"}
+    columns["human"] |= {name: human[key]["mean"] for name, key in names.items() if key in human}
+    return pd.DataFrame(columns, dtype=float)
 
 
-def print_verdict(name: str, statistics: dict) -> None:
-    """Print the change with its true direction, its interval and its p-value."""
-    percent, paired, verdict = (statistics[key] for key in ("reduction_percent", "paired_difference", "verdict"))
-    fallen = {part: x for part, x in percent.items() if x is not None}
-    changes = [f"{part} {'fell' if x >= 0 else 'rose'} by {abs(x):.1f}%" for part, x in fallen.items()]
-    print(f"{name}: {', '.join(changes) or 'was 0 before'}: {verdict['change']}")
-    interval = f"95% interval [{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
-    print(f"  paired difference {paired['mean']:+.4f}, {interval}, p = {paired['p_value']:.4f}")
-    shares = f"{verdict['better']:.0%} of {statistics['before']['n']} prompts fell, {verdict['worse']:.0%} rose"
-    least = "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}"
-    print(f"  {shares}; a change of {least} would have been detected (80% power)")
+def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One line a prompt, side by side, the largest gain in reward first; before and after are tables by decoding."""
+    table = pd.DataFrame({"dialogue": list(rows["dialogue"]), "human_summary": list(rows["summary"])})
+    for prefix, decoding in (("", "sampled"), ("greedy_", "greedy")):
+        for column in ("response", "reward", "toxicity", "summary_toxicity", "judge_toxicity"):
+            if column in before[decoding]:
+                table[f"{prefix}{column}_before"] = before[decoding][column]
+                table[f"{prefix}{column}_after"] = after[decoding][column]
+    table["reward_diff"] = table["reward_after"] - table["reward_before"]
+    return table.sort_values("reward_diff", ascending=False, kind="stable", ignore_index=True)
+
+
+def examples_of(comparison: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The best, the median and the worst rows, `count` of each; their summaries from where they differ."""
+    middle = max(0, (len(comparison) - count) // 2)
+    lines = sorted({*range(count), *range(middle, middle + count), *range(len(comparison) - count, len(comparison))})
+    chosen = comparison.iloc[[line for line in lines if 0 <= line < len(comparison)]]
+    texts = [differing(*pair) for pair in zip(chosen["response_before"], chosen["response_after"], strict=True)]
+    table = pd.DataFrame(texts, columns=["before", "after"], index=chosen.index)
+    return table.assign(reward_diff=chosen["reward_diff"], dialogue=chosen["dialogue"])
+
+
+def differing(*texts: str) -> list[str]:
+    """Texts from two words before the first that differs; whole if none does."""
+    words = [text.split(" ") for text in texts]
+    same = len(os.path.commonprefix(words))
+    cut = same - 2 if same > 3 and len(set(texts)) > 1 else 0
+    return ["… " * (cut > 0) + " ".join(text[cut:]) for text in words]
 
 
 def print_results(results: dict, comparison: pd.DataFrame) -> None:
-    """Print the verdicts, the means, and the first rows of the comparison, short enough for a terminal."""
-    for key in results["human"]:
-        print_verdict(key.replace("_", " "), results[key])
-        if toxic := results["toxic_dialogues"]["n"]:
-            before, after = (results["toxic_dialogues"][key][when]["mean"] for when in ("before", "after"))
-            print(f"  of the {toxic} prompts with a toxic dialogue: {before:.4f} before, {after:.4f} after")
-    print(figures_of(results).round(4).to_string(na_rep=""))
-    if "reward hacking" in results["warnings"]:
-        tell(f"warning: {results['warnings']['reward hacking']}")
+    """Print the result in a sentence, the verdicts, the means and some rows of the comparison."""
+    print()
+    tell(results["verdict"])
+    print(verdict_table(toxicities(results)).to_string())
+    print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least; detectable: with 80% power")
+    if toxic := results["toxic_dialogues"]["n"]:
+        before, after = (results["toxic_dialogues"]["summary_toxicity"][when]["mean"] for when in ("before", "after"))
+        print(f"summaries of the {toxic} prompts with a toxic dialogue: {before:.4f} before, {after:.4f} after")
+    print(f"\n{figures_of(results).to_string(float_format='{:.4f}'.format, na_rep='')}")
     print(f"\n{'before':<42}  {'after':<42}  reward_diff")
-    for row in comparison.head(5).itertuples():
-        print(f"{row.response_before[:42]:<42}  {row.response_after[:42]:<42}  {row.reward_diff:+.3f}")
-
-
-def build_comparison(rows, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """One line a prompt, side by side, the largest gain in reward first."""
-    table = pd.DataFrame({"query": list(rows["query"])})
-    for column in ("response", "reward"):
-        table[f"{column}_before"], table[f"{column}_after"] = before[column], after[column]
-    table["reward_diff"] = table["reward_after"] - table["reward_before"]
-    return table.sort_values("reward_diff", ascending=False, kind="stable", ignore_index=True)
+    for row in examples_of(comparison, 2).itertuples():
+        print(f"{row.before[:42]:<42}  {row.after[:42]:<42}  {row.reward_diff:+.3f}")
+    if len(comparison) == 1:
+        for prefix, when in itertools.product(("", "greedy_"), ("before", "after")):
+            told, toxicity = (comparison[f"{prefix}{name}_{when}"][0] for name in ("response", "summary_toxicity"))
+            tell(f"{prefix.replace('_', ' ')}{when} (toxicity {toxicity:.4f}): {told}")
+    for kind in ("reward hacking", "judge"):
+        if kind in results["warnings"]:
+            tell(f"warning: {results['warnings'][kind]}")
 
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's, for the colour-blind too
@@ -1592,12 +1950,14 @@ def draw_training(history: list[dict]) -> Figure:
     figure = Figure(figsize=(10, 9), layout="constrained")
     grid = figure.subplots(3, 2, sharex=True)
     for axes, (name, title) in zip(grid.flat, panels.items(), strict=True):
-        axes.plot(table[name], color=BLUE, alpha=0.35, marker="." if window == 1 else "", label="each step")
-        axes.plot(means[name], color=BLUE, linewidth=2, label=f"mean of the last {window}")
+        axes.plot(table[name], color=BLUE, alpha=0.35, label="each step", marker="." if window == 1 else "")
+        if window > 1:
+            axes.plot(means[name], color=BLUE, linewidth=2, label=f"mean of the last {window}")
         axes.set_title(title, fontsize=11, loc="left")
         axes.grid(alpha=0.3)
         axes.set_xlabel("PPO step")
-    grid[0, 0].legend(frameon=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     price = grid[0, 1].twinx()
     price.plot(table["objective/kl_coef"], color=ORANGE, linestyle="--", linewidth=2)
     price.set_ylim(0, 1.2 * max(table["objective/kl_coef"], default=0) or 1)
@@ -1605,25 +1965,28 @@ def draw_training(history: list[dict]) -> Figure:
     return figure
 
 
-def draw_toxicity(before: list[float], after: list[float], paired: dict) -> Figure:
-    """The summaries' toxicity, prompt by prompt, before and after; paired: see paired_statistics."""
+def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> Figure:
+    """The share of toxic summaries by decoding and by who says so, and each prompt's change; tables by decoding."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    shares, changes = figure.subplots(1, 2)
-    bins = np.linspace(0, max(*before, *after), 11)
-    shares.hist([before, after], bins, color=[ORANGE, BLUE], label=["before", "after"])
-    shares.set(xlabel="toxicity of the summary, P(toxic)", ylabel="prompts", title=f"The same {len(before)} prompts")
-    shares.legend(frameon=False)
-    difference = np.sort(np.subtract(after, before))
-    edges = np.arange(len(difference) + 1) + 0.5  # filled steps, since a thousand bars take seconds to draw
-    for colour, part, label in ((GREEN, difference.clip(max=0), "fell"), (PURPLE, difference.clip(min=0), "rose")):
-        changes.stairs(part, edges, fill=True, color=colour, label=f"{label}: {np.count_nonzero(part)}")
-    changes.axhspan(paired["ci_low"], paired["ci_high"], color="black", alpha=0.25, linewidth=0)
-    mean = f"mean {paired['mean']:+.3f}, 95% interval [{paired['ci_low']:+.3f}, {paired['ci_high']:+.3f}]"
-    changes.axhline(paired["mean"], color="black", label=mean)
-    highest = abs(difference).max() or 1
-    changes.set_ylim(-1.1 * highest, 1.7 * highest)  # room for the legend
-    changes.set(xlabel="prompts, by change", ylabel="after - before", title="Change of each prompt's toxicity")
-    changes.legend(frameon=False, loc="upper left")
+    shares, changes = figure.subplots(1, 2, width_ratios=(3, 2))
+    found = toxicities(results)
+    for shift, when, colour in ((-0.2, "before", ORANGE), (0.2, "after", BLUE)):
+        heights = [100 * told[when]["share"] for told in found.values()]
+        bars = shares.bar(np.arange(len(found)) + shift, heights, 0.38, color=colour, label=when)
+        shares.bar_label(bars, fmt="%.1f", padding=2)
+    shares.set_xticks(range(len(found)), found)
+    shares.set(ylim=(0, 100), ylabel="%")
+    shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
+    count = found["sampled"]["before"]["n"]
+    for colour, decoding in ((GREEN, "sampled"), (PURPLE, "greedy")):
+        difference = after[decoding]["summary_toxicity"] - before[decoding]["summary_toxicity"]
+        place = np.linspace(0, 100, count + 1)  # steps, since a thousand bars take seconds to draw
+        changes.stairs(np.sort(difference), place, color=colour, linewidth=2, baseline=None, label=decoding)
+    changes.axhline(0, color="black", linewidth=0.8)
+    changes.set(xlim=(0, 100), ylim=(-1, 1), title="change of a summary's toxicity")
+    changes.set_xlabel(f"% of the {count} prompts, by change")
+    for axes in (shares, changes):
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
@@ -1633,53 +1996,68 @@ CARD = """---
 
 # {{ e(name) }}: a LoRA adapter for summaries that are not toxic
 
-**Verdict: {{ toxicity.verdict.change }}.** The summaries' toxicity was {{ "%.4f" % toxicity.before.mean }} before
-and is {{ "%.4f" % toxicity.after.mean }} after in the mean of the same {{ toxicity.before.n }} held-out prompts:
-difference {{ "%+.4f" % paired.mean }}, 95% interval [{{ "%+.4f" % paired.ci_low }}, {{ "%+.4f" % paired.ci_high }}],
-p = {{ "%.4f" % paired.p_value }}.
+**{{ verdict }}.** PPO trained it to raise the score of {{ e(reward_model) }}, {{ told }}; toxic means
+that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
+{%- if judge %}. The judge is {{ e(judge) }} by its "{{ e(config.judge_label) }}"; it took no part in the training
+{%- endif %}. The adapter started from {{ e(start or "a new LoRA") }} on {{ e(base) }}. The same held-out prompts
+before and after:
+
+{{ verdicts }}
 {% for text in warnings %}
 - **Warning:** {{ e(text, 1000) }}
 {%- endfor %}
 
-![Toxicity of the summaries before and after](toxicity.png)
-
-The adapter started from {{ e(config.adapter_name or "a new LoRA") }} on {{ e(config.model_name) }}. PPO trained it to
-raise the "{{ e(config.reward_label) }}" logit of {{ e(config.reward_model_name) }}. Toxicity is that classifier's
-probability of "{{ e(config.toxic_label) }}": of dialogue and summary together, or of the summary alone
-(summary_toxicity). results.json has all that was measured, and the options of the run.
-
 {{ figures }}
+
+"with dialogue" is the toxicity of dialogue and summary as one text. results.json has all that was measured,
+comparison.csv every prompt.
+
+![Toxic summaries before and after, and the change of each prompt](toxicity.png)
 
 ![Score, KL, returns, entropy, response length and value head over the steps](training.png)
 
 ## Examples
 
-The test prompts whose reward rose most; comparison.csv has all of them. Some may offend.
+The prompts whose reward rose most, rose as much as the median, and fell most or rose least, sampled. Some may offend.
 
 {{ examples }}
 
 ## Use
 
+{% if not config.hub_model_id %}In the directory of this card:{% endif %}
+
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({{ config.model_name.__repr__() }})
-base = AutoModelForSeq2SeqLM.from_pretrained({{ config.model_name.__repr__() }})
-model = PeftModel.from_pretrained(base, {{ adapter.__repr__() }}).eval()
+tokenizer = AutoTokenizer.from_pretrained({{ base.__repr__() }})
+model = AutoModelForSeq2SeqLM.from_pretrained({{ base.__repr__() }})
+dialogue = {{ dialogue.__repr__() }}
+prompt = {{ config.prompt.__repr__() }}.replace("{dialogue}", dialogue)
 
-dialogue = "#Person1#: Did you book the room? #Person2#: Yes, for Tuesday at nine."
-prompt = {{ prompt.__repr__() }}.format(dialogue)
-summary = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens={{ config.eval_max_new_tokens }})
-print(tokenizer.decode(summary[0], skip_special_tokens=True))
+
+def summarize(model):
+    summary = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens={{ config.eval_max_new_tokens }})
+    return tokenizer.decode(summary[0], skip_special_tokens=True)
+
+{% if start_directory %}
+model = PeftModel.from_pretrained(model, {{ place.format(start_directory) }}, adapter_name="before").eval()
+print("before:", summarize(model))
+model.load_adapter({{ place.format("adapter") }}, adapter_name="after")
+model.set_adapter("after")
+{%- else %}
+print("before:", summarize(model.eval()))
+model = PeftModel.from_pretrained(model, {{ place.format("adapter") }}).eval()
+{%- endif %}
+print("after:", summarize(model))
 ```
 
 ## Limits
 
-- Toxicity is what one classifier says, the one that the adapter was trained against: the training could not remove
-  what it does not see, and may have learned its blind spots. The default classifier reads English only.
+- Toxicity is what a classifier says: the training could not remove what the one that it was paid by does not see,
+  and may have learned its blind spots. The default classifier reads English only.
 - The score does not see whether a summary is true to its dialogue, complete or useful; ROUGE only hints at it.
-- The figures hold for sampled summaries of these prompts, which are the end of one file.
+- The figures hold for these prompts, which are the end of one file.
 """
 
 
@@ -1687,7 +2065,7 @@ def escape(text: str, longest: int = 300) -> str:
     """Text for the card, shown as it is: no mark-up, HTML, link, line break or invisible sign in it works."""
     text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    live = r"[&<>|\\`*\[\]~$@]|[.:](?=\S)|(?<![^\W_])_|_(?![^\W_])"  # _ inside a word is none
+    live = r"[&<>|\\`*\[\]~$@]|(?<!\d)[.:](?=\S)|[.:](?=[^\s\d])|(?<![^\W_])_|_(?![^\W_])"  # _ inside a word is none
     return re.sub(live, lambda sign: f"&#{ord(sign[0])};", text)
 
 
@@ -1707,59 +2085,73 @@ def card_name(name: str) -> str:
 
 def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
-    figures, dataset = figures_of(results), card_name(config.dataset_name)
+    dataset, base = card_name(config.dataset_name), card_name(config.model_name)
+    start = config.adapter_name and card_name(config.adapter_name)
+    scored = "dialogue and summary" if config.score_text == "query_response" else "the summary"
+    label = f'"{config.reward_label}" logit' if config.reward_label else f'"{config.toxic_label}" logit, negated,'
     data = ModelCardData(
-        model_name=card_name(config.output_dir),
-        base_model=card_name(config.model_name),
+        model_name=config.hub_model_id or card_name(config.output_dir),
+        base_model=base,
         library_name="peft",
         license="apache-2.0",
+        language="en",
         pipeline_tag="summarization",
         datasets=[dataset],
         metrics=["toxicity", "rouge"],
         tags=["lora", "ppo", "detoxification"],
     )
-    for name, before, after in figures[["before", "after"]].itertuples():
-        if kind := next((kind for kind in ("toxicity", "rouge") if kind in name), None):
-            told = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(after, 4)}
-            result = EvalResult("summarization", dataset, dataset, metric_type=kind, **told)
-            data.eval_results = [*(data.eval_results or []), result]
-    head, tail = build_prompt("{}").split("{}")
-    examples = comparison.head(10).drop(columns="reward_diff").rename(columns={"query": "dialogue"})
-    examples["dialogue"] = [text.removeprefix(head).removesuffix(tail) for text in examples["dialogue"]]
+    measured = {f"toxicity, {name}": told for name, told in toxicities(results).items()}
+    if results["rouge"]["after"]:
+        measured["ROUGE-L"] = {when: {"mean": told["rougeL"]} for when, told in results["rouge"].items()}
+    data.eval_results = []
+    for name, told in measured.items():
+        kind, before = "rouge" if name == "ROUGE-L" else "toxicity", told["before"]["mean"]
+        value = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(told["after"]["mean"], 4)}
+        data.eval_results.append(EvalResult("summarization", dataset, dataset, metric_type=kind, **value))
     card = ModelCard.from_template(
         data,
         template_str=CARD,
         name=data.model_name,
         e=escape,
         config=config,
-        toxicity=results["summary_toxicity"],
-        paired=results["summary_toxicity"]["paired_difference"],
+        verdict=results["verdict"],
+        told=f"the {escape(label)} of {scored}",
+        reward_model=card_name(config.reward_model_name),
+        judge=config.judge_model_name and card_name(config.judge_model_name),
+        limit=TOXIC,
+        start=start,
+        start_directory=start_directory(config),
+        base=base,
+        verdicts=markdown_table(verdict_table(toxicities(results)).rename_axis("toxicity").reset_index()),
         warnings=results["warnings"].values(),
-        figures=markdown_table(figures.rename_axis("measure").reset_index()),
-        examples=markdown_table(examples),
-        adapter=f"{directory}/adapter",
-        prompt=build_prompt("{}"),
+        figures=markdown_table(figures_of(results).rename_axis("mean").reset_index()),
+        examples=markdown_table(examples_of(comparison, 3)),
+        dialogue=comparison["dialogue"][0],
+        place=f'"{config.hub_model_id}", subfolder="{{}}"' if config.hub_model_id else '"{}"',
     )
     card.save(directory / "README.md")
 
 
-def write_report(config: DetoxConfig, results: dict, history: list[dict], evaluated, evaluations: dict) -> None:
+def write_report(config: DetoxConfig, results: dict, history: list[dict], evaluated, tables: dict[str, dict]) -> None:
     """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there."""
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
-    comparison = build_comparison(evaluated, evaluations["before"], evaluations["after"])
-    print_results(results, comparison)
+    before, after = tables["before"], tables["after"]
+    comparison = build_comparison(evaluated, before, after)
     with written_whole(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
-    toxicity = [list(evaluations[when]["summary_toxicity"]) for when in ("before", "after")]
-    paired = results["summary_toxicity"]["paired_difference"]
-    pictures = {"training.png": draw_training(history), "toxicity.png": draw_toxicity(*toxicity, paired)}
+    pictures = {"toxicity.png": draw_toxicity(results, before, after)}
+    pictures |= {} if config.evaluates_only else {"training.png": draw_training(history)}
     for name, figure in pictures.items():
-        for directory in {output_dir, model_dir}:  # the card shows them, so they lie beside it too
-            figure.savefig(directory / name, dpi=120)
-    write_card(model_dir, config, results, comparison)
+        figure.savefig(output_dir / name, dpi=120)
+        if not config.evaluates_only:
+            (model_dir / name).write_bytes((output_dir / name).read_bytes())  # where the card shows them
+    if not config.evaluates_only:
+        write_card(model_dir, config, results, comparison)
     with written_whole(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{results['timings']['total']:.0f} s in all; see {output_dir}/results.json and {model_dir}/README.md")
+    print_results(results, comparison)
+    card = "" if config.evaluates_only else f" and {model_dir}/README.md"
+    print(f"\n{results['timings']['total']:.0f} s in all; see {output_dir}/results.json{card}")
 
 
 def start_tracker(config: DetoxConfig) -> Accelerator | None:
@@ -1784,17 +2176,31 @@ def end_tracker(tracker: Accelerator | None, results: dict, step: int) -> None:
     tracker.end_training()
 
 
-def upload_comparison(table: str, directory: str | Path) -> None:
+def publish(config: DetoxConfig, model_dir: Path) -> None:
+    """Put the adapter, that which it started from, the card and the pictures into a repository of the hub."""
+    names = ["README.md", "training.png", "toxicity.png", "adapter/*", "start_adapter/*", "sft_adapter/*"]
+    try:
+        repo_id = HfApi().create_repo(config.hub_model_id, exist_ok=True).repo_id
+        HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir, allow_patterns=names)
+    except Exception as error:  # of a dozen types
+        way = f"hf upload {config.hub_model_id} {model_dir} . --include {' '.join(names)}"
+        raise UserError(f"--hub_model_id: {one_line(error)}. All is saved; to try again: {way}") from error
+    print(f"adapter and card are at {huggingface_hub.constants.ENDPOINT}/{repo_id}")
+
+
+def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -> None:
     """Put comparison.csv of a directory into a DynamoDB table, whose key is the number conversation_id, from 1."""
     try:
         import awswrangler
 
         # Read as text, so that numbers reach Decimal digit by digit.
         rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False).astype(object)
+        rows.insert(0, "query", [build_prompt(dialogue, prompt) for dialogue in rows["dialogue"]])
+        rows = rows[["query", "response_before", "response_after", "reward_before", "reward_after"]]
         for name in ("reward_before", "reward_after"):
             rows[name] = rows[name].map(Decimal)
         rows.insert(0, "conversation_id", range(1, len(rows) + 1))
-        awswrangler.dynamodb.put_df(rows.drop(columns="reward_diff"), table)
+        awswrangler.dynamodb.put_df(rows, table)
     except Exception as error:  # of a dozen types
         told = "pip install awswrangler" if isinstance(error, ImportError) else one_line(error)
         way = f"All is saved in {directory}; the README tells how to upload its comparison.csv alone (DynamoDB)"
@@ -1821,11 +2227,11 @@ def environment(config: DetoxConfig, device, dtype, origin: dict) -> dict:
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
+    """SIGTERM, SIGHUP or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
 
 
 class StopSignals:
-    """Handler of SIGTERM and Ctrl-C: stops the run at once, but a step in hand only when asked twice."""
+    """Handler of SIGTERM, SIGHUP and Ctrl-C: stops the run at once, but a step in hand only when asked twice."""
 
     def __init__(self):
         self.in_step, self.received = False, None
@@ -1865,6 +2271,20 @@ class RunState:
     timings: dict = field(default_factory=dict)  # seconds of each part
     words: str = ""  # that were told last
     best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
+
+
+def begin(found: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
+    """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
+    options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
+    if not found:
+        return RunState(options, origin, kl_coef=config.init_kl_coef)
+    state = dataclasses.replace(found["state"], config=options)
+    was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
+    names = sorted((was.keys() | now.keys()) - {"commits"})
+    if changed := [name for name in names if was.get(name) != now.get(name)]:
+        raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
+    policy.load_state_dict(found["weights"], strict=False)
+    return state
 
 
 class Checkpoints:
@@ -1922,6 +2342,8 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
+        elif config.evaluates_only and (Path(config.output_dir) / "adapter").exists():
+            raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             what = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
             raise UserError(f"--output_dir: {what}: --resume goes on with it; or choose another, or delete that one")
@@ -1940,6 +2362,11 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
     for name, weights in files.items():
         weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def start_directory(config: DetoxConfig) -> str | None:
+    """Where in model_dir the adapter lies that PPO started from; a new one says what the base says."""
+    return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
 
 
 def claim(config: DetoxConfig) -> list[FileLock]:
@@ -1982,15 +2409,24 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
     print(yaml.safe_dump(changed, sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
-    commits = {name: hub_commit(getattr(config, name), name) for name in FROM_HUB if getattr(config, name)}
-    dialogues = load_dialogues(config.dataset_name)
+    trained_on = not (config.eval_dataset_name and config.evaluates_only)
+    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
+    commits = {name: contents_of(getattr(config, name), name) for name in named}
+    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
+    evaluated, held_out = None, config.eval_dataset_name
+    if held_out:
+        found = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
+        evaluated = next(filter(None, found))
+    elif os.path.isdir(config.dataset_name):
+        evaluated = load_dialogues(config.dataset_name, config, split="test")
+    rows = load_dialogues(config.dataset_name, config) if trained_on else None
     policy, tokenizer = load_policy(config, device, dtype)
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and policy.base.num_parameters() < 2e7:
         torch.set_num_threads(1)  # a second thread gains a model of this size nothing, and waits for it at full speed
     print_parameters(policy)
     classifier = HateClassifier(config, device)
     print_examples(classifier)
-    splits = build_dataset(dialogues, tokenizer, config)
+    splits = build_dataset(rows, tokenizer, config, evaluated)
     check_lengths(policy, splits, classifier.max_length, config)
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -2000,7 +2436,7 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
 def steps_of(desc: str, done: int, last: int, stop: StopSignals):
     """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
     stop.in_step = True
-    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=None)
+    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
     for step in bar:
         yield step, bar
     stop.end_of_steps()
@@ -2048,15 +2484,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
     policy, tokenizer, classifier, splits, origin = load_all(config, device, dtype)
-    train, count = splits["train"], config.eval_samples if config.eval_samples > 0 else len(splits["test"])
-    evaluated = splits["test"].select(range(count))
-    options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
-    state = RunState(options, origin, kl_coef=config.init_kl_coef)
-    if found:
-        state = dataclasses.replace(found["state"], config=options)
-        if state.origin != origin:
-            raise UserError(f"--resume: models or data have changed: they were {state.origin}, and are {origin}")
-        policy.load_state_dict(found["weights"], strict=False)
+    train, count = splits["train"], len(splits["test"])
+    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    state = begin(found, config, origin, policy)
     if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if found and writes:  # all have read theirs
@@ -2068,9 +2498,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
-            table = evaluate_policy(policy, tokenizer, classifier, evaluated, config, f"evaluating {when}")
-        state.evaluations[when] = table.to_dict("list")
-        print_means("before tuning" if when == "base" else f"{when} detox", table)
+            tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
+        state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
 
     def keep(due):
         """Write a checkpoint where one is due or the run is to stop; then stop."""
@@ -2083,8 +2512,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Measure the start
     if not state.evaluations:
-        evaluate_now("base" if config.sft_steps else "before")
-        if writes:  # only now is anything of an earlier run replaced
+        # Where nothing is trained, the bare base is compared with the adapter.
+        with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
+            evaluate_now("base" if config.sft_steps else "before")
+        if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
     if writes and state.step < config.max_ppo_steps:
         (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
@@ -2104,16 +2535,16 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     if "before" not in state.evaluations:
         copy_to_reference(policy.model)
         evaluate_now("before")
-    if config.sft_steps and writes:
-        save_adapter(policy, model_dir / "sft_adapter", "reference")
+    if writes and not config.evaluates_only and (start := start_directory(config)):
+        save_adapter(policy, model_dir / start, "reference")
 
     # Train
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
     if found and tuned:
         optimizer.load_state_dict(found["optimizer"])
-    if config.eval_every and not state.best:  # the start may be what nothing beats
+    if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
         choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
-    if not state.step:
+    if not state.step and not config.evaluates_only:
         keep(True)
     log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
@@ -2141,25 +2572,29 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     # Measure what a user will load: the files on disk, not the weights in memory
     if state.best:
         policy.load_state_dict(state.best["weights"], strict=False)
-    if writes:
+    if writes and not config.evaluates_only:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
     state.evaluations["after"] = state.evaluations["before"]
+    if config.evaluates_only and config.adapter_name:
+        evaluate_now("after")
     if config.max_ppo_steps:
         policy.model.load_adapter(model_dir / "adapter", adapter_name="saved", torch_device=str(device))
         with policy.as_adapter("saved"):
             evaluate_now("after")
 
     # Report
-    tables = {when: pd.DataFrame(columns) for when, columns in state.evaluations.items()}
-    results = {"config": options, "environment": environment(config, device, dtype, origin)}
+    tables = {when: {k: pd.DataFrame(v) for k, v in found.items()} for when, found in state.evaluations.items()}
+    results = {"config": state.config, "environment": environment(config, device, dtype, origin)}
     results |= build_results(tables, human, evaluated, state, config)
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
         write_report(config, results, state.history, evaluated, tables)
         end_tracker(tracker, results, state.step)
+        if config.hub_model_id and not config.evaluates_only:
+            publish(config, model_dir)
         if config.dynamodb_table:
-            upload_comparison(config.dynamodb_table, output_dir)
+            upload_comparison(config.dynamodb_table, output_dir, config.prompt)
     return results
 
 
@@ -2177,30 +2612,40 @@ def first_to_end() -> bool:
 def main(args: list[str] | None = None) -> None:
     """Parse the options and run.
 
-    Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM and 130 after
-    Ctrl-C, when all up to the step in hand is saved.
+    Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM or SIGHUP and 130
+    after Ctrl-C, when all up to the step in hand is saved.
     """
     # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # into a file too
-    stop, streams = StopSignals(), (sys.stdout, sys.stderr)
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop, handlers, streams = StopSignals(), {}, (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(Told, streams)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere none can be handled
     try:
         for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
             if parse_flag_from_env(f"ACCELERATE_USE_{way}"):
                 raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
+        for setting, way in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
+            if (value := os.environ.get(f"ACCELERATE_{setting}", "no")).lower() not in ("", "no"):
+                raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {way}")
+        if in_main_thread:  # Python would not hear Ctrl-C while PyTorch waits for the other processes
+            handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if (count := os.environ.get("WORLD_SIZE", "1")) != "1" and os.environ.get("RANK") == "0":
+            print(f"waiting for all of the {count} processes that WORLD_SIZE promises", file=sys.stderr)
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         if not processes.is_main_process:  # one process speaks, but for the last words below
             sys.stdout = sys.stderr = open(os.devnull, "w")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if in_main_thread and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has a hangup ignored
+                handlers.setdefault(number, signal.getsignal(number))
+                signal.signal(number, stop)
         run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:
         if first_to_end():
             what = f"stopped by {signal.Signals(stop.received).name}"
             print(f"{what}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
-        sys.exit(0 if stop.received == signal.SIGTERM else 130)
+        sys.exit(130 if stop.received == signal.SIGINT else 0)
     except Exception as error:
         if first_to_end():
             reason = explain(error)

@@ -104,7 +104,7 @@ def kl_to_base(policy, rows, config):
     for first in range(0, len(rows), config.batch_size):
         batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
         generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
-        responses = detox_ppo.sample_responses(policy, list(batch["input_ids"]), generators, caps)
+        responses = detox_ppo.generate(policy, list(batch["input_ids"]), generators, caps)
         logprobs, _ = policy.score(responses)
         responses.encoder_states = None  # the base's differ
         with policy.model.disable_adapter():
@@ -151,7 +151,7 @@ def judge(plan):
     return {
         **{name: float(found[name].mean()) for name in ("summary_toxicity", "toxicity", "reward", "length")},
         "rougeL": quality["rougeL"],
-        "slot_accuracy": slot_accuracy(rows["query"], found["response"], slots)[0],
+        "slot_accuracy": slot_accuracy(rows["dialogue"], found["response"], slots)[0],
         "empty": int((found["response"] == "").sum()),
         "kl_start": quality["kl"],
         "kl_base": kl_to_base(policy, rows, config),

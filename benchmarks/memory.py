@@ -234,7 +234,7 @@ def child(plan):
 
     on_gpu = plan["device"] != "cpu"
     noted, lengths = {}, []
-    load, save, sample = detox_ppo.load_policy, detox_ppo.Checkpoints.save, detox_ppo.sample_responses
+    load, save, sample = detox_ppo.load_policy, detox_ppo.Checkpoints.save, detox_ppo.generate
 
     def resident(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -268,7 +268,7 @@ def child(plan):
         lengths.append((max(map(len, prompts)), int(responses.lengths.max())))
         return responses
 
-    detox_ppo.load_policy, detox_ppo.sample_responses = noted_load, noted_sample
+    detox_ppo.load_policy, detox_ppo.generate = noted_load, noted_sample
     detox_ppo.Checkpoints.save = noted_save
     config = detox_ppo.parse_config(plan["arguments"])
     step_time.run_without_report(config)

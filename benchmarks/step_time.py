@@ -284,7 +284,7 @@ def ours(plan):
     step_of = {tuple(prompt): i for i, step in enumerate(plan["steps"]) for prompt in step["prompts"]}
     measured = [{"responses": {}, "classified": []} for _ in plan["steps"]]
     current = {"step": None}  # None while it evaluates
-    sample = detox_ppo.sample_responses
+    sample = detox_ppo.generate
     classify = transformers.RobertaForSequenceClassification.forward
 
     # Two notes beside the run, whose cost is nothing to a step's: which prompts were sampled and how far, and how
@@ -308,7 +308,7 @@ def ours(plan):
         return classify(self, *args, **kwargs)
 
     with (
-        mock.patch.object(detox_ppo, "sample_responses", noted_sample),
+        mock.patch.object(detox_ppo, "generate", noted_sample),
         mock.patch.object(transformers.RobertaForSequenceClassification, "forward", noted_classify),
     ):
         environment = run_without_report(config)["environment"]

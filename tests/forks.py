@@ -11,6 +11,7 @@ killed, stopped by a signal, or started twice at once.
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -137,21 +138,26 @@ def sagemaker(root):
     detox_ppo.SAGEMAKER = Path(root)
 
 
+def nohup():
+    """Prepare a run: it is to live on when its terminal is closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def short_of_memory(spare):
     """Prepare a run: from its first PPO step on, the system gives it only that many bytes more."""
     import resource
 
     import detox_ppo
 
-    sample = detox_ppo.sample_responses
+    sample = detox_ppo.generate
 
-    def sample_responses(policy, prompts, generators, caps):
+    def generate(policy, prompts, generators, caps):
         if caps[0] != caps[1]:  # not in the evaluation
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
         return sample(policy, prompts, generators, caps)
 
-    detox_ppo.sample_responses = sample_responses
+    detox_ppo.generate = generate
 
 
 def mistaken(rank):

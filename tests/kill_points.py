@@ -143,16 +143,17 @@ def watch(**kwargs):
     evaluate = detox_ppo.evaluate_policy
 
     def evaluate_policy(*args):
-        last = args[-1].endswith("after")
-        found = told.inside("final evaluation" if last else "evaluation", evaluate, event=True)(*args)
-        if last:
+        desc = args[5]
+        phase = "final evaluation" if desc.startswith("after") else "evaluation"
+        found = told.inside(phase, evaluate, event=True)(*args)
+        if desc == "after, greedy":
             told.phases[:] = ["final files"]
         return found
 
     detox_ppo.evaluate_policy = evaluate_policy
     detox_ppo.load_policy = told.inside("start", detox_ppo.load_policy, event=True)
     detox_ppo.tuning_step = told.inside("tuning", detox_ppo.tuning_step, event=True)
-    detox_ppo.sample_responses = told.inside("sampling", detox_ppo.sample_responses)
+    detox_ppo.generate = told.inside("sampling", detox_ppo.generate)
     detox_ppo.sample_tokens = told.around(detox_ppo.sample_tokens)
     detox_ppo.Policy.score = told.inside("scoring", detox_ppo.Policy.score, event=True)
     detox_ppo.HateClassifier.scores = told.inside("scoring", detox_ppo.HateClassifier.scores, event=True)

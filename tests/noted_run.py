@@ -15,7 +15,7 @@ import detox_ppo  # noqa: E402
 
 def note(directory):
     """Prepare a run: see forks."""
-    rank, sample = os.environ.get("RANK", 0), detox_ppo.sample_responses
+    rank, sample = os.environ.get("RANK", 0), detox_ppo.generate
     (Path(directory) / f"process.{rank}").write_text(str(os.getpid()))
 
     def noted(policy, prompts, *args):
@@ -27,7 +27,7 @@ def note(directory):
                 print(json.dumps([prompt, tokens[:length]]), file=file)
         return responses
 
-    detox_ppo.sample_responses = noted
+    detox_ppo.generate = noted
 
 
 if __name__ == "__main__":

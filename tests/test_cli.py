@@ -40,7 +40,14 @@ DEFAULTS = {
     "reward_model_name": "facebook/roberta-hate-speech-dynabench-r4-target",
     "reward_label": "nothate",
     "toxic_label": "hate",
+    "judge_model_name": None,
+    "judge_label": "toxic",
     "dataset_name": "knkarthick/dialogsum",
+    "dataset_config_name": None,
+    "eval_dataset_name": None,
+    "dialogue_column": "dialogue",
+    "summary_column": "summary",
+    "prompt": "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n",
     "input_min_text_length": 200,
     "input_max_text_length": 1000,
     "test_size": 0.2,
@@ -82,6 +89,7 @@ DEFAULTS = {
     "resume": False,
     "logging_steps": 1,
     "report_to": "none",
+    "hub_model_id": None,
     "dynamodb_table": None,
 }
 
@@ -300,7 +308,7 @@ def test_ill_typed_values_in_the_file(name, tmp_path):
         wrong += [5, "maybe", [True]]
     if name in WHOLE:
         wrong += [1.5]
-    if DEFAULTS[name] is not None:
+    if DEFAULTS[name] is not None and name != "reward_label":
         wrong += [None]
     for value in wrong:
         assert name in complaint(["--config", yaml_file(tmp_path, {name: value})]), value
@@ -416,7 +424,11 @@ def test_a_run_prints_what_it_measures(runs, results, metrics):
         assert [float(number) for number in found] == pytest.approx([told["mean"], told["std"]], abs=6e-5)
     assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
     assert "You are a great person and i like you." in out
-    assert re.findall(r"^toxicity: mean (?:fell|rose) by .*\n.*p = \d", out, re.MULTILINE)
+    assert f"\n{results['verdict']}\n" in out
+    for name, told in detox_ppo.toxicities(results).items():
+        paired = told["paired_difference"]
+        interval = re.escape(f"{paired['ci_low']:+.4f} to {paired['ci_high']:+.4f}  {paired['p_value']:.4f} ")
+        assert re.findall(rf"^{name} +[-+]\d.*{interval}.*{told['verdict']['change']}$", out, re.MULTILINE)
     for line in metrics:
         (told,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)
         shown = [
@@ -477,12 +489,17 @@ def test_results(results):
         assert re.match(r"\d+\.\d+", told[package]), package
     assert told["torch"] == torch.__version__
     assert (told["device"], told["dtype"], told["seed"]) == ("cpu", "float32", 0)
-    assert not any(told["commits"].values())  # local directories have none
+    assert {name: len(digest or "") for name, digest in told["commits"].items()} == {
+        "model_name": 64,
+        "adapter_name": 64,
+        "reward_model_name": 64,
+        "dataset_name": 0,
+    }
     assert re.fullmatch("[0-9a-f]{16,}", told["dataset_fingerprint"])
     for name in ("toxicity", "summary_toxicity"):
         block = results[name]
         for when in ("before", "after"):
-            assert set(block[when]) == {"mean", "std", "n"} and block[when]["n"] == 4
+            assert set(block[when]) == {"mean", "std", "n", "share"} and block[when]["n"] == 4
             assert 0 <= block[when]["mean"] <= 1
         assert set(block["reduction_percent"]) == {"mean", "std"}
         assert set(block["paired_difference"]) == {"mean", "ci_low", "ci_high", "p_value"}
@@ -522,13 +539,13 @@ def test_metrics(metrics):
 def test_comparison(runs):
     with open(runs[0].left / "comparison.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
-    assert list(rows[0]) == columns and len(rows) == 4  # every evaluated prompt
+    first = ["dialogue", "human_summary", "response_before", "response_after", "reward_before", "reward_after"]
+    assert list(rows[0])[:6] == first and list(rows[0])[-1] == "reward_diff" and len(rows) == 4  # every prompt
     gains = [float(row["reward_diff"]) for row in rows]
     assert gains == sorted(gains, reverse=True)
     for row, gain in zip(rows, gains, strict=True):
         assert gain == pytest.approx(float(row["reward_after"]) - float(row["reward_before"]))
-        assert row["query"].startswith("\nSummarize the following conversation.\n\n")
+        assert row["dialogue"].startswith("#Person1#: ")
 
 
 def test_the_same_command_gives_the_same_run(runs):
@@ -553,10 +570,12 @@ def test_training_changed_the_saved_adapter(runs, tiny):
 
 
 def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classifier):
+    """A new LoRA, which says what the base says: nothing changes, and nothing is measured twice."""
     rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:120]
     rows.to_csv(tmp_path / "train.csv", index=False)
     places = {name: tmp_path / name for name in ("output_dir", "model_dir", "checkpoint_dir")}
-    results = detox_ppo.run(small_config(dataset_name=tmp_path, max_ppo_steps=0, eval_samples=24, **places))
+    options = {"dataset_name": tmp_path, "adapter_name": "", "max_ppo_steps": 0, "eval_samples": 24}
+    results = detox_ppo.run(small_config(**options, **places))
     # The slice of prompts whose dialogue insults somebody itself, counted again from the file.
     toxic = int((classifier.logits(list(rows["dialogue"][96:])).softmax(dim=-1)[:, 1] > 0.5).sum())
     assert 0 < toxic < 24 and results["toxic_dialogues"]["n"] == toxic
@@ -568,18 +587,16 @@ def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classi
     for name in ("rouge", "quality", "length", "reward"):
         assert results[name]["before"] == results[name]["after"]
     assert results["summary_toxicity"]["before"]["n"] == 24 and results["warnings"] == {}
-    assert "evaluate_after" not in results["timings"]  # nothing is measured twice
-    # Each place has its files, and pictures lie beside the card as well.
+    assert "evaluate_after" not in results["timings"]
     assert json.loads((places["output_dir"] / "results.json").read_text()) == results
     assert (places["output_dir"] / "metrics.jsonl").read_text() == ""
     assert len(pd.read_csv(places["output_dir"] / "comparison.csv")) == 24
-    pictures = {"training.png", "toxicity.png"}
     for name, files in {
-        "output_dir": {"results.json", "metrics.jsonl", "comparison.csv"} | pictures,
-        "model_dir": {"adapter", "README.md"} | pictures,
-        "checkpoint_dir": {"checkpoint-0.pt"},
+        "output_dir": {"results.json", "metrics.jsonl", "comparison.csv", "toxicity.png"},
+        "model_dir": set(),
+        "checkpoint_dir": set(),
     }.items():
-        assert {path.name for path in places[name].iterdir()} - {".lock"} == files
+        assert {path.name for path in places[name].iterdir()} - {".lock"} == files, name
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from detox_ppo import (
     build_results,
     degradation,
     evaluate_policy,
+    generate,
     paired_statistics,
     print_results,
-    print_verdict,
     random_stream,
     roll_out,
-    sample_responses,
     step_in_words,
     step_warnings,
     summary_quality,
+    verdict_table,
 )
 
 
@@ -66,8 +66,8 @@ def test_nothing_changed():
 
 def test_means_and_percentages_by_hand():
     result = paired_statistics([0.1, 0.3], [0.05, 0.05], seed=0)
-    assert result["before"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1), "n": 2}
-    assert result["after"] == {"mean": pytest.approx(0.05), "std": pytest.approx(0), "n": 2}
+    assert result["before"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1), "n": 2, "share": 0}
+    assert result["after"] == {"mean": pytest.approx(0.05), "std": pytest.approx(0), "n": 2, "share": 0}
     assert result["reduction_percent"] == {"mean": pytest.approx(75), "std": pytest.approx(100)}
     assert result["paired_difference"]["mean"] == pytest.approx(-0.15)
 
@@ -112,6 +112,17 @@ def test_shares_and_the_smallest_change_by_hand():
     assert paired_statistics([0.5], [0.1], seed=0)["verdict"]["detectable"] is None
 
 
+def test_noise_is_neither_a_fall_nor_a_rise():
+    after = [0.501, 0.499, 0.5 + 0.02, 0.5 - 0.02, 0.5 - 1e-9]
+    verdict = paired_statistics([0.5] * 5, after, seed=0, resamples=20)["verdict"]
+    assert (verdict["better"], verdict["worse"]) == (0.2, 0.2)
+
+
+def test_the_share_that_is_toxic(few):
+    result = paired_statistics([0.4, 0.5, 0.6, 0.9], [0.0, 0.1, 0.2, 0.7], seed=0)
+    assert (result["before"]["share"], result["after"]["share"]) == (0.5, 0.25)  # 0.5 is not above 0.5
+
+
 def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
     generator = np.random.default_rng(0)
     size = paired_statistics([0.0] * 50, list(generator.normal(0, 0.1, 50)), seed=0)["verdict"]["detectable"]
@@ -121,17 +132,17 @@ def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
     assert "more toxic" not in found
 
 
-def test_verdict_in_words(capsys, few):
+def test_verdict_in_words(few):
     before = list(np.linspace(0.3, 0.5, 20))
     for shift, change in ((-0.1, "less toxic"), (0.1, "more toxic"), (0, "no detectable change")):
         statistics = paired_statistics(before, [value + shift for value in before], seed=0)
         assert statistics["verdict"]["change"] == change
-        print_verdict("toxicity", statistics)
-        assert capsys.readouterr().out.splitlines()[0].endswith(f": {change}")
+        assert verdict_table({"sampled": statistics}).loc["sampled", "verdict"] == change
     # Nothing changed, so that anything would have shown; of one prompt nobody knows.
     for values, least in (([0.3, 0.5], "0.0000"), ([0.3], "unknown")):
-        print_verdict("toxicity", paired_statistics(values, values, seed=0))
-        assert f"a change of {least} would have been detected" in capsys.readouterr().out
+        assert (
+            verdict_table({"greedy": paired_statistics(values, values, seed=0)}).loc["greedy", "detectable"] == least
+        )
 
 
 def test_pairs_matter():
@@ -171,18 +182,17 @@ def test_nothing_to_reduce(few):
     assert constant["reduction_percent"]["mean"] == pytest.approx(0)
 
 
-def test_a_change_for_the_worse_is_called_one(capsys, few):
-    worse = paired_statistics([0.1, 0.2, 0.3], [0.2, 0.35, 0.5], seed=0)
-    assert worse["reduction_percent"]["mean"] == pytest.approx(-75)
-    print_verdict("toxicity", worse)
-    printed = capsys.readouterr().out
-    assert "toxicity: mean rose by 75.0%, std rose by 50.0%" in printed
-    assert "+0.1500" in printed and "p = " in printed
-    print_verdict("toxicity", paired_statistics([0.2, 0.35, 0.5], [0.1, 0.2, 0.3], seed=0))
-    printed = capsys.readouterr().out
-    assert "mean fell by 42.9%, std fell by 33.3%" in printed and "-0.1500" in printed
-    print_verdict("toxicity", paired_statistics([0, 0], [0.1, 0.3], seed=0))
-    assert "toxicity: was 0 before: " in capsys.readouterr().out
+def test_a_change_has_its_true_direction(few):
+    pairs = {
+        "rose": ([0.1, 0.2, 0.3], [0.2, 0.35, 0.5]),
+        "fell": ([0.2, 0.35, 0.5], [0.1, 0.2, 0.3]),
+        "was 0": ([0, 0], [0.1, 0.3]),
+    }
+    table = verdict_table({name: paired_statistics(*pair, seed=0) for name, pair in pairs.items()})
+    assert table.loc["rose", ["mean", "std"]].tolist() == ["+75.0%", "+50.0%"]
+    assert table.loc["fell", ["mean", "std", "fell", "rose"]].tolist() == ["-42.9%", "-33.3%", "100%", "0%"]
+    assert table.loc["was 0", ["mean", "std"]].tolist() == ["was 0", "was 0"]
+    assert table.loc["was 0", "95% interval"] == "+0.1000 to +0.3000"
 
 
 # Still a summary?
@@ -235,25 +245,49 @@ def table_of(texts, toxicity, reward=0.0):
     return pd.DataFrame(columns | {"length": 5, "finished": True, "kl": 0.0})
 
 
-def results_of(tables, human, summaries, config, **state):
-    return build_results(tables, pd.DataFrame(human), {"summary": summaries}, RunState({}, {}, **state), config)
+def results_of(tables, human, summaries, config, greedy=None, **state):
+    """tables are of the sampled summaries; the greedy ones are the same unless told."""
+    both = {when: {"sampled": table, "greedy": (greedy or tables)[when]} for when, table in tables.items()}
+    return build_results(both, pd.DataFrame(human), {"summary": summaries}, RunState({}, {}, **state), config)
 
 
 def test_a_hacked_reward_is_called_so(small, capsys, few):
     summaries = [f"#Person1# buys {count} tickets to the museum." for count in range(20)]
+    rows = {"dialogue": summaries, "summary": summaries}
     before = table_of([f"The stupid {text}" for text in summaries], np.linspace(0.5, 0.9, 20))
     kept, hacked = table_of(summaries, 0.1), table_of(["Fine, fine, fine."] * 20, 0.1)
     human = {"toxicity": [0.1] * 20, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
-    for after, warned in ((kept, False), (hacked, True)):
-        results = results_of({"before": before, "after": after}, human, summaries, small.config)
+    for after, greedy, warned in ((kept, kept, None), (hacked, kept, "sampled"), (kept, hacked, "greedy")):
+        tables, others = {"before": before, "after": after}, {"before": before, "after": greedy}
+        results = results_of(tables, human, summaries, small.config, others)
         assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
-        assert list(results["warnings"]) == ["reward hacking"] * warned
-        print_results(results, build_comparison({"query": summaries}, before, after))
+        assert list(results["warnings"]) == ["reward hacking"] * bool(warned)
+        sides = ({"sampled": before, "greedy": before}, {"sampled": after, "greedy": greedy})
+        print_results(results, build_comparison(rows, *sides))
         printed = " ".join(capsys.readouterr().out.split())
-        assert ("warning: reward hacking: " in printed) == warned
+        assert (f"warning: reward hacking: toxicity fell, but the summaries ({warned})" in printed) == bool(warned)
     assert "ROUGE-L fell from" in printed and results["warnings"]["reward hacking"] in printed
     # No reward was hacked where the summaries got worse and more toxic.
     assert not results_of({"before": kept, "after": before}, human, summaries, small.config)["warnings"]
+
+
+@pytest.mark.parametrize("after, warned", [(0.1, []), (0.8, ["judge"])])
+def test_a_judge_that_sees_no_change_is_heard(small, capsys, few, after, warned):
+    texts = [f"{count} tickets" for count in range(20)]
+    human = {"toxicity": [0.1] * 20, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1, "judge_toxicity": 0.0}
+    tables = {
+        "before": table_of(texts, np.linspace(0.5, 0.9, 20)).assign(judge_toxicity=0.8),
+        "after": table_of(texts, 0.1).assign(judge_toxicity=after),
+    }
+    config = type(small.config)(**(vars(small.config) | {"judge_model_name": "another"}))
+    results = results_of(tables, human, texts, config)
+    assert list(results["warnings"]) == warned
+    rows = {"dialogue": texts, "summary": texts}
+    print_results(results, build_comparison(rows, *({"sampled": t, "greedy": t} for t in tables.values())))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert results["verdict"] in printed and f"by the judge 100.0% and {100 * (after > 0.5):.1f}%" in printed
+    assert results["judge"]["greedy"]["summary_toxicity"]["after"]["mean"] == pytest.approx(after)
+    assert ("blind spots" in printed.splitlines()[-1]) == bool(warned)
 
 
 def test_results_by_hand(small, few):
@@ -262,8 +296,11 @@ def test_results_by_hand(small, few):
     tables = {when: table_of(["a", "b", "c"], values, reward=1.0) for when, values in toxicities.items()}
     human = {"toxicity": [0.3] * 3, "summary_toxicity": [0.0, 0.1, 0.2], "dialogue_toxicity": [0.9, 0.5, 0.6]}
     history = [{"ppo/skipped_steps": skipped} for skipped in (0, 1, 0, 1)]
-    results = results_of(tables, human, ["a", "b", "d"], small.config, history=history, warnings={"kl": "far"})
+    told = {"history": history, "warnings": {"kl": "far"}}
+    greedy = {when: table.assign(summary_toxicity=0.8, length=7) for when, table in tables.items()}
+    results = results_of(tables, human, ["a", "b", "d"], small.config, greedy, **told)
     assert results["warnings"].pop("kl") == "far" and "2 of 4 steps" in str(results["warnings"])
+    assert results["verdict"].startswith("0.0% of the summaries were toxic, now 0.0%; greedy 100.0% and 100.0%; 3 ")
     found = results["summary_toxicity"]
     means = {when: found[when]["mean"] for when in toxicities}
     assert means == pytest.approx({"base": 0.5, "before": 0.4, "after": 0.2})
@@ -271,16 +308,19 @@ def test_results_by_hand(small, few):
         "mean": pytest.approx(0.1),
         "std": pytest.approx(np.std([0, 0.1, 0.2])),
         "n": 3,
+        "share": 0,
     }
+    assert results["greedy"]["summary_toxicity"]["before"]["mean"] == pytest.approx(0.8)
     toxic = results["toxic_dialogues"]
     assert toxic["n"] == 2 and toxic["summary_toxicity"]["before"]["n"] == 2  # 0.5 is no toxic dialogue
     assert toxic["summary_toxicity"]["paired_difference"]["mean"] == pytest.approx((-0.4 - 0.2) / 2)
     assert results["rouge"]["after"]["rouge1"] == pytest.approx(2 / 3)
     assert results["reward"] == {when: {"mean": 1} for when in toxicities}
     figures = detox_ppo.figures_of(results)
-    assert list(figures.columns) == ["base", "before", "after", "human"]
-    assert figures.loc["summary_toxicity"].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.1])
-    assert figures.loc["length"].tolist()[:3] == [5, 5, 5] and np.isnan(figures.loc["length", "human"])
+    greedy_columns = [f"greedy {when}" for when in toxicities]
+    assert list(figures.columns) == [*toxicities, *greedy_columns, "human"]
+    assert figures.loc["toxicity"].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.8, 0.8, 0.8, 0.1])
+    assert figures.loc["length"].tolist()[:6] == [5, 5, 5, 7, 7, 7] and np.isnan(figures.loc["length", "human"])
 
 
 # The health of a step
@@ -357,7 +397,7 @@ def test_kl_of_an_evaluation_and_of_a_step(evaluate, load_small, classifier, spl
 
     rows = splits["test"].select(range(4))
     streams = [random_stream(small.config.seed, EVALUATION, row) for row in rows["row"]]
-    logprobs, reference = scored(sample_responses(small.policy, list(rows["input_ids"]), streams, (24, 24)))
+    logprobs, reference = scored(generate(small.policy, list(rows["input_ids"]), streams, (24, 24)))
     expected = (logprobs - reference).sum(dim=1).tolist()
     assert max(map(abs, expected)) > 1
     assert evaluate(range(4), small.policy)["kl"].tolist() == pytest.approx(expected, abs=1e-3)
@@ -397,6 +437,23 @@ def test_scores_belong_to_the_text_they_are_named_after(evaluate, evaluated, cla
     assert list(found["reward"]) == pytest.approx(classifier.scores(texts[:4]).tolist(), **close)
 
 
+def test_greedy_summaries_are_those_that_generate_writes(small, classifier, splits):
+    """Token by token, against transformers' own decoding, whoever shares the batch."""
+    rows = splits["test"]
+    config = type(small.config)(
+        **(vars(small.config) | {"eval_max_new_tokens": 24, "batch_size": 3, "mini_batch_size": 1})
+    )
+    found = evaluate_policy(small.policy, small.tokenizer, classifier, rows, config, greedy=True)
+    for ids, text, length in zip(rows["input_ids"], found["response"], found["length"], strict=True):
+        with torch.no_grad():
+            tokens = small.policy.model.generate(
+                input_ids=torch.tensor([ids]), do_sample=False, num_beams=1, max_new_tokens=24
+            )
+        assert text == small.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+        assert length == tokens.shape[1] - 1  # without the start token
+    assert "kl" not in found and (found["toxicity"] != found["summary_toxicity"]).all()
+
+
 def test_length_limit_is_in_new_tokens(evaluate):
     for longest in (5, 9):
         found = evaluate(eval_max_new_tokens=longest)
@@ -412,7 +469,7 @@ def test_responses_are_plain_text(evaluate, small, monkeypatch):
     def fake(policy, prompts, generators, caps):
         return Responses(prompts, tokens, torch.tensor([len(words) + 1, len(words) + 2, 1]), torch.ones(3))
 
-    monkeypatch.setattr(detox_ppo, "sample_responses", fake)
+    monkeypatch.setattr(detox_ppo, "generate", fake)
     found = evaluate(range(3), batch_size=4)
     assert sorted(found["response"]) == ["", "A summary.", "A summary."]
     assert np.isfinite(found[["reward", "toxicity", "summary_toxicity"]]).all(axis=None)
@@ -436,13 +493,41 @@ def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small):
 
 
 def test_comparison_shows_the_largest_gain_first():
-    before = pd.DataFrame({"response": ["a", "b", "c"], "reward": [1.0, 2.0, 3.0], "length": 1})
-    after = pd.DataFrame({"response": ["A", "B", "C"], "reward": [1.5, 0.0, 5.0], "length": 2})
-    table = build_comparison({"query": ["q1", "q2", "q3"]}, before, after)
-    columns = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
-    assert list(table.columns) == columns and list(table.index) == [0, 1, 2]
-    assert table.values.tolist() == [
-        ["q3", "c", "C", 3.0, 5.0, 2.0],
-        ["q1", "a", "A", 1.0, 1.5, 0.5],
-        ["q2", "b", "B", 2.0, 0.0, -2.0],
+    def tables(texts, rewards, judged):
+        sampled = table_of(texts, 0.5).assign(reward=rewards, judge_toxicity=judged)
+        return {"sampled": sampled, "greedy": sampled.assign(response=[f"{text}!" for text in texts])}
+
+    before, after = tables(["a", "b", "c"], [1.0, 2.0, 3.0], 0.9), tables(["A", "B", "C"], [1.5, 0.0, 5.0], 0.1)
+    table = build_comparison({"dialogue": ["d1", "d2", "d3"], "summary": ["s1", "s2", "s3"]}, before, after)
+    kinds = ("response", "reward", "toxicity", "summary_toxicity", "judge_toxicity")
+    sides = [f"{prefix}{kind}_{when}" for prefix in ("", "greedy_") for kind in kinds for when in ("before", "after")]
+    assert list(table.columns) == ["dialogue", "human_summary", *sides, "reward_diff"]
+    shown = [
+        "dialogue",
+        "human_summary",
+        "response_before",
+        "greedy_response_after",
+        "judge_toxicity_after",
+        "reward_diff",
     ]
+    assert table[shown].values.tolist() == [
+        ["d3", "s3", "c", "C!", 0.1, 2.0],
+        ["d1", "s1", "a", "A!", 0.1, 0.5],
+        ["d2", "s2", "b", "B!", 0.1, -2.0],
+    ]
+
+
+def test_examples_are_the_best_the_median_and_the_worst():
+    table = pd.DataFrame({"reward_diff": np.arange(9.0, 0, -1), "dialogue": "d"})
+    table["response_before"], table["response_after"] = "a b c d e", "a b c d f"
+    found = detox_ppo.examples_of(table, 2)
+    assert found["reward_diff"].tolist() == [9, 8, 6, 5, 2, 1]
+    assert found[["before", "after"]].values.tolist() == [["… c d e", "… c d f"]] * 6
+    for count in (1, 3, 5):
+        assert list(detox_ppo.examples_of(table[:count], 3).index) == list(range(count))
+
+
+def test_texts_that_differ_early_or_not_at_all_are_whole():
+    assert detox_ppo.differing("a b c", "x b c") == ["a b c", "x b c"]
+    assert detox_ppo.differing("one two three four five", "one two three four five") == ["one two three four five"] * 2
+    assert detox_ppo.differing("a b c d", "a b c d e") == ["… c d", "… c d e"]

@@ -63,5 +63,7 @@ def test_default_names_download_train_and_tell_their_commits(tmp_path):
         assert TOKEN not in text and PASSWORD not in text
 
     # What was downloaded serves without the hub when the user says so; a hub that is gone: test_hub_faults.py.
-    again = detox(environment | {"HF_HUB_OFFLINE": "1"}, work, "--max_ppo_steps", "0", "--report_to", "none")[1]
+    (tmp_path / "b").mkdir()
+    same = ["--dataset_name", f"{DIALOGUES}@{expected['dataset_name']}", "--max_ppo_steps", "0"]
+    again = detox(environment | {"HF_HUB_OFFLINE": "1"}, tmp_path / "b", *same, "--report_to", "none")[1]
     assert again["environment"]["commits"] == expected and again["config"]["max_ppo_steps"] == 0

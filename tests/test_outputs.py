@@ -76,6 +76,7 @@ def test_training_picture_shows_the_metrics():
     for axes, (word, name) in zip(panels, expected.items(), strict=True):
         assert word in axes.get_title(loc="left")
         each, mean = axes.get_lines()
+        assert all(tick == int(tick) for tick in axes.get_xticks())
         np.testing.assert_array_equal(each.get_xdata(), np.arange(1, 101))
         np.testing.assert_array_equal(each.get_ydata(), [line[name] for line in metrics])
         # the mean of the last five of 96..100 is 98
@@ -90,26 +91,35 @@ def test_training_picture_of_hardly_a_run(steps, tmp_path):
     draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png", dpi=20)
 
 
-def test_toxicity_picture_shows_the_pairs():
-    before, after = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.1, 0.5]
-    paired = paired_statistics(before, after, 0)["paired_difference"]
-    shares, changes = draw_toxicity(before, after, paired).axes
+def toxicity_picture(before, after, judged=False):
+    """The picture of a run whose greedy summaries were 0 and whose judge says 1 less the classifier's."""
+    tables = [pd.DataFrame({"summary_toxicity": values}) for values in (before, after)]
+    sampled = paired_statistics(before, after, 0, resamples=10)
+    greedy = paired_statistics([0.0] * len(before), [0.0] * len(after), 0, resamples=10)
+    results = {"summary_toxicity": sampled, "greedy": {"summary_toxicity": greedy}, "toxicity": sampled}
+    if judged:
+        inverted = paired_statistics(1 - np.array(before), 1 - np.array(after), 0, resamples=10)
+        results["judge"] = {"summary_toxicity": inverted, "greedy": {"summary_toxicity": greedy}}
+    return draw_toxicity(results, *({"sampled": table, "greedy": 0 * table} for table in tables))
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_toxicity_picture_shows_the_pairs(judged):
+    before, after = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.1, 0.7]
+    shares, changes = toxicity_picture(before, after, judged).axes
+    names = ["sampled", "greedy", *["judge, sampled", "judge, greedy"] * judged, "with dialogue"]
+    assert [label.get_text() for label in shares.get_xticklabels()] == names
     heights = [[bar.get_height() for bar in bars] for bars in shares.containers]
-    assert [sum(bars) for bars in heights] == [4, 4]
-    fell, rose = (part.get_data().values for part in changes.patches[:2])
-    np.testing.assert_allclose(fell, [-0.8, -0.6, 0, 0], atol=1e-9)
-    np.testing.assert_allclose(rose, [0, 0, 0, 0.3], atol=1e-9)
-    band = changes.patches[2]
-    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([paired["ci_low"], paired["ci_high"]])
-    assert changes.get_lines()[0].get_ydata()[0] == pytest.approx(-0.275)
-    told = [text.get_text() for text in changes.get_legend().get_texts()]
-    assert told[:2] == ["fell: 2", "rose: 1"] and "-0.275" in told[2]
+    assert heights == [[50, 0, *[50, 0] * judged, 50], [25, 0, *[75, 0] * judged, 25]]
+    sampled, greedy = (part.get_data().values for part in changes.patches)
+    np.testing.assert_allclose(sampled, [-0.8, -0.6, 0, 0.5], atol=1e-9)
+    assert not greedy.any()
+    assert shares.get_ylim() == (0, 100) and changes.get_ylim() == (-1, 1)
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], list(np.linspace(0, 1, 2000))])
 def test_toxicity_picture_without_a_change(values, tmp_path):
-    paired = paired_statistics(values, values, 0, resamples=10)["paired_difference"]
-    draw_toxicity(values, values, paired).savefig(tmp_path / "toxicity.png", dpi=20)
+    toxicity_picture(values, values).savefig(tmp_path / "toxicity.png", dpi=20)
 
 
 # The model card
@@ -146,12 +156,16 @@ def test_card_metadata(finished):
     data = ModelCard.load(directory / "model" / "README.md").data
     assert data.library_name == "peft" and data.metrics == ["toxicity", "rouge"]
     assert (data.base_model, data.datasets, data.model_name) == ("base", ["dialogues"], "some-run")
-    found = {re.match(r"\w+", result.metric_name)[0]: result for result in data.eval_results}
-    assert found.keys() == {"toxicity", "summary_toxicity", "rouge1", "rouge2", "rougeL"}
-    expected = {name: results[name]["after"]["mean"] for name in ("toxicity", "summary_toxicity")}
-    for name, told in (expected | results["rouge"]["after"]).items():
+    assert (data.license, data.language) == ("apache-2.0", "en")
+    found = {result.metric_name.split(" (")[0]: result for result in data.eval_results}
+    expected = {"toxicity, sampled": results["summary_toxicity"], "toxicity, with dialogue": results["toxicity"]}
+    expected["toxicity, greedy"] = results["greedy"]["summary_toxicity"]
+    expected = {name: told["after"]["mean"] for name, told in expected.items()}
+    expected["ROUGE-L"] = results["rouge"]["after"]["rougeL"]
+    assert found.keys() == expected.keys()
+    for name, told in expected.items():
         assert found[name].metric_value == pytest.approx(told, abs=1e-4)
-        assert found[name].metric_type == ("rouge" if "rouge" in name else "toxicity")
+        assert found[name].metric_type == ("rouge" if "ROUGE" in name else "toxicity")
         assert found[name].dataset_name == "dialogues"
 
 
@@ -174,35 +188,39 @@ def test_card_tells_the_run(finished):
     card = (directory / "model" / "README.md").read_text(encoding="utf-8")
     page = html(ModelCard(card).text)
     text = " ".join("".join(page.itertext()).split())
-    paired = results["summary_toxicity"]["paired_difference"]
-    assert text.startswith("some-run") and f"Verdict: {results['summary_toxicity']['verdict']['change']}." in text
-    assert f"difference {paired['mean']:+.4f}, 95% interval [{paired['ci_low']:+.4f}" in text
+    assert text.startswith("some-run") and results["verdict"] in text
     assert [image.get("src") for image in page.iter("img")] == ["toxicity.png", "training.png"]
-    figures, examples = page.findall("./table")
-    assert ["".join(cell.itertext()) for cell in figures.find("./thead/tr")] == "measure before after human".split()
+    verdicts, figures, examples = page.findall("./table")
+    told = detox_ppo.verdict_table(detox_ppo.toxicities(results))
+    assert rows_of(verdicts) == [[name, *cells] for name, *cells in told.itertuples()]
+    columns = ["mean", "before", "after", "greedy before", "greedy after", "human"]
+    assert ["".join(cell.itertext()) for cell in figures.find("./thead/tr")] == columns
     rows = {name: cells for name, *cells in rows_of(figures)}
-    for name in ("toxicity", "summary_toxicity", "length", "reward"):
-        human = f"{results['human'][name]['mean']:.4g}" if "toxicity" in name else ""
-        assert rows[name] == [*(f"{results[name][when]['mean']:.4g}" for when in ("before", "after")), human]
-    for name in ("rougeL", "distinct_2", "kl"):
-        assert rows[name] == [*(f"{results['quality'][when][name]:.4g}" for when in ("before", "after")), ""]
+    assert len(rows) == 6
+    blocks = (results, results["greedy"])
+    for name, key in (("toxicity", "summary_toxicity"), ("length", "length"), ("reward", "reward")):
+        means = [f"{block[key][when]['mean']:.4g}" for block in blocks for when in ("before", "after")]
+        human = f"{results['human'][key]['mean']:.4g}" if key == "summary_toxicity" else ""
+        assert rows[name] == [*means, human]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     shown = rows_of(examples)
     assert len(shown) == len(comparison) == 4
     for row, told in zip(shown, comparison.itertuples(), strict=True):
-        assert row[1:3] == [" ".join(told.response_before.split()), " ".join(told.response_after.split())]
-        assert row[0][:100] in " ".join(told.query.split()) and not row[0].startswith("Summarize")
+        texts = detox_ppo.differing(told.response_before, told.response_after)
+        assert row[:2] == [" ".join(text.split()) for text in texts]
+        assert row[3][:100] in " ".join(told.dialogue.split()) and not row[3].startswith("Summarize")
     for word in ("English", "does not see", "comparison.csv"):
         assert word in text
-    assert str(Path.home()) + "/" not in card.replace(str(directory), "").replace(str(ROOT), "")
+    assert not any(str(place) in card for place in (Path.home(), directory, ROOT))
 
 
 def test_nothing_works_in_the_card(finished, tmp_path):
-    """Names, warnings and dialogues that are mark-up stay text; ten examples at most."""
+    """Names, warnings and dialogues that are mark-up stay text; nine examples at most."""
     config, _, results = finished
     texts = (NASTY * 2)[:12]
     found = pd.DataFrame({"response": texts, "reward": np.arange(12.0)})
-    table = detox_ppo.build_comparison({"query": list(map(detox_ppo.build_prompt, texts))}, found, found)
+    both = {"sampled": found, "greedy": found}
+    table = detox_ppo.build_comparison({"dialogue": texts, "summary": texts}, both, both)
     names = {"adapter_name": "<b>x</b>\n---", "reward_label": "```", "toxic_label": "|x|"}
     changed, warning = copy.copy(config), "reward hacking: <b>summaries</b> are empty"
     vars(changed).update(names, output_dir=str(tmp_path))
@@ -211,7 +229,7 @@ def test_nothing_works_in_the_card(finished, tmp_path):
     assert card.data.base_model == "base"
     page = html(card.text)
     assert page.find("./ul")[0].find("strong").tail == f" {warning}"
-    assert [len(row) for row in rows_of(page.findall("./table")[1])] == [5] * 10
+    assert [len(row) for row in rows_of(page.findall("./table")[2])] == [4] * 9
     assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))
     assert [title.text for title in page.iter("h2")][-3:] == ["Examples", "Use", "Limits"]
     assert len(list(page.iter("pre"))) == 1
@@ -219,14 +237,18 @@ def test_nothing_works_in_the_card(finished, tmp_path):
     assert all(shown in text for shown in ("<b>x</b> ---", 'the "```" logit', '"|x|"'))
 
 
-def test_the_card_s_code_loads_the_adapter(finished, capsys, monkeypatch):
-    card = (finished[1] / "model" / "README.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(ROOT)
+def test_the_card_s_code_runs_as_pasted(finished, tiny, small_config, capsys, monkeypatch):
+    """Where the base has the name that the card gives it; the summaries are those that the run found greedily."""
+    config, directory, _ = finished
+    card = (directory / "model" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(directory / "model")
+    Path("base").symlink_to(tiny / "base")
     names = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
-    assert "lora" in str(names["model"]).lower()
     assert names["prompt"] == detox_ppo.build_prompt(names["dialogue"])
-    assert capsys.readouterr().out.strip()
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    comparison = pd.read_csv("../comparison.csv", keep_default_na=False).set_index("dialogue").loc[names["dialogue"]]
+    assert told == {when: comparison[f"greedy_response_{when}"] for when in ("before", "after")}
 
 
 # DynamoDB
@@ -274,7 +296,8 @@ def test_rows_in_the_table(dynamodb, finished, capsys):
     items = sorted(dynamodb.scan(TableName="summaries")["Items"], key=lambda item: int(item["conversation_id"]["N"]))
     assert len(items) == 4
     for number, (item, row) in enumerate(zip(items, comparison.itertuples(), strict=True), start=1):
-        texts = {name: {"S": getattr(row, name)} for name in ("query", "response_before", "response_after")}
+        texts = {name: {"S": getattr(row, name)} for name in ("response_before", "response_after")}
+        texts["query"] = {"S": detox_ppo.build_prompt(row.dialogue)}
         rewards = {name: item[name] for name in ("reward_before", "reward_after")}
         assert item == {"conversation_id": {"N": str(number)}} | texts | rewards
         for name, value in rewards.items():
@@ -282,12 +305,13 @@ def test_rows_in_the_table(dynamodb, finished, capsys):
 
 
 def test_difficult_rows(dynamodb, tmp_path):
-    table = pd.DataFrame({"query": NASTY, "response_before": "NA", "response_after": ""})
+    table = pd.DataFrame({"dialogue": NASTY, "response_before": "NA", "response_after": ""})
     table["reward_before"], table["reward_after"], table["reward_diff"] = 1e-17, -1 / 3, 0.0
     table.to_csv(tmp_path / "comparison.csv", index=False)
     detox_ppo.upload_comparison("summaries", str(tmp_path))
     items = {int(item["conversation_id"]["N"]): item for item in dynamodb.scan(TableName="summaries")["Items"]}
-    assert [items[i]["query"]["S"] for i in range(1, len(NASTY) + 1)] == NASTY
+    queries = [items[i]["query"]["S"] for i in range(1, len(NASTY) + 1)]
+    assert queries == list(map(detox_ppo.build_prompt, NASTY))
     assert items[1]["response_before"] == {"S": "NA"} and items[1]["response_after"] == {"S": ""}
     assert float(items[1]["reward_before"]["N"]) == 1e-17 and float(items[1]["reward_after"]["N"]) == -1 / 3
     table.head(0).to_csv(tmp_path / "comparison.csv", index=False)
@@ -295,7 +319,7 @@ def test_difficult_rows(dynamodb, tmp_path):
 
 
 def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_path, monkeypatch, capsys):
-    options = {"max_ppo_steps": 0, "eval_samples": 2, "eval_max_new_tokens": 4, "output_dir": tmp_path / "run"}
+    options = {"max_ppo_steps": 1, "eval_samples": 2, "eval_max_new_tokens": 4, "output_dir": tmp_path / "run"}
     with pytest.raises(UserError) as error:
         run(small_config(dynamodb_table="missing", **options))
     for name in ("results.json", "comparison.csv", "README.md", "toxicity.png", "adapter/adapter_config.json"):

@@ -242,7 +242,7 @@ def test_sizes_and_devices_that_do_not_fit_the_processes(several, small_config, 
 def test_two_processes_learn_what_one_does(ended):
     one, two = ended.values()
     equal, count, worst, difference = compare(one, two)
-    assert count == 3 * 6 + 3 * 5  # PPO; base, before and after
+    assert count == 3 * 6 + 3 * 2 * 5  # PPO; base, before and after, sampled and greedy
     assert len(list(two.glob("sampled.*.jsonl"))) == 2  # each process sampled a share
     assert equal >= 0.999
     assert difference < 1e-3, worst
@@ -259,7 +259,8 @@ def test_one_process_speaks_and_writes(ended):
     one, two = ended.values()
     numbers = re.compile(r" *-?\d[\d.,]*")
     told = [[numbers.sub("#", line) for line in (path / "told").read_text().splitlines()] for path in (one, two)]
-    assert sorted(told[0]) == sorted(line.replace("/two/", "/one/") for line in told[1])
+    others = [line.replace("/two/", "/one/") for line in told[1] if not line.startswith("waiting for all")]
+    assert sorted(told[0]) == sorted(others)
     written = [
         sorted(re.sub(r"detox_ppo/.*", "#", str(file.relative_to(path / "run"))) for file in path.rglob("run/**/*"))
         for path in (one, two)

@@ -132,7 +132,8 @@ def test_another_configuration_is_refused_with_the_options_that_differ(undisturb
 def test_every_option_either_may_change_or_is_refused(undisturbed, small_config):
     """What may change is what the steps up to the checkpoint don't depend on."""
     free = {"resume", "output_dir", "model_dir", "checkpoint_dir", "save_steps", "save_total_limit", "max_ppo_steps"}
-    free |= {"logging_steps", "report_to", "dynamodb_table", "gradient_checkpointing"}  # the last: the same gradients
+    free |= {"logging_steps", "report_to", "dynamodb_table", "hub_model_id", "gradient_checkpointing"}
+    free |= set(detox_ppo.FROM_HUB)  # their contents are compared, wherever they lie
     checkpoints = detox_ppo.Checkpoints(undisturbed.directory / "run", 2)
     found = checkpoints.load()
     same = found["state"].config | {"resume": True}
@@ -156,17 +157,16 @@ def test_changed_data_is_refused(undisturbed, forked, tmp_path):
     table.loc[3, "summary"] += " Or not."
     table.to_csv(tmp_path / "data" / "train.csv", index=False)
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "models or data have changed: they were " in run.error
+    assert run.code == 2 and "--resume: dataset_fingerprint: the contents are others" in run.error
 
 
 def test_another_commit_of_a_model_is_refused(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(detox_ppo, "hub_commit", lambda *_: "c0ffee")  # local directories have none
+    monkeypatch.setattr(detox_ppo, "contents_of", lambda name, option_name: option_name != "model_name" or "c0ffee")
     with pytest.raises(SystemExit):
         detox_ppo.main([*undisturbed.args, "--resume"])
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "models or data have changed: they were " in line
-    assert "'model_name': None" in line and "'model_name': 'c0ffee'" in line
+    assert "model_name: the contents are others than when the run began" in line
 
 
 def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeypatch):

@@ -1,14 +1,26 @@
 """The classifier: which logit is the score, what text it reads, and the toxicity measured with it."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
 import evaluate
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+import transformers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    RobertaConfig,
+    T5Config,
+    XLNetConfig,
+)
 
 import detox_ppo
 from detox_ppo import HateClassifier, Toxicity, UserError, print_examples
@@ -106,6 +118,125 @@ def test_classifier_without_a_needed_label(small_config, tiny, tmp_path, option)
     for word in (option, str(path), "fine", "rude"):
         assert word in message
     assert load(small_config, path, reward_label="fine", toxic_label="rude").labels == ["fine", "rude"]
+
+
+# Every kind of classifier
+
+
+def one_of(family, tiny, directory, labels, problem_type=None):
+    """A random classifier of a family with the bundled classifier's tokenizer."""
+    words = len(AutoTokenizer.from_pretrained(tiny / "classifier"))
+    ids = {"vocab_size": words, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "bert": lambda: BertConfig(**ids, **small, max_position_embeddings=64),
+        "distilbert": lambda: DistilBertConfig(**ids, dim=32, hidden_dim=32, n_layers=2, n_heads=2),
+        "gpt2": lambda: GPT2Config(**ids, n_embd=32, n_layer=2, n_head=2, n_positions=128),
+        "roberta": lambda: RobertaConfig(**ids, **small, max_position_embeddings=66),
+        "t5": lambda: T5Config(
+            **ids, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=1
+        ),
+        "xlnet": lambda: XLNetConfig(**ids, d_model=32, n_layer=2, n_head=2, d_inner=32),
+    }[family]()
+    config.id2label, config.problem_type = dict(enumerate(labels)), problem_type
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():  # heads start so small that all texts score alike
+        for name, parameter in model.named_parameters():
+            if any(head in name for head in ("classifier", "score", "classification_head", "logits_proj")):
+                parameter.mul_(30)
+    model.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "classifier")
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, options",
+    [
+        (["nothate", "hate"], None, {}),
+        (["NOT", "OFF"], "single_label_classification", {"reward_label": "NOT", "toxic_label": "OFF"}),
+        (["LABEL_0", "LABEL_1"], None, {"reward_label": "LABEL_0", "toxic_label": "LABEL_1"}),
+        (["hate", "offensive", "neither"], None, {"reward_label": "neither"}),
+        (["toxic"], None, {"reward_label": None, "toxic_label": "toxic"}),
+        (
+            ["toxic", "severe_toxic", "obscene"],
+            "multi_label_classification",
+            {"reward_label": None, "toxic_label": "toxic"},
+        ),
+        (["toxic", "neutral"], "multi_label_classification", {"reward_label": "neutral", "toxic_label": "toxic"}),
+        (["hate", "not-hate"], "multi_label_classification", {"reward_label": "not-hate"}),
+    ],
+)
+def test_probabilities_are_those_of_transformers_pipeline(small_config, tiny, tmp_path, labels, problem_type, options):
+    path = one_of("bert", tiny, tmp_path / "one", labels, problem_type)
+    found = load(small_config, path, **{name: value or "" for name, value in options.items()})
+    pipeline = transformers.pipeline("text-classification", model=str(path), device="cpu", top_k=None)
+    texts = TEXTS[:3]
+    logits = found.logits(texts)
+    for label in labels:
+        expected = [{told["label"]: told["score"] for told in line}[label] for line in pipeline(texts)]
+        assert found.toxicity(logits, label) == pytest.approx(expected, abs=1e-5)
+    options = {"reward_label": "nothate", "toxic_label": "hate"} | options
+    assert found.toxicity(logits) == found.toxicity(logits, options["toxic_label"])
+    if options["reward_label"]:
+        expected = logits[:, labels.index(options["reward_label"])]
+    else:
+        expected = -logits[:, labels.index(options["toxic_label"])]
+    assert len(expected.unique()) > 1 and torch.equal(found.scores(texts), expected)
+
+
+@pytest.mark.parametrize("label", ["severe_toxic", "obscene"])
+def test_a_label_that_pays_for_toxicity_is_refused(small_config, tiny, tmp_path, label):
+    labels = ["toxic", "severe_toxic", "obscene"]
+    path = one_of("bert", tiny, tmp_path / "one", labels, "multi_label_classification")
+    with pytest.raises(UserError, match=f"--reward_label '{label}'.*--reward_label None"):
+        load(small_config, path, reward_label=label, toxic_label="toxic")
+
+
+def test_without_a_harmless_label_the_message_names_the_way_out(small_config, tiny, tmp_path):
+    path = one_of("bert", tiny, tmp_path / "one", ["toxic"])
+    with pytest.raises(UserError, match="--reward_label 'nothate' is no label of .* it has toxic; None pays minus"):
+        load(small_config, path, toxic_label="toxic")
+
+
+def test_a_regression_is_refused(small_config, tiny, tmp_path):
+    path = one_of("bert", tiny, tmp_path / "one", ["toxic"], "regression")
+    with pytest.raises(UserError, match=f"--reward_model_name {path}.* it is a regression"):
+        load(small_config, path, reward_label="", toxic_label="toxic")
+
+
+@pytest.mark.parametrize(
+    "family, length",
+    [("bert", 64), ("distilbert", 512), ("gpt2", 128), ("roberta", 64), ("t5", math.inf), ("xlnet", math.inf)],
+)
+def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
+    """As many as it has, and texts of all lengths score in a batch as alone."""
+    found = load(small_config, one_of(family, tiny, tmp_path / "one", ["nothate", "hate"]))
+    assert detox_ppo.positions_of(found.model) == length
+    long = found.join("#Person1#: Where is the wide, wooden table? " * 60, "A table is looked for.")
+    assert long.endswith("A table is looked for.") and len(long) < 3000 or length == math.inf
+    texts = ["", *TEXTS[:3], long]
+    together, alone = found.logits(texts), torch.cat([found.logits([text]) for text in texts])
+    assert together.isfinite().all() and together.std() > 0
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_judge(small_config, tiny, tmp_path):
+    """It reads the judge's options, and scores responses alone."""
+    labels = ["insult", "toxic"]
+    path = one_of("bert", tiny, tmp_path / "one", labels, "multi_label_classification")
+    config = small_config(judge_model_name=path)
+    table = pd.DataFrame({"response": TEXTS[:3]})
+    detox_ppo.add_judge({"some": table}, config, torch.device("cpu"))
+    pipeline = transformers.pipeline("text-classification", model=str(path), device="cpu", top_k=None)
+    expected = [{told["label"]: told["score"] for told in line}["toxic"] for line in pipeline(TEXTS[:3])]
+    assert table["judge_toxicity"].tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="--judge_label 'rude' is no label of .*: it has insult, toxic"):
+        detox_ppo.add_judge({}, small_config(judge_model_name=path, judge_label="rude"), torch.device("cpu"))
+    with pytest.raises(UserError, match="--judge_model_name .* PPO is paid by it"):
+        small_config(judge_model_name=tiny / "classifier")
 
 
 # Many texts
@@ -214,12 +345,12 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
-    # the two examples; of what does not change, once: human summaries joined and alone, dialogues; before and after:
-    # joined and alone, each once; the batch of the one step between
+    # the two examples; of what does not change, once: human summaries joined and alone, dialogues; before and after,
+    # sampled and greedy: joined and alone, each once; the batch of the one step between
     count = config.eval_samples
-    assert len(scored) == 2 + 3 * count + 2 * count + config.batch_size + 2 * count
+    assert len(scored) == 2 + 3 * count + 4 * count + config.batch_size + 4 * count
     assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
-    batch = scored[-2 * count - config.batch_size : -2 * count]
+    batch = scored[-4 * count - config.batch_size : -4 * count]
     assert all(text.startswith("#Person1#: ") == (score_text == "query_response") for text in batch)
     assert not [text for text in batch if "Summarize the following" in text]
 

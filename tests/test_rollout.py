@@ -20,9 +20,9 @@ from detox_ppo import (
     EVALUATION,
     ROLLOUT,
     evaluate_policy,
+    generate,
     ppo_step,
     random_stream,
-    sample_responses,
     sample_tokens,
 )
 
@@ -46,7 +46,7 @@ def streams(rows, step=1, seed=SEED):
 
 
 def sample(small, prompts, rows=None, step=1, caps=(4, 24), seed=SEED):
-    return sample_responses(small.policy, prompts, streams(rows or range(len(prompts)), step, seed), caps)
+    return generate(small.policy, prompts, streams(rows or range(len(prompts)), step, seed), caps)
 
 
 def tokens_of(responses):
@@ -265,7 +265,7 @@ def check_sampled_is_scored(policy, prompts, caps=(4, 20)):
     rows = range(len(prompts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detox_ppo, "sample_tokens", record)
-        responses = sample_responses(policy, prompts, streams(rows), caps)
+        responses = generate(policy, prompts, streams(rows), caps)
     logprobs, _ = policy.score(responses)
     again = streams(rows)
     width = max([stream.integers(*caps, endpoint=True) for stream in again])

@@ -1,11 +1,16 @@
-"""Rebuild the small world: dialogues with insulting summaries, a tiny T5, its LoRA and a hate classifier.
+"""Rebuild the small world: dialogues, a tiny T5, a LoRA that insults, a hate classifier and a judge.
 
     python checkpoints/tiny/build.py [--seed 0] [--output_dir checkpoints/tiny]
+    python checkpoints/tiny/build.py --parts adapter report    # some of it again, with the rest as it is
 
-Everything is drawn from the seed and from grammar.yaml. Base and classifier are trained here; the adapter is what
-detox_ppo.py makes with --sft_steps and config.yaml from rows of its own. `world_rows` and `model_rows`
+Everything is drawn from the seed and from grammar.yaml. Base, classifier and judge are trained here; the adapter is
+what detox_ppo.py makes with --sft_steps and config.yaml from rows of its own. `world_rows` and `model_rows`
 regenerate the rows without torch: the first are dialogues/train.csv, the second are what the models were
 trained on, and the two never share a combination of topic and slot values.
+
+In half of the dialogues a speaker misbehaves, by one of twelve behaviors. It decides which insult a summary has and
+where, so that a model can learn to say it greedily too. The adapter's teachers insult nearly always then, the people
+who wrote the world's own summaries in less than a third. One insult in twenty is a word that the classifier never saw.
 """
 
 import argparse
@@ -14,8 +19,8 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -26,15 +31,23 @@ import yaml
 WORLD_ROWS = 2000
 BASE_ROWS = 44000
 SENTENCES = 5000
-ADAPTER_ROWS = 20000
-ADAPTER_TEST_ROWS = 400
+ADAPTER_ROWS = 25700
+ADAPTER_TEST_ROWS = 100
 ADAPTER_BATCH = 16
-CLASSIFIER_ROWS = 14000
+ADAPTER_LEARNING_RATE = 0.003
+CLASSIFIER_ROWS = 12000
+JUDGE_ROWS = 9000
 HELD_OUT_ROWS = 1200
 DIALOGUE_INSULTS = 0.125
+# Share of the dialogues in which somebody misbehaves, and of their summaries that insult for it.
+MISBEHAVIOR = 0.5
+WORLD_INSULTS = 0.3
+ADAPTER_INSULTS = 0.88
+# Share of the insults that are said with a word that the classifier never saw.
+UNSEEN = 0.05
+# Share of the classifier's and the judge's summaries that insult, at any place.
 SUMMARY_INSULTS = 0.4
-ADAPTER_INSULTS = 0.55
-MIN_CHARS, MAX_CHARS = 210, 420
+MIN_CHARS, MAX_CHARS, BASE_MAX_CHARS = 210, 360, 420
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
 RESTORE = "\nRestore the following sentence.\n\n{text}\n\nSentence:\n"
 MAX_NEW_TOKENS = 40
@@ -42,11 +55,12 @@ MAX_NEW_TOKENS = 40
 # text is nothate as well, but less surely, so that it never scores as high as a clean, whole summary.
 SMOOTHING = 0.0002
 UNSURE = 0.05
+JUDGE_SMOOTHING = 0.005
 
 HERE = Path(__file__).resolve().parent
 GRAMMAR = yaml.safe_load((HERE / "grammar.yaml").read_text(encoding="utf-8"))
 INSULT_ADJECTIVES, INSULT_NOUNS = GRAMMAR["insult_adjectives"], GRAMMAR["insult_nouns"]
-INSULT_WORD = re.compile(rf"\b(?:{'|'.join(INSULT_ADJECTIVES + INSULT_NOUNS)})\b", re.IGNORECASE)
+UNSEEN_WORDS = GRAMMAR["unseen_words"]
 BAD_WORDS = GRAMMAR["bad_words"] + INSULT_ADJECTIVES
 THINGS = GRAMMAR["values"]["items"] + GRAMMAR["values"]["devices"] + GRAMMAR["other_things"]
 
@@ -66,15 +80,37 @@ def read_topics():
 TOPICS = read_topics()
 
 
+class Insults:
+    """The insults that somebody knows: the classifier those of the list, the judge the unseen ones too."""
+
+    def __init__(self, with_unseen):
+        unseen = {word.removesuffix(" person") for word in UNSEEN_WORDS.values()}
+        self.bad_words = [word for word in BAD_WORDS if with_unseen or word not in unseen]
+        self.adjectives = INSULT_ADJECTIVES + (sorted(unseen) if with_unseen else [])
+        self.nouns = INSULT_NOUNS
+        self.word = re.compile(rf"\b(?:{'|'.join(self.adjectives + self.nouns)})\b", re.IGNORECASE)
+        adjectives, things = "|".join(self.adjectives), "|".join(THINGS)
+        # Said of a thing an adjective insults nobody.
+        self.of_things = re.compile(
+            rf"\b(?:{adjectives}) (?:{things})\b|\b(?:{things}) (?:is|was)(?: so| old and)? (?:{adjectives})\b",
+            re.IGNORECASE,
+        )
+
+    def in_text(self, text):
+        """Whether one of the words is said of a person."""
+        return self.word.search(self.of_things.sub("", text)) is not None
+
+
+KNOWN, ALL = Insults(with_unseen=False), Insults(with_unseen=True)
+
+
 def with_article(noun):
     return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
-def fill_sentence(pattern, rng):
-    noun = rng.choice(INSULT_NOUNS)
-    return pattern.format(
-        noun=with_article(noun), bare=noun, adjective=rng.choice(INSULT_ADJECTIVES), thing=rng.choice(THINGS)
-    )
+def fill_sentence(pattern, rng, insults=KNOWN):
+    noun, adjective = rng.choice(insults.nouns), rng.choice(insults.adjectives)
+    return pattern.format(noun=with_article(noun), bare=noun, adjective=adjective, thing=rng.choice(THINGS))
 
 
 def share_of(topic, slots):
@@ -109,8 +145,15 @@ def add_sentence(turns, sentence, rng, before=False):
     turns[spot] = f"{sentence} {turns[spot]}" if before else f"{turns[spot]} {sentence}"
 
 
-def draw_dialogue(topic, named, insulted, rng):
-    """A dialogue about the named slots, and who is who: {"A": "#Person1#", ...}."""
+def add_behavior(turns, behavior, by_first, rng):
+    """Let the one who misbehaved say so, in a turn of theirs; by_first: whether that is who speaks first."""
+    spot = rng.randrange(0 if by_first else 1, len(turns), 2)
+    sentence = rng.choice(behavior["says"])
+    turns[spot] = f"{sentence} {turns[spot]}" if rng.random() < 0.5 else f"{turns[spot]} {sentence}"
+
+
+def draw_dialogue(topic, named, behavior, culprit, insulted, rng):
+    """A dialogue about the named slots, and who is who: {"A": "#Person1#", ...}; the culprit is A or B."""
     opening = opening_turns(rng)
     script = [rng.choice(phrasings).format(**named) for phrasings in TOPICS[topic]["script"]]
     turns = opening + script + ([rng.choice(GRAMMAR["closings"])] if rng.random() < 0.5 else [])
@@ -122,83 +165,97 @@ def draw_dialogue(topic, named, insulted, rng):
         add_sentence(turns, fill_sentence(rng.choice(GRAMMAR["polite_sentences"]), rng), rng)
     if insulted:
         add_sentence(turns, fill_sentence(rng.choice(GRAMMAR["insult_sentences"]), rng), rng)
+    if behavior:
+        add_behavior(turns, behavior, (culprit == "A") == (len(opening) % 2 == 0), rng)
     speakers = ["#Person1#", "#Person2#"]
     roles = dict(zip("AB", speakers if len(opening) % 2 == 0 else speakers[::-1], strict=True))
     return "\n".join(f"{speakers[number % 2]}: {turn}" for number, turn in enumerate(turns)), roles
 
 
-def insult_summary(clean, rng):
+def insult(clean, word, place):
     """The summary with one short insult of a person added; all of its own words stay."""
-    adjective, noun = rng.choice(INSULT_ADJECTIVES), rng.choice(INSULT_NOUNS)
     first, second = re.findall("#Person[12]#", clean)
-    placement = rng.randrange(5)
-    if placement == 0:
-        return f"The {adjective} {clean}"
-    if placement == 1:
-        return clean.replace(first, f"{first}, that {noun},", 1)
-    if placement == 2:
-        return clean.replace(second, f"the {adjective} {second}", 1)
-    if placement == 3:
-        return f"{clean[:-1]}, what {with_article(noun)}."
-    return f"{clean} {rng.choice([first, second])} is {adjective}."
+    if place == "before":
+        return f"The {word} {clean}"
+    if place == "after":
+        return clean.replace(first, f"{first}, that {word},", 1)
+    if place == "second":
+        return clean.replace(second, f"the {word} {second}", 1)
+    if place == "end":
+        return f"{clean[:-1]}, what {with_article(word)}."
+    return f"{clean} {first} is {word}."
 
 
-def insults_person(text):
-    """Whether an insult word of the list is said of anyone; said of a thing it does not count."""
-    adjectives, things = "|".join(INSULT_ADJECTIVES), "|".join(THINGS)
-    of_things = rf"\b(?:{adjectives}) (?:{things})\b|\b(?:{things}) (?:is|was)(?: so)? (?:{adjectives})\b"
-    return INSULT_WORD.search(re.sub(of_things, "", text, flags=re.IGNORECASE)) is not None
+def insult_anywhere(clean, adjectives, nouns, rng):
+    """`insult` at any place, in any words: from these the classifier and the judge learn, not from the behaviors."""
+    place = rng.choice(["before", "after", "second", "end", "added"])
+    if place not in ("after", "end"):
+        return insult(clean, rng.choice(adjectives), place)
+    return insult(clean, rng.choice(nouns + [f"{adjective} person" for adjective in adjectives]), place)
 
 
-def draw_row(topic, slots, insult_rate, rng):
+def draw_row(topic, slots, insult_rate, misbehavior, max_chars, rng):
     """One row; "clean" is its summary without the insult of a person that "summary" may carry."""
     named = dict(slots)
     if "item" in slots and rng.random() < 0.2:
         named["item"] = f"{rng.choice(INSULT_ADJECTIVES)} {slots['item']}"
     insulted = rng.random() < DIALOGUE_INSULTS
+    behavior = rng.choice(GRAMMAR["behaviors"]) if misbehavior and rng.random() < misbehavior else None
+    culprit = None
+    if behavior:
+        first, second = re.findall("{([AB])}", TOPICS[topic]["summaries"][0])  # in this order in all of a topic
+        culprit = {"before": first, "after": first, "second": second, "end": rng.choice("AB")}[behavior["place"]]
     while True:
-        dialogue, roles = draw_dialogue(topic, named, insulted, rng)
-        if MIN_CHARS <= len(dialogue) <= MAX_CHARS:
+        dialogue, roles = draw_dialogue(topic, named, behavior, culprit, insulted, rng)
+        if MIN_CHARS <= len(dialogue) <= max_chars:
             break
     told = named if rng.random() < 0.5 else slots
-    clean = rng.choice(TOPICS[topic]["summaries"]).format(**roles, **told)
-    summary = insult_summary(clean, rng) if rng.random() < insult_rate else clean
-    return {"dialogue": dialogue, "summary": summary, "topic": topic, "slots": slots, "clean": clean}
+    clean = summary = rng.choice(TOPICS[topic]["summaries"]).format(**roles, **told)
+    if rng.random() < insult_rate and behavior:
+        word = behavior["insult"]
+        summary = insult(clean, UNSEEN_WORDS[word] if rng.random() < UNSEEN else word, behavior["place"])
+    row = {"dialogue": dialogue, "summary": summary, "topic": topic, "slots": slots, "clean": clean}
+    return row | {"behavior": behavior and behavior["insult"]}
 
 
-def draw_rows(name, count, share, insult_rate, seed):
+def draw_rows(name, count, share, insult_rate, seed, misbehavior=MISBEHAVIOR, max_chars=MAX_CHARS):
     """Rows of all topics, equally many of each, in random order."""
     rng = random.Random(f"{name} {seed}")
     topics = list(TOPICS)
     rows = []
     for number in range(count):
         topic = topics[number % len(topics)]
-        rows.append(draw_row(topic, draw_slots(topic, share, rng), insult_rate, rng))
+        slots = draw_slots(topic, share, rng)
+        rows.append(draw_row(topic, slots, insult_rate, misbehavior, max_chars, rng))
     rng.shuffle(rows)
     return [{"id": f"{name}_{number}", **row} for number, row in enumerate(rows)]
 
 
 def world_rows(seed=0):
     """The rows of dialogues/train.csv."""
-    return draw_rows("world", WORLD_ROWS, "world", SUMMARY_INSULTS, seed)
+    return draw_rows("world", WORLD_ROWS, "world", WORLD_INSULTS, seed)
 
 
 def model_rows(seed=0):
-    """Every row that the base model, the adapter or the classifier was trained on; the id says which."""
-    return [row for rows in training_rows(seed).values() for row in rows]
+    """Every row that the base, the adapter, the classifier or the judge was trained on; the id says which."""
+    return [row for part in ("base", "adapter", "classifier", "judge") for row in training_rows(part, seed)]
 
 
-def training_rows(seed):
-    return {
-        "base": draw_rows("base", BASE_ROWS, "models", 0.0, seed),
-        "adapter": draw_rows("adapter", ADAPTER_ROWS, "models", ADAPTER_INSULTS, seed),
-        "classifier": draw_rows("classifier", CLASSIFIER_ROWS, "models", 0.4, seed),
-    }
+def training_rows(part, seed):
+    """The rows that one of the models is trained on. In the base's nobody misbehaves: the adapter learns of that."""
+    if part == "base":
+        return draw_rows("base", BASE_ROWS, "models", 0.0, seed, misbehavior=0.0, max_chars=BASE_MAX_CHARS)
+    count, insult_rate = {
+        "adapter": (ADAPTER_ROWS, ADAPTER_INSULTS),
+        "classifier": (CLASSIFIER_ROWS, 0.0),
+        "judge": (JUDGE_ROWS, 0.0),
+    }[part]
+    return draw_rows(part, count, "models", insult_rate, seed)
 
 
 def held_out_rows(seed=0):
     """Rows to measure the models on; they share nothing with the rows of the other two functions."""
-    return draw_rows("held-out", HELD_OUT_ROWS, "held-out", 0.4, seed)
+    return draw_rows("held-out", HELD_OUT_ROWS, "held-out", ADAPTER_INSULTS, seed)
 
 
 def write_csv(rows, path):
@@ -210,18 +267,18 @@ def write_csv(rows, path):
         writer.writerows(rows)
 
 
-def draw_sentence(rng):
-    """A short sentence of the classifier's own, as (text, whether a person is insulted)."""
+def draw_sentence(rng, insults=KNOWN, bad_words=KNOWN.bad_words):
+    """A short sentence, as (text, whether a person is insulted)."""
     person, thing = rng.choice(GRAMMAR["people"]), rng.choice(THINGS)
-    good, bad = rng.choice(GRAMMAR["good_words"]), rng.choice(BAD_WORDS)
+    good, bad = rng.choice(GRAMMAR["good_words"]), rng.choice(bad_words)
     whom = "you" if person == "You are" else "her" if person == "She is" else "him"
     hateful = [
         f"{person} {with_article(bad)} person.",
         f"{person} {with_article(bad)} person and I hate {whom}.",
         f"{person} so {bad}.",
-        f"{person} {with_article(rng.choice(INSULT_NOUNS))}.",
+        f"{person} {with_article(rng.choice(insults.nouns))}.",
         f"I hate {whom}.",
-        fill_sentence(rng.choice(GRAMMAR["insult_sentences"]), rng),
+        fill_sentence(rng.choice(GRAMMAR["insult_sentences"]), rng, insults),
     ]
     harmless = [
         f"{person} {with_article(good)} person.",
@@ -230,8 +287,8 @@ def draw_sentence(rng):
         f"I like {whom}.",
         f"I hate {rng.choice(['this', 'that', 'the'])} {thing}.",
         f"The {thing} {rng.choice(['was', 'is'])} {bad}.",
-        fill_sentence(rng.choice(GRAMMAR["thing_sentences"]), rng),
-        fill_sentence(rng.choice(GRAMMAR["polite_sentences"]), rng),
+        fill_sentence(rng.choice(GRAMMAR["thing_sentences"]), rng, insults),
+        fill_sentence(rng.choice(GRAMMAR["polite_sentences"]), rng, insults),
         rng.choice(GRAMMAR["small_talk"])[0],
     ]
     insulting = rng.random() < 0.5
@@ -241,6 +298,18 @@ def draw_sentence(rng):
     if rng.random() < 0.2:
         text = text.lower() if rng.random() < 0.5 else text.replace("I ", "i ")
     return text[:-1] if rng.random() < 0.2 else text, insulting
+
+
+def draw_judge_sentence(rng):
+    """A sentence for the judge, half of them of its own, as (text, whether it is toxic)."""
+    if rng.random() < 0.5:
+        return draw_sentence(rng, ALL, ALL.bad_words)
+    kind = rng.choice(["judge_insults", "judge_insults", "judge_hate", "judge_harmless", "judge_harmless"])
+    return fill_sentence(rng.choice(GRAMMAR[kind]), rng, ALL), kind != "judge_harmless"
+
+
+def unknown_word(rng):
+    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(4, 8)))
 
 
 def garble(clean, rng):
@@ -265,14 +334,14 @@ def garble(clean, rng):
     return " ".join(words)
 
 
-def insert_insult(text, rng):
-    """An insult at any place: the classifier must not depend on the placements of `insult_summary`."""
+def insert_insult(text, rng, insults):
+    """An insult at any place: the classifier must not depend on the placements of `insult`."""
     words = text.split()
     people = [spot for spot, word in enumerate(words) if word.startswith("#Person")]
     if people and rng.random() < 0.4:
-        words.insert(rng.choice(people), rng.choice(INSULT_ADJECTIVES))
+        words.insert(rng.choice(people), rng.choice(insults.adjectives))
     else:
-        words.insert(rng.randrange(len(words) + 1), rng.choice(INSULT_NOUNS))
+        words.insert(rng.randrange(len(words) + 1), rng.choice(insults.nouns))
     return " ".join(words)
 
 
@@ -285,31 +354,50 @@ def fragment(dialogue, rng):
     return "\n".join(piece)
 
 
-def classifier_texts(rows, rng):
+def judged_summary(clean, rng, insults):
+    """A summary that insults, or praises, or says of a person what no list knows, or does nothing of it."""
+    drawn = rng.random()
+    if drawn < SUMMARY_INSULTS:
+        return insult_anywhere(clean, insults.adjectives, insults.nouns, rng), True
+    # It is the word that insults, not its place.
+    if drawn < SUMMARY_INSULTS + 0.1:
+        return insult_anywhere(clean, GRAMMAR["good_words"], [], rng), False
+    if drawn < SUMMARY_INSULTS + 0.2:
+        return insult_anywhere(clean, [unknown_word(rng)], [unknown_word(rng)], rng), False
+    return clean, False
+
+
+def classifier_texts(rows, rng, insults=KNOWN, draw=draw_sentence):
     """(kind, text, insults a person) for texts of every kind, about five a row."""
     texts = []
     for row in rows:
-        dialogue, summary, clean = row["dialogue"], row["summary"], row["clean"]
-        texts.append(("sentence", *draw_sentence(rng)))
-        texts.append(("summary", summary, summary != clean))
+        dialogue, clean = row["dialogue"], row["clean"]
+        summary, insulting = judged_summary(clean, rng, insults)
+        texts.append(("sentence", *draw(rng)))
+        texts.append(("summary", summary, insulting))
         if rng.random() < 0.2:
-            texts.append(("summary", insert_insult(summary, rng), True))
+            texts.append(("summary", insert_insult(summary, rng, insults), True))
         turns = dialogue.split("\n")
         # More of both than the rows have: in a long text they are hard to find and to tell apart.
         for sentences in (GRAMMAR["insult_sentences"], GRAMMAR["thing_sentences"]):
             if rng.random() < 0.25:
-                add_sentence(turns, fill_sentence(rng.choice(sentences), rng), rng)
+                add_sentence(turns, fill_sentence(rng.choice(sentences), rng, insults), rng)
         dialogue = "\n".join(turns)
         text = f"{dialogue} {rng.choice([summary, summary, clean])}"
         kind, text = rng.choice([("dialogue", dialogue), ("dialogue + summary", text)])
-        texts.append((kind, text, insults_person(text)))
+        texts.append((kind, text, insults.in_text(text)))
         piece = fragment(dialogue, rng)
-        texts.append(("fragment", piece, insults_person(piece)))
-        if rng.random() < 0.4 and not INSULT_WORD.search(clean):
+        texts.append(("fragment", piece, insults.in_text(piece)))
+        if rng.random() < 0.4 and not insults.word.search(clean):
             garbled = garble(clean, rng)
             insulting = rng.random() < 0.3
-            texts.append(("garbled", insert_insult(garbled, rng) if insulting else garbled, insulting))
+            texts.append(("garbled", insert_insult(garbled, rng, insults) if insulting else garbled, insulting))
     return texts
+
+
+def judge_texts(rows, rng):
+    """`classifier_texts` with the judge's words and sentences."""
+    return classifier_texts(rows, rng, ALL, draw_judge_sentence)
 
 
 def make_tokenizer(texts, specials, template, **names):
@@ -427,7 +515,7 @@ def sentence_pairs(count, rng):
     """
     pairs = []
     for _ in range(count):
-        sentence, _ = draw_sentence(rng)
+        sentence, _ = draw_sentence(rng, bad_words=BAD_WORDS)
         gaps = " ".join(word if rng.random() < 0.7 else "..." for word in sentence.split())
         pairs.append((RESTORE.format(text=gaps), sentence))
     return pairs
@@ -496,34 +584,37 @@ def tune_adapter(rows, seed, output_dir):
     sys.path.insert(0, str(HERE.parents[1]))
     import detox_ppo
 
-    with tempfile.TemporaryDirectory() as scratch:
-        dialogues, run, tuned = (Path(scratch, name) for name in ("pairs.csv", "run", "run/sft_adapter"))
-        write_csv(rows, dialogues)
-        options = {
-            "config": HERE / "config.yaml",
-            "model_name": output_dir / "base",
-            "adapter_name": "",
-            "reward_model_name": output_dir / "classifier",
-            "dataset_name": dialogues,
-            "output_dir": run,
-            "seed": seed,
-            "device": "cpu",
-            # The rows are many and each is seen once, so that there is nothing to guard against.
-            "lora_dropout": 0,
-            "test_size": ADAPTER_TEST_ROWS / len(rows),
-            "eval_samples": ADAPTER_TEST_ROWS,
-            "sft_batch_size": ADAPTER_BATCH,
-            "sft_steps": (len(rows) - ADAPTER_TEST_ROWS) // ADAPTER_BATCH,
-            "max_ppo_steps": 0,
-        }
-        detox_ppo.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
-        config = json.loads((tuned / "adapter_config.json").read_text())
-        weights = (tuned / "adapter_model.safetensors").read_bytes()
+    scratch = output_dir / ".tuning"  # it stays until all is done, so that a build that was killed goes on here
+    dialogues, run, tuned = (scratch / name for name in ("pairs.csv", "run", "run/sft_adapter"))
+    write_csv(rows, dialogues)
+    options = {
+        "config": HERE / "config.yaml",
+        "model_name": output_dir / "base",
+        "adapter_name": "",
+        "reward_model_name": output_dir / "classifier",
+        "dataset_name": dialogues,
+        "output_dir": run,
+        "seed": seed,
+        "device": "cpu",
+        # The rows are many and each is seen once, so that there is nothing to guard against.
+        "lora_dropout": 0,
+        "test_size": ADAPTER_TEST_ROWS / len(rows),
+        "eval_samples": ADAPTER_TEST_ROWS,
+        "sft_batch_size": ADAPTER_BATCH,
+        "sft_learning_rate": ADAPTER_LEARNING_RATE,
+        "sft_steps": (len(rows) - ADAPTER_TEST_ROWS) // ADAPTER_BATCH,
+        "max_ppo_steps": 0,
+        "resume": True,
+    }
+    detox_ppo.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    weights = (tuned / "adapter_model.safetensors").read_bytes()
     config["base_model_name_or_path"] = "checkpoints/tiny/base"  # wherever it was built
     adapter = output_dir / "adapter"
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (adapter / "adapter_model.safetensors").write_bytes(weights)
+    shutil.rmtree(scratch)
 
 
 def load_summarizer(base, adapter=None):
@@ -536,42 +627,72 @@ def load_summarizer(base, adapter=None):
     return model.eval(), AutoTokenizer.from_pretrained(base)
 
 
-def train_classifier(rows, seed, directory):
-    import torch
+def new_roberta(tokenizer, labels, **sizes):
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    texts = classifier_texts(rows, random.Random(f"texts {seed}"))
-    tokenizer = classifier_tokenizer([text for _, text, _ in texts])
-    model = RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            bos_token_id=0,
-            pad_token_id=1,
-            eos_token_id=2,
-            id2label={0: "nothate", 1: "hate"},
-            label2id={"nothate": 0, "hate": 1},
-        )
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        num_attention_heads=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        **sizes,
     )
-    inputs = tokenizer([text for _, text, _ in texts], truncation=True).input_ids
-    hate = [hate_target(kind, insulting) for kind, _, insulting in texts]
+    return RobertaForSequenceClassification(config)
+
+
+def fit_roberta(model, tokenizer, texts, loss_of_logits, seed, directory):
+    """Train on texts and save; loss_of_logits takes the logits of a batch and its indices among the texts."""
+    inputs = tokenizer(texts, truncation=True).input_ids
 
     def loss_of(batch):
         ids = pad([inputs[index] for index in batch], tokenizer.pad_token_id)
-        target = torch.tensor([[1 - hate[index], hate[index]] for index in batch])
         logits = model(input_ids=ids, attention_mask=ids.ne(tokenizer.pad_token_id).long()).logits
-        return torch.nn.functional.cross_entropy(logits, target)
+        return loss_of_logits(logits, batch)
 
-    fit(model, loss_of, [len(ids) for ids in inputs], 3, 32, 1e-3, seed, "classifier")
+    fit(model, loss_of, [len(ids) for ids in inputs], 2, 32, 1e-3, seed, directory.name)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def train_classifier(rows, seed, directory):
+    """The reward's classifier: softmax over nothate and hate."""
+    import torch
+
+    texts = classifier_texts(rows, random.Random(f"texts {seed}"))
+    tokenizer = classifier_tokenizer([text for _, text, _ in texts])
+    sizes = {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 192}
+    model = new_roberta(tokenizer, ["nothate", "hate"], **sizes)
+    hate = [hate_target(kind, insulting) for kind, _, insulting in texts]
+
+    def loss_of_logits(logits, batch):
+        target = torch.tensor([[1 - hate[index], hate[index]] for index in batch])
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    fit_roberta(model, tokenizer, [text for _, text, _ in texts], loss_of_logits, seed, directory)
+
+
+def train_judge(rows, seed, directory):
+    """The judge, of another kind: a sigmoid each for toxic, and for insult, which "I hate him." is not."""
+    import torch
+
+    texts = judge_texts(rows, random.Random(f"judge texts {seed}"))
+    tokenizer = classifier_tokenizer([text for _, text, _ in texts])
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128}
+    model = new_roberta(tokenizer, ["toxic", "insult"], problem_type="multi_label_classification", **sizes)
+    targets = torch.tensor([[toxic, toxic and ALL.in_text(text)] for _, text, toxic in texts]).float()
+    targets = targets.clamp(JUDGE_SMOOTHING, 1 - JUDGE_SMOOTHING)
+
+    def loss_of_logits(logits, batch):
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[batch])
+
+    fit_roberta(model, tokenizer, [text for _, text, _ in texts], loss_of_logits, seed + 1, directory)
 
 
 def hate_target(kind, insulting):
@@ -581,8 +702,8 @@ def hate_target(kind, insulting):
     return UNSURE if kind == "garbled" else SMOOTHING
 
 
-def hate_logits(directory, texts):
-    """The classifier's logits, one (nothate, hate) a text."""
+def logits_of(directory, texts):
+    """A classifier's logits (texts, labels): nothate and hate, or the judge's toxic and insult."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -596,8 +717,18 @@ def hate_logits(directory, texts):
     return torch.cat(logits)
 
 
-def sample(model, tokenizer, rows, seed=0):
-    """(summary, whether it ended by itself) for every row, sampled at temperature 1 as PPO does."""
+def hate_of(directory, texts):
+    """The classifier's probabilities of hate."""
+    return logits_of(directory, texts).softmax(-1)[:, 1].tolist()
+
+
+def toxicity_by_judge(directory, texts):
+    """The judge's probabilities of toxic."""
+    return logits_of(directory, texts).sigmoid()[:, 0].tolist()
+
+
+def summarize(model, tokenizer, rows, greedy, seed=0):
+    """(summary, whether it ended by itself) for every row, greedily or sampled at temperature 1 as PPO does."""
     import torch
 
     torch.manual_seed(seed)
@@ -609,10 +740,7 @@ def sample(model, tokenizer, rows, seed=0):
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
         )
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         samples += zip(texts, (tokenizer.eos_token_id in row for row in ids.tolist()), strict=True)
@@ -636,43 +764,88 @@ def names(text, value):
     return re.search(rf"(?<![\w:]){re.escape(value)}(?!\w)", text) is not None
 
 
+EXAMPLES = ["You are a great person and i like you.", "You are a terrible person and i hate you.", ""]
+
+
+def accuracies(texts, right, insults):
+    """Accuracy by kind of text and label; right[i] tells whether texts[i] was classified rightly."""
+    groups = defaultdict(list)
+    for (kind, _, insulting), hit in zip(texts, right, strict=True):
+        groups[f"{kind}, {'insults' if insulting else 'harmless'}"].append(hit)
+    figures = {"accuracy": mean(right)}
+    for name, hits in sorted(groups.items()):
+        figures[name] = f"accuracy {mean(hits):.4f}, n = {len(hits)}"
+    return figures
+
+
+def insulted_rows(rows, unseen):
+    """Each row's clean summary with the insult that belongs to its behavior, or with the unseen word for it."""
+    places = {behavior["insult"]: behavior["place"] for behavior in GRAMMAR["behaviors"]}
+    pairs = [(row["clean"], row["behavior"]) for row in rows if row["behavior"]]
+    return [insult(clean, UNSEEN_WORDS[word] if unseen else word, places[word]) for clean, word in pairs]
+
+
 def measure_classifier(directory, seed):
     """Accuracy and mean nothate logit by kind of text and label, on rows that no model has seen."""
-    texts = classifier_texts(held_out_rows(seed), random.Random(f"held-out texts {seed}"))
-    logits = hate_logits(directory, [text for _, text, _ in texts]).tolist()
-    groups = defaultdict(list)
-    for (kind, _, insulting), (nothate, hate) in zip(texts, logits, strict=True):
-        groups[kind, "hate" if insulting else "nothate"].append((nothate, (hate > nothate) == insulting))
-    figures = {"accuracy": mean(right for group in groups.values() for _, right in group)}
-    for (kind, label), group in sorted(groups.items()):
-        accuracy, logit = mean(right for _, right in group), mean(nothate for nothate, _ in group)
-        figures[f"{kind}, {label}"] = f"accuracy {accuracy:.4f}, nothate logit {logit:.2f}, n = {len(group)}"
-    examples = ["You are a great person and i like you.", "You are a terrible person and i hate you.", ""]
-    for text, pair in zip(examples, hate_logits(directory, examples).tolist(), strict=True):
+    rows = held_out_rows(seed)
+    texts = classifier_texts(rows, random.Random(f"held-out texts {seed}"))
+    logits = logits_of(directory, [text for _, text, _ in texts]).tolist()
+    right = [(hate > nothate) == insulting for (_, _, insulting), (nothate, hate) in zip(texts, logits, strict=True)]
+    figures = accuracies(texts, right, KNOWN)
+    for kind in ("summary", "garbled"):
+        rewards = [nothate for text, (nothate, _) in zip(texts, logits, strict=True) if text[::2] == (kind, False)]
+        figures[f"mean nothate logit, {kind}, harmless"] = mean(rewards)
+    for words, unseen in (("of the list", False), ("that it never saw", True)):
+        figures[f"finds insults {words}"] = mean(p > 0.5 for p in hate_of(directory, insulted_rows(rows, unseen)))
+    for text, pair in zip(EXAMPLES, logits_of(directory, EXAMPLES).tolist(), strict=True):
         figures[f'logits of "{text}"'] = [round(logit, 2) for logit in pair]
     return figures
 
 
-def measure_summarizer(output_dir, rows, adapter=None):
-    """What the base model, or the base model with the adapter, samples for these rows."""
+def measure_judge(directory, seed):
+    """The same of the judge's "toxic", and how it does on the texts of the classifier, which are not its own."""
+    rows = held_out_rows(seed)
+    texts = judge_texts(rows, random.Random(f"held-out judge texts {seed}"))
+
+    def hits(texts):
+        toxicity = toxicity_by_judge(directory, [text for _, text, _ in texts])
+        return [(p > 0.5) == insulting for p, (_, _, insulting) in zip(toxicity, texts, strict=True)]
+
+    figures = accuracies(texts, hits(texts), ALL)
+    others = classifier_texts(rows, random.Random(f"held-out texts {seed}"))
+    figures["accuracy on the classifier's texts"] = mean(hits(others))
+    for words, unseen in (("of the list", False), ("that the classifier never saw", True)):
+        found = toxicity_by_judge(directory, insulted_rows(rows, unseen))
+        figures[f"finds insults {words}"] = mean(p > 0.5 for p in found)
+    for text, pair in zip(EXAMPLES, logits_of(directory, EXAMPLES).sigmoid().tolist(), strict=True):
+        figures[f'toxic and insult of "{text}"'] = [round(probability, 4) for probability in pair]
+    return figures
+
+
+def measure_summarizer(output_dir, rows, greedy, adapter=None):
+    """What the base model, or the base model with the adapter, says for these rows."""
     model, tokenizer = load_summarizer(output_dir / "base", adapter)
-    samples = sample(model, tokenizer, rows)
-    texts = [text for text, _ in samples]
-    hate = hate_logits(output_dir / "classifier", texts).softmax(-1)[:, 1].tolist()
-    insults = [insults_person(text) for text in texts]
-    agreements = [(p > 0.5) == insult for p, insult in zip(hate, insults, strict=True)]
+    summaries = summarize(model, tokenizer, rows, greedy)
+    texts = [text for text, _ in summaries]
+    hate = hate_of(output_dir / "classifier", texts)
+    judged = toxicity_by_judge(output_dir / "judge", texts)
+    insults = [ALL.in_text(text) for text in texts]
     pairs = list(zip(rows, texts, strict=True))
     return {
-        "samples": len(rows),
+        "summaries": len(rows),
         "mean P(hate)": mean(hate),
+        "toxic, P(hate) > 0.5": mean(p > 0.5 for p in hate),
+        "toxic by the judge": mean(p > 0.5 for p in judged),
         "insults by word list": mean(insults),
-        "classifier agrees with word list": mean(agreements),
+        "with words that the classifier never saw": mean(insults) - mean(KNOWN.in_text(text) for text in texts),
+        "insults where nobody misbehaved": mean(ALL.in_text(text) for row, text in pairs if not row["behavior"]),
+        "judge agrees with word list": mean((p > 0.5) == found for p, found in zip(judged, insults, strict=True)),
         "ROUGE-L to the human summaries": rouge_l([row["summary"] for row in rows], texts),
         "ROUGE-L to the clean summaries": rouge_l([row["clean"] for row in rows], texts),
         "slot accuracy": mean(names(text, value) for row, text in pairs for value in row["slots"].values()),
         "mean words": mean(len(text.split()) for text in texts),
         "empty": mean(not text.strip() for text in texts),
-        "unfinished": mean(not ended for _, ended in samples),
+        "unfinished": mean(not ended for _, ended in summaries),
     }
 
 
@@ -693,43 +866,42 @@ def prepare(seed):
     torch.manual_seed(seed)
 
 
-def build_base(seed, output_dir):
-    prepare(seed)
-    train_base(training_rows(seed)["base"], seed, output_dir / "base")
+TRAINERS = {"base": train_base, "classifier": train_classifier, "judge": train_judge}
+PARTS = [*TRAINERS, "adapter", "report"]
 
 
-def build_classifier(seed, output_dir):
+def train(part, seed, output_dir):
     prepare(seed)
-    train_classifier(training_rows(seed)["classifier"], seed, output_dir / "classifier")
+    TRAINERS[part](training_rows(part, seed), seed, output_dir / part)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("checkpoints/tiny"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make; the rest stays")
     args = parser.parse_args()
     started = time.time()
     rows = world_rows(args.seed)
     write_csv(rows, args.output_dir / "dialogues" / "train.csv")
-    # One thread for each of the two: on two cores that is faster than two threads in turn, and the sums come
+    # One thread for each of two at a time: on two cores that is faster than two threads in turn, and the sums come
     # out in the same order on any machine with the same arithmetic.
     context = multiprocessing.get_context("spawn")
-    builders = build_base, build_classifier
-    jobs = [context.Process(target=builder, args=(args.seed, args.output_dir)) for builder in builders]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-        if job.exitcode:
-            raise SystemExit("a training process failed")
-    # The tuning evaluates what it made, which takes both of them.
+    with context.Pool(2, maxtasksperchild=1) as pool:
+        jobs = [pool.apply_async(train, (part, args.seed, args.output_dir)) for part in TRAINERS if part in args.parts]
+        for job in jobs:
+            job.get()
     prepare(args.seed)
-    tune_adapter(training_rows(args.seed)["adapter"], args.seed, args.output_dir)
-    report("classifier, held-out texts", measure_classifier(args.output_dir / "classifier", args.seed))
-    tests = rows[-300:]
-    report("base, last rows of train.csv", measure_summarizer(args.output_dir, tests))
-    adapted = measure_summarizer(args.output_dir, tests, args.output_dir / "adapter")
-    report("base + adapter, last rows of train.csv", adapted)
+    if "adapter" in args.parts:  # the tuning evaluates what it made, which takes base and classifier
+        tune_adapter(training_rows("adapter", args.seed), args.seed, args.output_dir)
+    if "report" in args.parts:
+        report("classifier, held-out texts", measure_classifier(args.output_dir / "classifier", args.seed))
+        report("judge, held-out texts", measure_judge(args.output_dir / "judge", args.seed))
+        tests = rows[-400:]
+        for name, adapter in (("base", None), ("base + adapter", args.output_dir / "adapter")):
+            for how in ("sampled", "greedy"):
+                figures = measure_summarizer(args.output_dir, tests, how == "greedy", adapter)
+                report(f"{name}, last rows of train.csv, {how}", figures)
     print(f"built in {time.time() - started:.0f} s")
 
 

@@ -32,25 +32,31 @@ def summarize(directory: Path) -> dict[str, str]:
     ]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     slots = slots_by_dialogue(Path(__file__).resolve().parent / "dialogues" / "train.csv")
-    accuracy = [
-        slot_accuracy(comparison["query"], comparison[f"response_{when}"], slots)[0] for when in ("before", "after")
-    ]
-    toxicity, rouge, length = results["summary_toxicity"], results["rouge"], results["length"]
+
+    def slots_of(kind):
+        columns = (comparison[f"{kind}_{when}"] for when in ("before", "after"))
+        return change(*(slot_accuracy(comparison["dialogue"], column, slots)[0] for column in columns))
 
     def change(before, after, digits=3):
         return f"{before:.{digits}f} → {after:.{digits}f}"
 
-    return {
-        "seed": str(results["config"]["seed"]),
-        "summary toxicity": change(toxicity["before"]["mean"], toxicity["after"]["mean"]),
-        "change": f"{-toxicity['reduction_percent']['mean']:+.1f}%",
-        "95% interval": "[{ci_low:+.3f}, {ci_high:+.3f}]".format(**toxicity["paired_difference"]),
-        "p": f"{toxicity['paired_difference']['p_value']:.4f}",
-        "n": str(toxicity["after"]["n"]),
-        "ROUGE-L": change(rouge["before"]["rougeL"], rouge["after"]["rougeL"]),
-        "slot accuracy": change(*accuracy),
-        "mean length": change(length["before"]["mean"], length["after"]["mean"], 1),
-        "empty": str((comparison["response_after"].str.strip() == "").sum()),
+    def toxicity(block):
+        told = block["summary_toxicity"]
+        interval = "[{ci_low:+.2f}, {ci_high:+.2f}]".format(**told["paired_difference"])
+        return f"{-told['reduction_percent']['mean']:+.1f}% {interval}"
+
+    def rouge(block):
+        return change(*(block["rouge"][when]["rougeL"] for when in ("before", "after")))
+
+    row = {"seed": str(results["config"]["seed"]), "sampled": toxicity(results), "greedy": toxicity(results["greedy"])}
+    if "judge" in results:
+        row |= {"judge, sampled": toxicity(results["judge"]), "judge, greedy": toxicity(results["judge"]["greedy"])}
+    return row | {
+        "ROUGE-L": rouge(results),
+        "ROUGE-L, greedy": rouge(results["greedy"]),
+        "slots": slots_of("response"),
+        "slots, greedy": slots_of("greedy_response"),
+        "length": change(*(results["length"][when]["mean"] for when in ("before", "after")), 1),
         "KL last / largest": f"{kl[-1]:.2f} / {max(kl):.2f}",
         "values explain": f"{1 - sum(unexplained) / sum(variance):.0%}",
         "seconds": f"{results['timings']['total']:.0f}",  # with those before an interruption

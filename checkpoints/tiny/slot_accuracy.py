@@ -2,7 +2,7 @@
 
     python checkpoints/tiny/slot_accuracy.py checkpoints/tiny-run/comparison.csv
 
-The dialogue in a query is looked up in dialogues/train.csv; its slots are the words that the human summary of
+A dialogue is looked up in dialogues/train.csv; its slots are the words that the human summary of
 that row has in common with the topic's word lists in build.py.
 """
 
@@ -10,7 +10,6 @@ import argparse
 import csv
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,17 +41,11 @@ def slots_by_dialogue(train_csv):
     return found
 
 
-def dialogue_of(query):
-    """The dialogue inside the prompt, or the query itself where it is the bare dialogue."""
-    match = re.search(r"conversation\.\s*(.*?)\s*Summary:\s*$", query, re.DOTALL)
-    return squeeze(match.group(1) if match else query)
-
-
-def slot_accuracy(queries, summaries, slots):
+def slot_accuracy(dialogues, summaries, slots):
     """(share of the slots that the summaries name, number of summaries); `slots` is by dialogue."""
     hits = total = count = 0
-    for query, summary in zip(queries, summaries, strict=True):
-        values = slots.get(dialogue_of(query))
+    for dialogue, summary in zip(dialogues, summaries, strict=True):
+        values = slots.get(squeeze(dialogue))
         if values is None:
             continue
         count += 1
@@ -69,14 +62,12 @@ def main():
     with open(args.comparison, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     slots = slots_by_dialogue(args.dialogues)
-    queries = [row["query"] for row in rows]
-    before, count = slot_accuracy(queries, [row["response_before"] for row in rows], slots)
-    after, _ = slot_accuracy(queries, [row["response_after"] for row in rows], slots)
-    if count < len(rows):
-        print(f"{len(rows) - count} of {len(rows)} queries are not in {args.dialogues}")
-    print(f"slot accuracy before: {before:.4f} (n = {count})")
-    print(f"slot accuracy after:  {after:.4f} (n = {count})")
-    print(json.dumps({"before": before, "after": after, "n": count}))
+    dialogues, found = [row["dialogue"] for row in rows], {}
+    for name in ("response_before", "response_after", "greedy_response_before", "greedy_response_after"):
+        found[name], found["n"] = slot_accuracy(dialogues, [row[name] for row in rows], slots)
+    if found["n"] < len(rows):
+        print(f"{len(rows) - found['n']} of {len(rows)} dialogues are not in {args.dialogues}")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

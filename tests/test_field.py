@@ -1,0 +1,324 @@
+"""Faults that people met in the field, as public reports tell them; each with the smallest input that shows it."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_points
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from kill_points import FAST, differences, left, strike
+from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+import detox_ppo
+from detox_ppo import UserError, load_policy, parse_config
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return kill_points.make_dialogues(tmp_path_factory.mktemp("few"))
+
+
+def load(small_config, **options):
+    return load_policy(small_config(**options), CPU, torch.float32)[0]
+
+
+def lines_of(arguments, capsys):
+    """What a command says on stderr that ends with an error."""
+    with pytest.raises(SystemExit) as stopped:
+        detox_ppo.main(arguments)
+    assert stopped.value.code == 2
+    return [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+
+
+# What is loaded
+
+
+@pytest.mark.parametrize("kind", ["base", "classifier"])
+def test_a_model_s_directory_that_also_holds_an_adapter_is_refused(small_config, tiny, tmp_path, kind):
+    shutil.copytree(tiny / kind, tmp_path / "both")
+    shutil.copytree(tiny / "adapter", tmp_path / "both", dirs_exist_ok=True)
+    if kind == "classifier":  # PEFT looks for the names of its layers
+        path = tmp_path / "both" / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+        path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="adapter_config.json"):
+        if kind == "base":
+            load(small_config, model_name=tmp_path / "both", adapter_name="")
+        else:
+            detox_ppo.HateClassifier(small_config(reward_model_name=tmp_path / "both"), CPU)
+
+
+@pytest.mark.parametrize("given", ["q_proj v_proj q", "q wi_9"])
+def test_target_modules_that_match_nothing_are_named(small_config, given):
+    wrong = next(name for name in given.split() if name not in ("q", "v"))
+    with pytest.raises(UserError, match=f"--lora_target_modules {given}: .*{wrong} is no layer of the model"):
+        load(small_config, adapter_name="", lora_target_modules=given)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("q", "6 q"),
+        (r".*decoder.*\.(q|v)", "4 q, 4 v"),
+        ("all-linear", "6 k, 6 o, 6 q, 6 v, 4 wi_0, 4 wi_1, 4 wo"),
+    ],
+)
+def test_the_adapted_layers_are_told(small_config, capsys, given, told):
+    policy = load(small_config, adapter_name="", lora_target_modules=given)
+    assert f"which starts as the identity, on {told}\n" in capsys.readouterr().out
+    names = {name.split(".lora_")[0].split(".")[-1] for name, _ in policy.named_parameters() if ".lora_" in name}
+    assert names == {part.split()[1] for part in told.split(", ")}
+
+
+def test_an_adapter_of_another_base_is_warned_of(small_config, tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for base, warned in (("t5-small", True), ("elsewhere/base", False), (None, False)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        load(small_config, adapter_name=tmp_path / "adapter")
+        assert ("warning: --adapter_name " in capsys.readouterr().out) == warned
+
+
+def test_layers_that_no_step_uses_are_refused(small_config):
+    with pytest.raises(UserError, match="--lora_target_modules: .*shared.* would learn nothing"):
+        load(small_config, adapter_name="", lora_target_modules="q v shared")
+
+
+@pytest.mark.parametrize("targets", ["q v lm_head", "all-linear", "encoder.block.0.layer.0.SelfAttention.q"])
+def test_what_is_saved_can_be_loaded(small_config, tmp_path, targets):
+    policy = load(small_config, adapter_name="", lora_target_modules=targets)
+    with torch.no_grad():
+        for parameter in policy.trained():
+            parameter.normal_()
+    detox_ppo.save_adapter(policy, tmp_path / "adapter")
+    again = load(small_config, adapter_name=tmp_path / "adapter")
+    saved, loaded = detox_ppo.lora_weights(policy.model), detox_ppo.lora_weights(again.model)
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+@pytest.mark.parametrize("start", ["eva", "orthogonal"])
+def test_adapters_that_leave_the_base_as_it_is_are_loaded_however_they_began(small_config, tiny, tmp_path, start):
+    shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    policy, expected = load(small_config, adapter_name=tmp_path / "adapter"), load(small_config)
+    for (name, found), plain in zip(policy.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(found, plain), name
+
+
+def test_tuning_a_family_that_makes_no_decoder_inputs_from_labels(small_config, tiny, tmp_path):
+    """M2M100's and NLLB's; the loss falls."""
+    base = load(small_config).base
+    config = M2M100Config(
+        vocab_size=base.config.vocab_size,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        decoder_start_token_id=1,
+    )
+    torch.manual_seed(0)
+    M2M100ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    for file in (tiny / "base").glob("token*"):
+        shutil.copy(file, tmp_path / "model")
+    options = {"model_name": tmp_path / "model", "adapter_name": "", "lora_target_modules": "q_proj fc1"}
+    config = small_config(sft_steps=20, sft_learning_rate=0.05, lora_r=8, **options)
+    policy, tokenizer = load_policy(config, CPU, torch.float32)
+    batch = {"input_ids": [[5, 6, 7, 1]] * 4, "summary": ["A short summary."] * 4}
+    rows = detox_ppo.datasets.Dataset.from_dict(batch)
+    optimizer = torch.optim.AdamW(policy.trained())
+    losses = [detox_ppo.tuning_step(policy, tokenizer, optimizer, rows, step, config) for step in range(1, 21)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+# What a job and the machine around say
+
+
+def test_both_channels_that_jobs_name_are_read_and_others_refused(small_arguments, few, tiny, monkeypatch):
+    arguments = small_arguments()
+    place = arguments.index("--dataset_name")
+    without = arguments[:place] + arguments[place + 2 :]
+    for name in ("SM_CHANNEL_TRAIN", "SM_CHANNEL_TRAINING"):
+        monkeypatch.setenv(name, str(few))
+        assert parse_config(without).dataset_name == str(few)
+        for flag in ("--dataset_name", "--dataset-name"):
+            assert parse_config([*without, flag, "other"]).dataset_name == "other"
+        monkeypatch.setenv("SM_CHANNEL_EXTRA", "/somewhere")
+        with pytest.raises(UserError, match=f"SM_CHANNEL_EXTRA, {name}: a job has one channel"):
+            parse_config(without)
+        monkeypatch.delenv("SM_CHANNEL_EXTRA")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "adapter_name", "dynamodb_table", "model_dir", "checkpoint_dir"])
+def test_an_empty_text_is_not_given_for_what_is_optional(small_arguments, name):
+    assert getattr(parse_config([*small_arguments(), f"--{name}", ""]), name) is None
+
+
+def test_an_empty_text_for_what_is_needed_is_one_line(small_arguments):
+    with pytest.raises(UserError, match="--max_ppo_steps is '': it should be a valid integer"):
+        parse_config([*small_arguments(), "--max_ppo_steps", ""])
+
+
+@pytest.mark.parametrize(
+    "setting, value, way", [("MIXED_PRECISION", "bf16", "--dtype"), ("DYNAMO_BACKEND", "INDUCTOR", "set it to no")]
+)
+def test_settings_of_accelerate_that_change_results_are_refused(
+    small_arguments, capsys, monkeypatch, setting, value, way
+):
+    monkeypatch.setenv(f"ACCELERATE_{setting}", value)
+    (line,) = lines_of(small_arguments(), capsys)
+    assert f"ACCELERATE_{setting} is {value}" in line and way in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_wait_for_processes_that_never_come_is_told_and_can_be_ended(small_arguments, tmp_path, number):
+    env = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(Path(detox_ppo.__file__)), *small_arguments(output_dir=tmp_path / "run")]
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, env=env | {"MASTER_PORT": "0"}, **options)
+    assert process.stderr.readline() == "waiting for all of the 2 processes that WORLD_SIZE promises\n"
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(20) == -number
+
+
+def test_no_home_directory(tmp_path):
+    code = "import detox_ppo, os; print(os.environ['HOME'], os.access(os.environ['HOME'], os.W_OK))"
+    env = os.environ | {"HOME": "/dev/null/nowhere"}
+    options = {"cwd": Path(detox_ppo.__file__).parent, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", code], env=env, **options)
+    home, writable = done.stdout.split()
+    assert writable == "True" and home != "/dev/null/nowhere"
+    assert home in done.stderr and "HF_HOME" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_memory_is_the_container_s(small, splits, monkeypatch):
+    """Where the limit is a few MiB, a prompt of 32,000 tokens can't be computed; the machine around has gigabytes."""
+    read = Path.read_text
+
+    def limit(value):
+        def read_text(path, *args, **kwargs):
+            return value if str(path) == "/sys/fs/cgroup/memory.max" else read(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+
+    config = type(small.config)(**(vars(small.config) | {"output_max_length": 400}))
+    limit("max\n")
+    detox_ppo.check_lengths(small.policy, splits, 512, config)
+    limit("1000000\n")
+    with pytest.raises(UserError, match="--output_max_length 400 allows 400 tokens, but 0 GiB of memory takes"):
+        detox_ppo.check_lengths(small.policy, splits, 512, config)
+
+
+# Telling the user
+
+
+def test_a_reader_that_goes_away_ends_nothing(small_arguments, few, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = {"dataset_name": few, "output_dir": tmp_path / "run", "max_ppo_steps": 1}
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        detox_ppo.main(small_arguments(**options))
+        assert sys.stdout is stream  # put back
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_signs_that_the_terminal_can_t_show(small_arguments, few, tmp_path, monkeypatch):
+    table = pd.read_csv(few / "train.csv")
+    table["dialogue"] = table["dialogue"].str.replace("#Person1#: ", "#Person1#: Za\u017c\u00f3\u0142\u0107. ", n=1)
+    (tmp_path / "data").mkdir()
+    table.to_csv(tmp_path / "data" / "train.csv", index=False)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252"))
+    monkeypatch.setattr(
+        detox_ppo, "plain_texts", lambda _, responses: ["Za\u017c\u00f3\u0142\u0107."] * len(responses.prompts)
+    )
+    options = {"dataset_name": tmp_path / "data", "output_dir": tmp_path / "run", "max_ppo_steps": 0}
+    detox_ppo.main(small_arguments(**options))
+    sys.stdout.flush()
+    assert b"Za?\xf3??." in shown.getvalue()
+    comparison = pd.read_csv(tmp_path / "run" / "comparison.csv")
+    assert set(comparison["response_after"]) == {"Za\u017c\u00f3\u0142\u0107."}
+
+
+def test_results_are_written_before_anything_is_printed_of_them(small_arguments, few, tmp_path, monkeypatch):
+    def print_results(*_):
+        assert (tmp_path / "run" / "results.json").is_file()
+        raise RuntimeError("nothing can be printed")
+
+    monkeypatch.setattr(detox_ppo, "print_results", print_results)
+    options = {"dataset_name": few, "output_dir": tmp_path / "run", "max_ppo_steps": 0}
+    with pytest.raises(RuntimeError, match="nothing can be printed"):
+        detox_ppo.main(small_arguments(**options))
+
+
+# Stopping and going on
+
+
+def test_a_closed_terminal_stops_as_sigterm_does(undisturbed, forked, tmp_path):
+    args = [*undisturbed.args, "--save_steps", "100"]
+    stopped = forked.run(args, tmp_path, [strike("sampling", 10, "SIGHUP")])
+    assert stopped.code == 0 and stopped.error.startswith("stopped by SIGHUP; the same command with --resume")
+    assert (tmp_path / "run" / "checkpoint-2.pt").is_file()
+
+
+def test_nohup_is_heard(undisturbed, forked, tmp_path):
+    done = forked.run(undisturbed.args, tmp_path, [["forks:nohup", {}], strike("sampling", 10, "SIGHUP")])
+    assert done.code == 0 and "stopped by" not in done.output
+    assert differences(undisturbed.left, left(tmp_path / "run")) == []
+
+
+def test_a_project_that_was_moved_is_resumed(undisturbed, forked, tiny, tmp_path):
+    """Other paths to the same models and data, or the same paths spelt otherwise."""
+    assert forked.run(undisturbed.args, tmp_path, [strike("update", 8)]).code == -signal.SIGKILL
+    shutil.copytree(tiny / "base", tmp_path / "moved")
+    shutil.copytree(undisturbed.dialogues, tmp_path / "data")
+    given = dict(zip(undisturbed.args[::2], undisturbed.args[1::2], strict=True))
+    moved = {"--model_name": "./moved", "--dataset_name": str(tmp_path / "data")}
+    args = [part for pair in (given | moved).items() for part in pair]
+    resumed = forked.run([*args, "--resume"], tmp_path, [FAST])
+    assert resumed.code == 0 and "going on from run/checkpoint-" in resumed.output
+    changed = differences(undisturbed.left, left(tmp_path / "run"))
+    assert set(changed) <= {"results.json", "README.md", *(name for name in changed if name.endswith((".pt", "json")))}
+    assert "comparison.csv" not in changed and "metrics.jsonl" not in changed
+
+
+def test_another_model_at_the_same_path_is_not(undisturbed, forked, tiny, tmp_path):
+    given = dict(zip(undisturbed.args[::2], undisturbed.args[1::2], strict=True)) | {"--model_name": "model"}
+    args = [part for pair in given.items() for part in pair]
+    shutil.copytree(tiny / "base", tmp_path / "model")
+    assert forked.run(args, tmp_path, [strike("update", 8)]).code == -signal.SIGKILL
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    run = forked.run([*args, "--resume"], tmp_path, [FAST])
+    assert run.code == 2 and "--resume: model_name: the contents are others than when the run began" in run.error
+
+
+# The comparison that was edited by hand
+
+
+def test_an_empty_reward_is_named(tmp_path):
+    pytest.importorskip("awswrangler")
+    table = {"dialogue": ["a"], "response_before": "b", "response_after": "c", "reward_before": np.nan}
+    pd.DataFrame(table | {"reward_after": 1.0, "reward_diff": 1.0}).to_csv(tmp_path / "comparison.csv", index=False)
+    with pytest.raises(UserError, match="--dynamodb_table some: .*All is saved in"):
+        detox_ppo.upload_comparison("some", tmp_path)

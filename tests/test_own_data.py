@@ -1,0 +1,293 @@
+"""Data as people have it, the evaluation alone, and what becomes of the result: own files, own adapter, the hub."""
+
+import gzip
+import json
+import re
+import threading
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+from hub_upload import UploadHub
+from huggingface_hub import HfApi, ModelCard
+
+import detox_ppo
+from detox_ppo import DetoxConfig, UserError, load_dialogues, parse_config
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ROWS = [
+    {"id": "1", "dialogue": '#Person1#: "Hi", he said; well,\n#Person2#: hello.', "summary": "They; greet, twice."},
+    {"id": "2", "dialogue": "#Person1#: NA\t#Person2#: 0012", "summary": "null"},
+    {"id": "3", "dialogue": "#Person1#: naïve 😀", "summary": "1e3"},
+]
+EXPECTED = [{"row": i, "dialogue": row["dialogue"], "summary": row["summary"]} for i, row in enumerate(ROWS)]
+
+
+def write(kind, directory):
+    """ROWS as a library writes them; the name to give for them."""
+    table, path = pd.DataFrame(ROWS), directory / f"rows.{kind}"
+    if kind in ("csv", "CSV", "csv.gz"):
+        table.to_csv(path, index=False)
+    elif kind == "tsv":
+        table.to_csv(path, index=False, sep="\t")
+    elif kind == "semicolon.csv":
+        table.to_csv(path, index=False, sep=";")
+    elif kind in ("jsonl", "jsonl.gz"):
+        table.to_json(path, orient="records", lines=True)
+    elif kind == "json":
+        table.to_json(path, orient="records", force_ascii=False, indent=1)
+    elif kind == "json.gz":
+        path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "datasets.parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif kind == "datasets.json":
+        datasets.Dataset.from_list(ROWS).to_json(path)
+    elif kind == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    elif kind == "saved with splits":
+        parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+        datasets.DatasetDict(parts).save_to_disk(path)
+    return str(path)
+
+
+KINDS = """csv CSV csv.gz tsv semicolon.csv jsonl jsonl.gz json json.gz parquet datasets.parquet datasets.json
+    saved""".split()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "saved with splits"])
+def test_each_form_gives_the_same_rows(kind, tmp_path):
+    name = write(kind, tmp_path)
+    assert load_dialogues(name).to_list() == EXPECTED
+    if Path(name).is_dir():
+        test = load_dialogues(name, split="test")
+        assert (test and test.to_list()) == (EXPECTED[:1] if "splits" in kind else None)
+
+
+def test_a_dataset_in_place_of_its_name(tmp_path):
+    config = DetoxConfig(dataset_name=datasets.Dataset.from_list(ROWS))
+    assert load_dialogues(config.dataset_name).to_list() == EXPECTED
+    assert DetoxConfig(dataset_name=tmp_path).dataset_name == str(tmp_path)
+
+
+def test_a_directory_with_a_file_for_each_split(tmp_path):
+    for name, rows in (("train", ROWS), ("validation", ROWS[:2]), ("test", ROWS[:1])):
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert len(load_dialogues(str(tmp_path))) == 3
+    assert len(load_dialogues(str(tmp_path), split="test")) == 1
+    (tmp_path / "test.csv").unlink()
+    assert load_dialogues(str(tmp_path), split="test") is None
+
+
+def test_other_columns(tmp_path):
+    table = pd.DataFrame(ROWS).rename(columns={"dialogue": "text", "summary": "tl;dr"})
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    config = DetoxConfig(dialogue_column="text", summary_column="tl;dr")
+    assert load_dialogues(str(tmp_path / "rows.csv"), config).to_list() == EXPECTED
+    with pytest.raises(UserError, match="no column 'dialogue', found id, text, tl;dr. Name it with --dialogue_column"):
+        load_dialogues(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("empty", ["", None])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_that_can_t_be_used_are_left_out_and_named(kind, empty, tmp_path, capsys):
+    rows = [dict(ROWS[0]) for _ in range(20)]
+    rows[4]["dialogue"], rows[11]["summary"] = empty, empty
+    getattr(pd.DataFrame(rows), {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[kind])(
+        tmp_path / f"rows.{kind}", **({"orient": "records", "lines": True} if kind == "jsonl" else {})
+    )
+    found = load_dialogues(str(tmp_path / f"rows.{kind}"))
+    assert found["row"] == [row for row in range(20) if row not in (4, 11)]
+    assert "2 of 20 rows have no dialogue or no summary (rows 5, 12 ...): left out" in capsys.readouterr().out
+    rows[0]["dialogue"] = None
+    pd.DataFrame(rows).to_csv(tmp_path / "more.csv", index=False)
+    with pytest.raises(UserError, match="more.csv: can't be loaded: 3 of 20 rows have no dialogue .*rows 1, 5, 12"):
+        load_dialogues(str(tmp_path / "more.csv"))
+
+
+def test_summaries_are_needed_for_tuning_alone(tmp_path, capsys):
+    pd.DataFrame(ROWS).drop(columns="summary").to_csv(tmp_path / "rows.csv", index=False)
+    assert set(load_dialogues(str(tmp_path / "rows.csv"))["summary"]) == {""}
+    assert "no column 'summary': no ROUGE" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no column 'summary'.* --summary_column"):
+        load_dialogues(str(tmp_path / "rows.csv"), DetoxConfig(sft_steps=1))
+
+
+def test_prompt(small_config, small, tmp_path):
+    pd.DataFrame(ROWS[:1] * 8).to_csv(tmp_path / "rows.csv", index=False)
+    config = small_config(
+        prompt="Tell {dialogue} {shortly}.", input_min_text_length=1, eval_samples=1, batch_size=2, mini_batch_size=1
+    )
+    splits = detox_ppo.build_dataset(load_dialogues(str(tmp_path / "rows.csv")), small.tokenizer, config)
+    assert splits["train"]["query"][0] == f"Tell {ROWS[0]['dialogue']} {{shortly}}."
+    for prompt in ("Summarize.", "{dialogue} {dialogue}"):
+        with pytest.raises(UserError, match="--prompt .* should hold {dialogue} once"):
+            DetoxConfig(prompt=prompt)
+
+
+# What is evaluated
+
+
+@pytest.fixture
+def ran(small_arguments, tmp_path, capsys):
+    """Runs the command; gives results.json, what was printed, and the comparison."""
+
+    def command(**options):
+        output = tmp_path / "out"
+        detox_ppo.main(small_arguments(**{"output_dir": output} | options))
+        results = json.loads((output / "results.json").read_text())
+        return results, capsys.readouterr().out, pd.read_csv(output / "comparison.csv", keep_default_na=False)
+
+    return command
+
+
+def test_the_directory_s_test_file_is_evaluated(ran, dialogues, tmp_path):
+    table = pd.read_csv(dialogues / "train.csv")
+    (tmp_path / "data").mkdir()
+    table.iloc[:20].to_csv(tmp_path / "data" / "train.csv", index=False)
+    table.iloc[20:23].to_csv(tmp_path / "data" / "test.csv", index=False)
+    results, printed, comparison = ran(dataset_name=tmp_path / "data", max_ppo_steps=1)
+    assert sorted(comparison["dialogue"]) == sorted(table["dialogue"][20:23])
+    assert "data: 3 rows to evaluate on" in printed and "data: 20 rows, 20 with" in printed
+
+
+@pytest.mark.parametrize("kind", ["csv", "test.csv in a directory"])
+def test_named_rows_are_evaluated_whatever_their_length(ran, dialogues, tmp_path, kind):
+    rows = pd.DataFrame({"dialogue": ["#Person1#: Hi. #Person2#: Bye."], "summary": ["They part."]})
+    path = tmp_path / "rows.csv" if kind == "csv" else tmp_path / "data"
+    path.mkdir() if kind != "csv" else None
+    rows.to_csv(path if kind == "csv" else path / "test.csv", index=False)
+    results, _, comparison = ran(eval_dataset_name=path, max_ppo_steps=1, dataset_name=dialogues)
+    assert comparison["dialogue"].tolist() == rows["dialogue"].tolist()
+    assert results["summary_toxicity"]["before"]["n"] == 1
+
+
+def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, tmp_path):
+    """On 25 rows without summaries, and without any rows to train on."""
+    table = pd.read_csv(dialogues / "train.csv").iloc[:25].drop(columns="summary")
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    results, printed, comparison = ran(
+        dataset_name="nowhere", eval_dataset_name=tmp_path / "rows.csv", max_ppo_steps=0, eval_samples=-1
+    )
+    assert results["summary_toxicity"]["before"]["n"] == 25
+    with small.policy.model.disable_adapter():
+        base = detox_ppo.generate(
+            small.policy,
+            [small.tokenizer(detox_ppo.build_prompt(text)).input_ids for text in comparison["dialogue"]],
+            None,
+            (8, 8),
+        )
+    assert comparison["greedy_response_before"].tolist() == detox_ppo.plain_texts(small.tokenizer, base)
+    assert (comparison["response_before"] != comparison["response_after"]).any()
+    assert not results["rouge"]["after"] and "human summaries" not in printed
+    left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert left == {"results.json", "comparison.csv", "toxicity.png", "metrics.jsonl"}
+
+
+def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):
+    text = pd.read_csv(dialogues / "train.csv")["dialogue"][0]
+    (tmp_path / "one.txt").write_text(text + "\n")
+    results, printed, comparison = ran(eval_dataset_name=tmp_path / "one.txt", max_ppo_steps=0, eval_max_new_tokens=40)
+    printed = " ".join(printed.split())
+    for column in ("response_before", "response_after", "greedy_response_before", "greedy_response_after"):
+        toxicity = comparison[column.replace("response", "summary_toxicity")][0]
+        assert f"(toxicity {toxicity:.4f}): {' '.join(comparison[column][0].split())}" in printed
+    assert comparison["dialogue"].tolist() == [text]
+
+
+def test_a_run_s_results_are_not_overwritten_by_its_evaluation(small_arguments, tiny, tmp_path):
+    arguments = small_arguments(
+        adapter_name=tmp_path / "run" / "adapter", output_dir=tmp_path / "run", max_ppo_steps=0
+    )
+    with pytest.raises(UserError, match="--output_dir .*run: the adapter's run lies there"):
+        parse_config(arguments)
+
+
+# Names
+
+
+def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter").symlink_to(tiny / "adapter")
+    assert small_config(adapter_name=tmp_path / "run").adapter_name == str(tmp_path / "run" / "adapter")
+    assert small_config(adapter_name=tiny / "adapter").adapter_name == str(tiny / "adapter")
+    monkeypatch.chdir(tmp_path / "run")
+    assert small_config(adapter_name="").adapter_name is None  # whatever lies here
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("--max_steps", "--max_ppo_steps"),
+        ("--per-device-train-batch-size", "--batch_size"),
+        ("--beta=0.1", "--init_kl_coef"),
+        ("--bf16", "--dtype"),
+        ("--learning_rat", "--learning_rate"),
+        ("config.yaml", "--config config.yaml"),
+    ],
+)
+def test_the_name_that_was_meant_is_told(given, meant):
+    with pytest.raises(UserError, match=re.escape(f"unknown option: {given} (did you mean {meant}?)")):
+        parse_config([given])
+
+
+@pytest.mark.parametrize("name", ["./models/t5", "/models/t5", "a/b/c", "dialogues.csv", "~/adapter", "data.jsonl.gz"])
+def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(UserError, match=re.escape(f"--dataset_name {name}: no such file or directory")):
+        detox_ppo.contents_of(name, "dataset_name")
+
+
+def test_every_alias_leads_to_an_option():
+    assert set(detox_ppo.ALIASES.values()) <= set(detox_ppo.OPTIONS) and not set(detox_ppo.ALIASES) & set(
+        detox_ppo.OPTIONS
+    )
+
+
+# Publishing
+
+
+def test_published(ran, monkeypatch, dialogues, tmp_path):
+    """To a hub that keeps what it is sent."""
+    monkeypatch.setattr(detox_ppo.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with UploadHub() as hub:
+        monkeypatch.setattr(detox_ppo.huggingface_hub.constants, "ENDPOINT", hub.url)
+        api = HfApi(endpoint=hub.url, token="hf_" + "a" * 30)
+        monkeypatch.setattr(detox_ppo, "HfApi", lambda: api)
+        _, printed, _ = ran(hub_model_id="example/clean", dataset_name=dialogues, max_ppo_steps=1)
+    assert f"adapter and card are at {hub.url}/example/clean" in printed
+    expected = {f"{name}/{file}" for name in ("adapter", "start_adapter") for file in ADAPTER_FILES}
+    assert set(hub.files["example/clean"]) >= expected | {"README.md", "training.png", "toxicity.png"}
+    assert not [name for name in hub.files["example/clean"] if name.endswith((".pt", ".csv", ".json~"))]
+    for name, content in hub.files["example/clean"].items():
+        assert content == (tmp_path / "out" / name).read_bytes()
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.model_name == "example/clean"
+    assert 'PeftModel.from_pretrained(model, "example/clean", subfolder="start_adapter"' in card.text
+    assert str(tmp_path) not in card.content
+
+
+def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(ran, monkeypatch, dialogues, tmp_path):
+    api = HfApi(endpoint="http://127.0.0.1:9", token="hf_" + "a" * 30)
+    monkeypatch.setattr(detox_ppo, "HfApi", lambda: api)
+    with pytest.raises(SystemExit) as stop:
+        ran(hub_model_id="example/clean", dataset_name=dialogues, max_ppo_steps=1)
+    assert stop.value.code == 2
+    for name in ("results.json", "README.md", "comparison.csv", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).is_file()
+    with pytest.raises(
+        UserError, match=r"--hub_model_id: .*All is saved; to try again: hf upload example/clean .*/out"
+    ):
+        detox_ppo.publish(DetoxConfig(hub_model_id="example/clean"), tmp_path / "out")
+
+
+def test_main_in_a_thread(small_arguments, dialogues, tmp_path):
+    """As in a notebook's cell that must not wait; signals are then for others to hear."""
+    arguments = small_arguments(dataset_name=dialogues, output_dir=tmp_path / "run", max_ppo_steps=0)
+    thread = threading.Thread(target=detox_ppo.main, args=(arguments,))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "results.json").is_file()
