@@ -1,9 +1,9 @@
 """Every fault of the hub against everything that a run loads: the real command, over and over in one process.
 
 `python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code,
-the messages and what else was printed. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT
-once, when they are imported, so that the hub has to be there before them. The password in its URL, and the caller's
-HF_TOKEN, are for the caller to look for in all of that.
+the messages, what else was printed, and how often a file was asked for. tests/test_hub_faults.py holds them to
+account. The libraries read HF_ENDPOINT once, when they are imported, so that the hub has to be there before them. The
+password in its URL, and the caller's HF_TOKEN, are for the caller to look for in all of that.
 """
 
 import contextlib
@@ -70,6 +70,7 @@ def main(directory):
 
         def tell(name, repo_id, *more):
             shutil.rmtree(directory / "home", ignore_errors=True)
+            hub.requests.clear()
             code, printed, messages = 0, io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(messages):
                 try:
@@ -78,7 +79,8 @@ def main(directory):
                     code = stop.code
                 except Exception as error:
                     code = repr(error)
-            print(json.dumps([name, repo_id, code, messages.getvalue(), printed.getvalue()]), flush=True)
+            asked = sum("/resolve/" in path for _, path in hub.requests)
+            print(json.dumps([name, repo_id, code, messages.getvalue(), printed.getvalue(), asked]), flush=True)
 
         for option, repo_id in UNKNOWN.items():
             tell(f"unknown {option}", repo_id, f"--{option}", repo_id)
