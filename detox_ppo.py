@@ -235,15 +235,15 @@ def plain_name(value: str | None) -> str | None:
 
 
 def plain_text(value):
-    """Texts as they are; of a path its text, of a Dataset that of a directory which holds it; None of an empty text.
+    """Texts as they are; of a path its text, of a Dataset that of a directory which holds it.
 
-    A job or a shell variable that is not set gives an empty text.
+    None of an empty text, as a shell variable that is not set or SageMaker's None gives it, and of "None".
     """
     if isinstance(value, datasets.Dataset):
         directory = tempfile.mkdtemp(prefix="detox_ppo-")
         value.save_to_disk(directory)
         return directory
-    return str(value) if isinstance(value, Path) else None if value == "" else value
+    return str(value) if isinstance(value, Path) else None if value in ("", "None") else value
 
 
 def split_names(value):
@@ -364,9 +364,9 @@ class DetoxConfig:
             raise UserError(f"--toxic_label is {self.toxic_label!r}: it should be another label than reward_label's")
         if self.prompt.count("{dialogue}") != 1:
             raise UserError(f"--prompt {self.prompt!r}: it should hold {{dialogue}} once")
-        inner = Path(self.adapter_name or "nowhere") / "adapter" / "adapter_config.json"
-        if self.adapter_name and inner.exists() and not (inner.parents[1] / inner.name).exists():
-            self.adapter_name = str(inner.parent)  # a run's output_dir was meant
+        inner = os.path.join(self.adapter_name or "nowhere", "adapter")  # of a run's output_dir, if that is meant
+        if self.adapter_name and os.path.exists(os.path.join(inner, "adapter_config.json")):
+            self.adapter_name = inner
         if self.judge_model_name == self.reward_model_name:
             raise UserError(f"--judge_model_name {self.judge_model_name}: PPO is paid by it; name another classifier")
         for kind in ("input_{}_text_length", "output_{}_length"):
@@ -384,8 +384,8 @@ class DetoxConfig:
 
 
 OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
-# What a resumed run may change, another difference would make it another run; models and data have their contents
-# compared instead of their names.
+# What a resumed run may change; another difference would make it another run. Of models and data the contents are
+# compared, not the names.
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
     report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
 MAY_CHANGE += FROM_HUB
@@ -685,8 +685,10 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     judged by.
     """
 
+    template = config.prompt  # alone, since datasets makes a fingerprint of all that the function uses
+
     def prompts(dialogues):
-        queries = [build_prompt(dialogue, config.prompt) for dialogue in dialogues]
+        queries = [build_prompt(dialogue, template) for dialogue in dialogues]
         return {"query": queries, "input_ids": token_ids(tokenizer, queries)}
 
     how = {"input_columns": "dialogue", "batched": True, "desc": "Tokenizing"}
@@ -1669,8 +1671,8 @@ def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConf
     """evaluate_policy's tables by decoding, sampled and greedy, with the judge's column; prints their means."""
     tables = {}
     for name in ("sampled", "greedy"):
-        how = {"desc": f"{when}, {name}", "greedy": name == "greedy"}
-        tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, **how)
+        how = (f"{when}, {name}", name == "greedy")
+        tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, *how)
     add_judge(tables, config, policy.device)
     for name, table in tables.items():
         print_means(("before tuning" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
@@ -1851,7 +1853,7 @@ def verdict_table(found: dict[str, dict]) -> pd.DataFrame:
         paired, verdict = told["paired_difference"], told["verdict"]
         lines[name] = {
             **changes,
-            "95% interval": f"{paired['ci_low']:+.4f} to {paired['ci_high']:+.4f}",
+            "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
             "p": f"{paired['p_value']:.4f}",
             "fell": f"{verdict['better']:.0%}",
             "rose": f"{verdict['worse']:.0%}",
@@ -1974,7 +1976,7 @@ def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[st
         heights = [100 * told[when]["share"] for told in found.values()]
         bars = shares.bar(np.arange(len(found)) + shift, heights, 0.38, color=colour, label=when)
         shares.bar_label(bars, fmt="%.1f", padding=2)
-    shares.set_xticks(range(len(found)), found)
+    shares.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found])
     shares.set(ylim=(0, 100), ylabel="%")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
     count = found["sampled"]["before"]["n"]
@@ -1986,7 +1988,7 @@ def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[st
     changes.set(xlim=(0, 100), ylim=(-1, 1), title="change of a summary's toxicity")
     changes.set_xlabel(f"% of the {count} prompts, by change")
     for axes in (shares, changes):
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
 

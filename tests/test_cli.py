@@ -427,7 +427,7 @@ def test_a_run_prints_what_it_measures(runs, results, metrics):
     assert f"\n{results['verdict']}\n" in out
     for name, told in detox_ppo.toxicities(results).items():
         paired = told["paired_difference"]
-        interval = re.escape(f"{paired['ci_low']:+.4f} to {paired['ci_high']:+.4f}  {paired['p_value']:.4f} ")
+        interval = re.escape(f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}  {paired['p_value']:.4f} ")
         assert re.findall(rf"^{name} +[-+]\d.*{interval}.*{told['verdict']['change']}$", out, re.MULTILINE)
     for line in metrics:
         (told,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)

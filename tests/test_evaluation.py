@@ -192,7 +192,7 @@ def test_a_change_has_its_true_direction(few):
     assert table.loc["rose", ["mean", "std"]].tolist() == ["+75.0%", "+50.0%"]
     assert table.loc["fell", ["mean", "std", "fell", "rose"]].tolist() == ["-42.9%", "-33.3%", "100%", "0%"]
     assert table.loc["was 0", ["mean", "std"]].tolist() == ["was 0", "was 0"]
-    assert table.loc["was 0", "95% interval"] == "+0.1000 to +0.3000"
+    assert table.loc["was 0", "95% interval"] == "+0.100 to +0.300"
 
 
 # Still a summary?
@@ -486,7 +486,7 @@ def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small):
     with small.policy.as_adapter("reference"):
         bare = evaluate(policy=small.policy)  # in two batches
     assert list(bare["response"]) != list(trained["response"]) and (bare["kl"] == 0).all()
-    pd.testing.assert_frame_equal(evaluate(range(2), small.policy), trained[:2], check_exact=True)
+    pd.testing.assert_frame_equal(evaluate(range(2), small.policy), trained[:2], rtol=0, atol=1e-4)
 
 
 # Side by side

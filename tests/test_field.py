@@ -171,6 +171,10 @@ def test_an_empty_text_is_not_given_for_what_is_optional(small_arguments, name):
     assert getattr(parse_config([*small_arguments(), f"--{name}", ""]), name) is None
 
 
+def test_none_is_said_as_the_messages_say_it(small_arguments):
+    assert parse_config([*small_arguments(), "--reward_label", "None"]).reward_label is None
+
+
 def test_an_empty_text_for_what_is_needed_is_one_line(small_arguments):
     with pytest.raises(UserError, match="--max_ppo_steps is '': it should be a valid integer"):
         parse_config([*small_arguments(), "--max_ppo_steps", ""])

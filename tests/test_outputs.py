@@ -108,7 +108,7 @@ def test_toxicity_picture_shows_the_pairs(judged):
     before, after = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.1, 0.7]
     shares, changes = toxicity_picture(before, after, judged).axes
     names = ["sampled", "greedy", *["judge, sampled", "judge, greedy"] * judged, "with dialogue"]
-    assert [label.get_text() for label in shares.get_xticklabels()] == names
+    assert [label.get_text().replace("\n", " ") for label in shares.get_xticklabels()] == names
     heights = [[bar.get_height() for bar in bars] for bars in shares.containers]
     assert heights == [[50, 0, *[50, 0] * judged, 50], [25, 0, *[75, 0] * judged, 25]]
     sampled, greedy = (part.get_data().values for part in changes.patches)
@@ -246,7 +246,9 @@ def test_the_card_s_code_runs_as_pasted(finished, tiny, small_config, capsys, mo
     names = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
     assert names["prompt"] == detox_ppo.build_prompt(names["dialogue"])
-    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {
+        when: text.strip() for when, text in (line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    }
     comparison = pd.read_csv("../comparison.csv", keep_default_na=False).set_index("dialogue").loc[names["dialogue"]]
     assert told == {when: comparison[f"greedy_response_{when}"] for when in ("before", "after")}
 

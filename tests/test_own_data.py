@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import threading
+import warnings
 from pathlib import Path
 
 import datasets
@@ -122,7 +123,8 @@ def test_prompt(small_config, small, tmp_path):
     config = small_config(
         prompt="Tell {dialogue} {shortly}.", input_min_text_length=1, eval_samples=1, batch_size=2, mini_batch_size=1
     )
-    splits = detox_ppo.build_dataset(load_dialogues(str(tmp_path / "rows.csv")), small.tokenizer, config)
+    with warnings.catch_warnings(action="error", category=UserWarning):  # of what can't be pickled, say
+        splits = detox_ppo.build_dataset(load_dialogues(str(tmp_path / "rows.csv")), small.tokenizer, config)
     assert splits["train"]["query"][0] == f"Tell {ROWS[0]['dialogue']} {{shortly}}."
     for prompt in ("Summarize.", "{dialogue} {dialogue}"):
         with pytest.raises(UserError, match="--prompt .* should hold {dialogue} once"):
@@ -199,12 +201,12 @@ def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):
     assert comparison["dialogue"].tolist() == [text]
 
 
-def test_a_run_s_results_are_not_overwritten_by_its_evaluation(small_arguments, tiny, tmp_path):
-    arguments = small_arguments(
-        adapter_name=tmp_path / "run" / "adapter", output_dir=tmp_path / "run", max_ppo_steps=0
-    )
-    with pytest.raises(UserError, match="--output_dir .*run: the adapter's run lies there"):
-        parse_config(arguments)
+def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path):
+    ran(max_ppo_steps=1)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        ran(max_ppo_steps=0, adapter_name=tmp_path / "out")
+    assert stop.value.code == 2 and (tmp_path / "out" / "results.json").read_bytes() == before
 
 
 # Names

@@ -303,7 +303,7 @@ def test_dialogue_without_a_word_and_summary_without_a_word(classifier, read):
 
 
 def test_summary_longer_than_the_classifier_reads(classifier, read):
-    summary = "umbrella " * 600
+    summary = "table " * 600
     ids = read(classifier.join("dialogue", summary))
     assert len(ids) == classifier.max_length
     assert len(set(ids[2:-1])) == 1  # of the dialogue nothing
