@@ -590,6 +590,15 @@ def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
 
 
+def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
+    """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
+    left = [
+        part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
+    ]
+    if left and split == "train":
+        print(f"data: of {name} left aside: {', '.join(left)}")
+
+
 def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
     """One split of a dataset, None if it has no such; a file is any split."""
     path, found = Path(name), None
@@ -599,8 +608,9 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
     elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
         found = datasets.load_from_disk(name)
     if found is not None:
-        found = (found if isinstance(found, dict) else {"train": found}).get(split)
-        return None if found is None else found.to_pandas()
+        found = found if isinstance(found, dict) else {"train": found}
+        tell_left_aside(name, split, found)
+        return found[split].to_pandas() if split in found else None
     known = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
     files = [file for file in known if file.name.lower().startswith(split)]
     if not path.is_dir() or (split == "train" and len(known) == 1):
@@ -609,6 +619,7 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         seen = ", ".join(file.name for file in known) or "none"
         expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
         raise ValueError(f"{expected}, found {seen}")
+    tell_left_aside(name, split, [file.name for file in known if file not in files])
     with loading(str(files[0]) if files else name, option_name):
         return read_table(files[0], config.dialogue_column) if files else None
 

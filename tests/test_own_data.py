@@ -75,10 +75,11 @@ def test_a_dataset_in_place_of_its_name(tmp_path):
     assert DetoxConfig(dataset_name=tmp_path).dataset_name == str(tmp_path)
 
 
-def test_a_directory_with_a_file_for_each_split(tmp_path):
+def test_a_directory_with_a_file_for_each_split(tmp_path, capsys):
     for name, rows in (("train", ROWS), ("validation", ROWS[:2]), ("test", ROWS[:1])):
         pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
     assert len(load_dialogues(str(tmp_path))) == 3
+    assert capsys.readouterr().out == f"data: of {tmp_path} left aside: validation.csv\n"
     assert len(load_dialogues(str(tmp_path), split="test")) == 1
     (tmp_path / "test.csv").unlink()
     assert load_dialogues(str(tmp_path), split="test") is None
