@@ -1810,7 +1810,8 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     if config.judge_model_name:
         sampled, greedy = ({"summary_toxicity": compare(name, "judge_toxicity")} for name in ("sampled", "greedy"))
         results["judge"] = sampled | {"greedy": greedy}
-    results["human"] = {key: mean_and_std(human[key]) for key in (*keys, "judge_toxicity") if key in human}
+    measures = [key for key in (*keys, "judge_toxicity") if key in human and any(summaries)]
+    results["human"] = {key: mean_and_std(human[key]) for key in measures}
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
@@ -1885,7 +1886,7 @@ def figures_of(results: dict) -> pd.DataFrame:
             column |= {name: statistics[when]["mean"] for name, statistics in told.items()}
             column |= {"ROUGE-L": block["rouge"][when].get("rougeL"), "length": block["length"][when]["mean"]}
             columns[label + when] = column | {"reward": block["reward"][when]["mean"]}
-    columns["human"] = {"share toxic": human["summary_toxicity"]["share"]}
+    columns["human"] = {"share toxic": human["summary_toxicity"]["share"]} if human else {}
     names = {"toxicity": "summary_toxicity", "with dialogue": "toxicity", "judge's toxicity": "judge_toxicity"}
     columns["human"] |= {name: human[key]["mean"] for name, key in names.items() if key in human}
     return pd.DataFrame(columns, dtype=float)
