@@ -532,23 +532,21 @@ def contents_of(name: str, option_name: str) -> str | None:
         raise UserError(f"--{option_name} {name}: no such file or directory")
     with loading(name, option_name):
         if os.path.exists(name):
-            files = [file for file in Path(name).rglob("[!.]*") if file.is_file() and repo_type == "model"]
-            told = [
-                f"{file.relative_to(name)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(files)
-            ]
+            told = []
+            for file in sorted(file for file in Path(name).rglob("[!.]*") if file.is_file() and repo_type == "model"):
+                with file.open("rb") as content:  # piece by piece, since weights may fill the memory
+                    told.append(f"{file.relative_to(name)} {hashlib.file_digest(content, 'sha256').hexdigest()}")
             return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else None
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            name, _, revision = name.partition("@")
-            found = HfApi().repo_info(name, repo_type=repo_type, revision=revision or None, timeout=10)
-            # Where a hub answers questions but sends no file, the libraries wait for many minutes.
-            url = huggingface_hub.hf_hub_url(
-                name, found.siblings[0].rfilename, repo_type=repo_type, revision=found.sha
-            )
-            huggingface_hub.get_hf_file_metadata(url, timeout=10)
-            return found.sha
-        revision = name.partition("@")[2] or None
-        found = huggingface_hub.snapshot_download(name.partition("@")[0], repo_type=repo_type, revision=revision)
-        return Path(found).name  # what was downloaded before
+        repo_id, _, revision = name.partition("@")
+        which = {"repo_type": repo_type, "revision": revision or None}
+        if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
+            return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
+        found = HfApi().repo_info(repo_id, timeout=10, **which)
+        # Where a hub answers questions but sends no file, the libraries wait for many minutes.
+        first = found.siblings[0].rfilename
+        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=found.sha)
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        return found.sha
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
@@ -665,7 +663,7 @@ def load_dialogues(
             print(f"data: {name}: {told}: left out")
         if len(empty) == len(rows):
             raise ValueError("there is no row in it")
-    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if row + 1 not in set(empty)]
+    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
     return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
 
 
@@ -969,15 +967,6 @@ def load_model(kind, name: str, device: torch.device, **kwargs):
     return model
 
 
-def positions_of(model) -> float:
-    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    for name, module in model.named_modules():
-        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # a RoBERTa counts from there
-    return positions if positions > 0 else math.inf  # an XLNet's -1
-
-
 def load_tokenizer(name: str, model, *needed: str):
     """Load a model's tokenizer. Where a directory has none, transformers makes one up, which knows no word."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -1136,6 +1125,15 @@ def print_parameters(policy: Policy) -> None:
 
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
+
+
+def positions_of(model) -> float:
+    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # a RoBERTa counts from there
+    return positions if positions > 0 else math.inf  # an XLNet's -1
 
 
 # What labels of texts that harm nobody are called; of several that may hold together, no other can be the reward.
@@ -1907,8 +1905,8 @@ def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.
 def examples_of(comparison: pd.DataFrame, count: int) -> pd.DataFrame:
     """The best, the median and the worst rows, `count` of each; their summaries from where they differ."""
     middle = max(0, (len(comparison) - count) // 2)
-    lines = sorted({*range(count), *range(middle, middle + count), *range(len(comparison) - count, len(comparison))})
-    chosen = comparison.iloc[[line for line in lines if 0 <= line < len(comparison)]]
+    lines = {*range(count), *range(middle, middle + count), *range(len(comparison) - count, len(comparison))}
+    chosen = comparison.iloc[sorted(lines & {*range(len(comparison))})]
     texts = [differing(*pair) for pair in zip(chosen["response_before"], chosen["response_after"], strict=True)]
     table = pd.DataFrame(texts, columns=["before", "after"], index=chosen.index)
     return table.assign(reward_diff=chosen["reward_diff"], dialogue=chosen["dialogue"])
@@ -2097,6 +2095,11 @@ def card_name(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z]+", "-", Path(name).resolve().name)[:96].strip("-") or "local"
 
 
+def start_directory(config: DetoxConfig) -> str | None:
+    """Where in model_dir the adapter lies that PPO started from; a new one says what the base says."""
+    return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
+
+
 def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
     dataset, base = card_name(config.dataset_name), card_name(config.model_name)
@@ -2153,19 +2156,18 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     comparison = build_comparison(evaluated, before, after)
     with written_whole(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
-    pictures = {"toxicity.png": draw_toxicity(results, before, after)}
-    pictures |= {} if config.evaluates_only else {"training.png": draw_training(history)}
-    for name, figure in pictures.items():
-        figure.savefig(output_dir / name, dpi=120)
-        if not config.evaluates_only:
-            (model_dir / name).write_bytes((output_dir / name).read_bytes())  # where the card shows them
+    draw_toxicity(results, before, after).savefig(output_dir / "toxicity.png", dpi=120)
+    told = f"{output_dir}/results.json"
     if not config.evaluates_only:
+        draw_training(history).savefig(output_dir / "training.png", dpi=120)
+        for name in ("toxicity.png", "training.png"):  # where the card shows them
+            (model_dir / name).write_bytes((output_dir / name).read_bytes())
         write_card(model_dir, config, results, comparison)
+        told += f" and {model_dir}/README.md"
     with written_whole(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_results(results, comparison)
-    card = "" if config.evaluates_only else f" and {model_dir}/README.md"
-    print(f"\n{results['timings']['total']:.0f} s in all; see {output_dir}/results.json{card}")
+    print(f"\n{results['timings']['total']:.0f} s in all; see {told}")
 
 
 def start_tracker(config: DetoxConfig) -> Accelerator | None:
@@ -2378,11 +2380,6 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
-def start_directory(config: DetoxConfig) -> str | None:
-    """Where in model_dir the adapter lies that PPO started from; a new one says what the base says."""
-    return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
-
-
 def claim(config: DetoxConfig) -> list[FileLock]:
     """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
     locks = []
@@ -2484,8 +2481,9 @@ def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> N
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
-    Returns the contents of results.json; "base" in it is the start before the tuning, and without PPO steps "after" is
-    "before". Raises UserError, and Stopped at a signal: what was done so far is then in a checkpoint.
+    Returns the contents of results.json; "base" in it is the start before the tuning. After a tuning without PPO steps
+    "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
+    signal: what was done so far is then in a checkpoint.
     """
     # Load
     started, stop, processes = time.perf_counter(), stop or StopSignals(), PartialState()
@@ -2651,8 +2649,7 @@ def main(args: list[str] | None = None) -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if in_main_thread and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has a hangup ignored
-                handlers.setdefault(number, signal.getsignal(number))
-                signal.signal(number, stop)
+                handlers.setdefault(number, signal.signal(number, stop))
         run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:

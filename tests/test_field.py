@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from kill_points import FAST, differences, left, strike
+from test_resume import complaint
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 
 import detox_ppo
@@ -33,14 +34,6 @@ def few(tmp_path_factory):
 
 def load(small_config, **options):
     return load_policy(small_config(**options), CPU, torch.float32)[0]
-
-
-def lines_of(arguments, capsys):
-    """What a command says on stderr that ends with an error."""
-    with pytest.raises(SystemExit) as stopped:
-        detox_ppo.main(arguments)
-    assert stopped.value.code == 2
-    return [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
 
 
 # What is loaded
@@ -187,7 +180,7 @@ def test_settings_of_accelerate_that_change_results_are_refused(
     small_arguments, capsys, monkeypatch, setting, value, way
 ):
     monkeypatch.setenv(f"ACCELERATE_{setting}", value)
-    (line,) = lines_of(small_arguments(), capsys)
+    line = complaint(small_arguments(), capsys)
     assert f"ACCELERATE_{setting} is {value}" in line and way in line
 
 
