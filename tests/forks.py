@@ -143,9 +143,9 @@ def nohup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def short_of_memory(spare):
-    """Prepare a run: from its first PPO step on, the system gives it only that many bytes more."""
-    import resource
+def short_of_memory():
+    """Prepare a run: its first PPO step asks for more memory than any machine has."""
+    import torch
 
     import detox_ppo
 
@@ -153,8 +153,7 @@ def short_of_memory(spare):
 
     def generate(policy, prompts, generators, caps):
         if caps[0] != caps[1]:  # not in the evaluation
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
+            torch.empty(2**58)
         return sample(policy, prompts, generators, caps)
 
     detox_ppo.generate = generate

@@ -133,9 +133,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_out_of_memory_says_which_options_to_lower(undisturbed, forked, tmp_path):
-    large = ["--batch_size", "24", "--mini_batch_size", "24", "--output_max_length", "512"]
-    args = [*undisturbed.args, "--sft_steps", "0", *large]
-    run = forked.run(args, tmp_path, [FAST, ["forks:short_of_memory", {"spare": 2**22}]])
+    run = forked.run([*undisturbed.args, "--sft_steps", "0"], tmp_path, [FAST, ["forks:short_of_memory", {}]])
     assert run.code == 2 and "Traceback" not in run.output
     assert "Memory ran out: lower mini_batch_size" in run.error and "output_max_length" in run.error
 
