@@ -2053,13 +2053,13 @@ def summarize(model):
     return tokenizer.decode(summary[0], skip_special_tokens=True)
 
 {% if start_directory %}
-model = PeftModel.from_pretrained(model, {{ place.format(start_directory) }}, adapter_name="before").eval()
+model = PeftModel.from_pretrained(model, {{ start_place }}, adapter_name="before").eval()
 print("before:", summarize(model))
-model.load_adapter({{ place.format("adapter") }}, adapter_name="after")
+model.load_adapter({{ place }}, adapter_name="after")
 model.set_adapter("after")
 {%- else %}
 print("before:", summarize(model.eval()))
-model = PeftModel.from_pretrained(model, {{ place.format("adapter") }}).eval()
+model = PeftModel.from_pretrained(model, {{ place }}).eval()
 {%- endif %}
 print("after:", summarize(model))
 ```
@@ -2069,7 +2069,7 @@ print("after:", summarize(model))
 - Toxicity is what a classifier says: the training could not remove what the one that it was paid by does not see,
   and may have learned its blind spots. The default classifier reads English only.
 - The score does not see whether a summary is true to its dialogue, complete or useful; ROUGE only hints at it.
-- The figures hold for these prompts, which are the end of one file.
+- The figures hold for these prompts, all of one collection.
 """
 
 
@@ -2104,6 +2104,7 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
     dataset, base = card_name(config.dataset_name), card_name(config.model_name)
     start = config.adapter_name and card_name(config.adapter_name)
+    hub, begun = config.hub_model_id, start_directory(config)
     scored = "dialogue and summary" if config.score_text == "query_response" else "the summary"
     label = f'"{config.reward_label}" logit' if config.reward_label else f'"{config.toxic_label}" logit, negated,'
     data = ModelCardData(
@@ -2137,14 +2138,15 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         judge=config.judge_model_name and card_name(config.judge_model_name),
         limit=TOXIC,
         start=start,
-        start_directory=start_directory(config),
+        start_directory=begun,
         base=base,
         verdicts=markdown_table(verdict_table(toxicities(results)).rename_axis("toxicity").reset_index()),
         warnings=results["warnings"].values(),
         figures=markdown_table(figures_of(results).rename_axis("mean").reset_index()),
         examples=markdown_table(examples_of(comparison, 3)),
         dialogue=comparison["dialogue"][0],
-        place=f'"{config.hub_model_id}", subfolder="{{}}"' if config.hub_model_id else '"{}"',
+        place=f'"{hub}"' if hub else '"adapter"',
+        start_place=f'"{hub}", subfolder="{begun}"' if hub else f'"{begun}"',
     )
     card.save(directory / "README.md")
 
@@ -2193,13 +2195,15 @@ def end_tracker(tracker: Accelerator | None, results: dict, step: int) -> None:
 
 
 def publish(config: DetoxConfig, model_dir: Path) -> None:
-    """Put the adapter, that which it started from, the card and the pictures into a repository of the hub."""
-    names = ["README.md", "training.png", "toxicity.png", "adapter/*", "start_adapter/*", "sft_adapter/*"]
+    """Put the adapter at the root of a repository of the hub, beside it card, pictures and what it started from."""
+    names = ["README.md", "training.png", "toxicity.png", "start_adapter/*", "sft_adapter/*"]
     try:
         repo_id = HfApi().create_repo(config.hub_model_id, exist_ok=True).repo_id
+        HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir / "adapter")
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir, allow_patterns=names)
     except Exception as error:  # of a dozen types
-        way = f"hf upload {config.hub_model_id} {model_dir} . --include {' '.join(names)}"
+        hub, include = config.hub_model_id, " ".join(names)
+        way = f"hf upload {hub} {model_dir}/adapter . && hf upload {hub} {model_dir} . --include {include}"
         raise UserError(f"--hub_model_id: {one_line(error)}. All is saved; to try again: {way}") from error
     print(f"adapter and card are at {huggingface_hub.constants.ENDPOINT}/{repo_id}")
 
