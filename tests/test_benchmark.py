@@ -14,6 +14,7 @@ import hub
 import kill_points
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import detox_ppo
@@ -148,6 +149,40 @@ def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_real_text_is_learned_tuned_trained_and_judged(started, tmp_path, tiny, monkeypatch, call):
+    """A little of the small world stands in for DialogSum."""
+    import real_text
+
+    rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:140]
+    parts = {"train": rows[:110], "dev": rows[110:115], "rude": rows[120:]}
+    parts["test"] = rows[115:120].assign(summary1=rows["summary"], summary2="He leaves.").drop(columns="summary")
+    for name, part in parts.items():
+        real_text.write_lines(part, tmp_path / f"{name}.jsonl")
+    arguments = ["--dialogsum", tmp_path, "--rude", tmp_path / "rude.jsonl", "--tokenizer", tiny / "base"]
+    arguments += ["--reward_model", tiny / "classifier", "--judge_model", tiny / "judge", "--rude_held_out", 4]
+    monkeypatch.chdir(ROOT)  # where it goes
+    arguments += ["--short", "--recipes", "notebooks", "--output_dir", tmp_path / "out"]
+    printed = call(real_text, *arguments)
+    base, held_out = (
+        real_text.read_lines(tmp_path / "out" / "data" / f"{name}.jsonl") for name in ("base", "held_out")
+    )
+    assert (len(base), len(held_out)) == (110 - 22 + 5 + 2 * 5, 22)
+    assert not set(base["dialogue"]) & set(held_out["dialogue"]) and "He leaves." in set(base["summary"])
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(result["measured"]) == {
+        f"{name} {how}" for name in ("held_out", "rude") for how in ("sampled", "greedy")
+    }
+    for block in result["measured"].values():
+        assert block["summary_toxicity"]["before"]["n"] == block["judge_toxicity"]["after"]["n"] == 4
+    table = [line for line in printed.splitlines() if line.startswith("| notebooks | 0 |")]
+    assert len(table) == 2 and all(line.count("→") >= 5 for line in table)
+    # Started again it repeats nothing and says the same.
+    monkeypatch.setattr(real_text, "detox", None)
+    monkeypatch.setattr(real_text, "child", None)
+    again = call(real_text, *arguments).splitlines()
+    assert again == printed.splitlines()[:1] + printed.splitlines()[-len(again) + 1 :]
+
+
 def test_learning_curves_are_summed_up_and_drawn(tmp_path):
     """Of made-up runs: ours rises by 1 a step, the classic side by a half, and a start that was only evaluated."""
     import learning_curve
@@ -225,6 +260,26 @@ def test_a_child_that_refuses_is_quoted(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2
         *before, last = capsys.readouterr().err.splitlines()
         assert last.endswith(f"error: {shown}") and bool(before) == (code == 1)
+
+
+# The published logits
+
+
+def test_published_logits_are_compared(tiny, monkeypatch, call, capsys):
+    import published_logits
+
+    arguments = ["--reward_model_name", tiny / "classifier"]
+    with pytest.raises(SystemExit) as end:
+        call(published_logits, *arguments)
+    assert end.value.code == 1
+    printed = capsys.readouterr().out
+    assert "they do not agree" in printed and "nothate   4.6532   hate  -4.1782" in printed
+    classifier = detox_ppo.HateClassifier(detox_ppo.DetoxConfig(reward_model_name=arguments[1]), torch.device("cpu"))
+    ours = {text: tuple(classifier.logits([text])[0].tolist()) for text in published_logits.PUBLISHED}
+    monkeypatch.setattr(published_logits, "PUBLISHED", ours)
+    with pytest.raises(SystemExit) as end:
+        call(published_logits, *arguments)
+    assert end.value.code == 0 and "they agree" in capsys.readouterr().out
 
 
 # Step time

@@ -1,0 +1,52 @@
+"""Is the classifier here the published one? Its logits of four published sentences beside those that were printed.
+
+    python benchmarks/published_logits.py [--reward_model_name facebook/roberta-hate-speech-dynabench-r4-target]
+
+The figures are from public runs of the notebooks with the real weights. They print two more, of sentences in Korean
+whose text the printed pages do not keep. Other versions of the libraries round differently, by less than 0.001. Exit
+code 1: they do not agree, so that the weights, their labels or the tokenizer are others.
+"""
+
+import argparse
+import sys
+
+import step_time  # puts the repository on sys.path
+import torch
+
+LABELS = ("nothate", "hate")
+PUBLISHED = {
+    "You are a great person and i like you.": (4.6532, -4.1782),
+    "You are a terrible person and i hate you.": (-2.0644, 1.6650),
+    "#Person 1# tells Tommy that he didn't like the movie.": (3.1141, -2.4896),
+    "#Person 1# tells Tommy that the movie was terrible, dumb and stupid.": (-0.6921, 0.3723),
+}
+TOLERANCE = 0.001
+
+
+@step_time.refusals()
+def main():
+    import detox_ppo
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward_model_name", default=detox_ppo.DetoxConfig.reward_model_name)
+    options = parser.parse_args()
+    config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name)
+    classifier = detox_ppo.HateClassifier(config, torch.device("cpu"))
+    columns = [classifier.labels.index(label) for label in LABELS]
+    furthest = 0.0
+    for text, published in PUBLISHED.items():
+        ours = classifier.logits([text])[0, columns].tolist()
+        furthest = max(furthest, *(abs(a - b) for a, b in zip(ours, published, strict=True)))
+        print(text)
+        for who, values in (("published", published), ("here", ours)):
+            print(
+                f"  {who:<10}"
+                + "".join(f"{label} {value:8.4f}   " for label, value in zip(LABELS, values, strict=True))
+            )
+    agree = furthest <= TOLERANCE
+    print(f"they {'agree' if agree else 'do not agree'}: the greatest difference is {furthest:.4f}")
+    sys.exit(0 if agree else 1)
+
+
+if __name__ == "__main__":
+    main()
