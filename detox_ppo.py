@@ -313,6 +313,9 @@ class DetoxConfig:
     sft_max_target_length: PositiveInt = option(128, "Human summaries are learned up to this, in tokens.")
     # PPO
     learning_rate: Positive = option(1.41e-5, "Adam's step size. Raise it to learn faster; watch objective/kl.")
+    lr_scheduler_type: Literal["constant", "linear"] = option(
+        "constant", "Whether the step size stays or falls to 0 over the PPO steps, which leaves less noise behind."
+    )
     batch_size: PositiveInt = option(16, "Prompts a PPO step. Larger gives steadier steps for more time each.")
     mini_batch_size: PositiveInt = option(4, "Responses per optimizer update; divides batch_size.")
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them: less memory.")
@@ -1454,6 +1457,12 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counte
     return total
 
 
+def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
+    """Set the learning rate of a step, from 1 to last: it falls linearly to 0, as in transformers' Trainer."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * (1 - (step - 1) / last)
+
+
 def update(policy: Policy, optimizer, responses: Responses, found: dict, step: int, config: DetoxConfig) -> dict:
     """Learn from a batch, minibatch by minibatch; one whose mean ratio is above ratio_threshold is skipped.
 
@@ -1500,7 +1509,10 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
 
     Numbers that are not finite never reach a weight: the step ends where they are met, as ppo/skipped_steps counts.
     """
+    if config.lr_scheduler_type == "linear":
+        decay(optimizer, config.learning_rate, step, config.max_ppo_steps)
     metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
+    metrics["ppo/learning_rate"] = optimizer.param_groups[0]["lr"]
     with timed(seconds, "time/step"):
         responses, found = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
         mask, broken = responses.mask, [name for name, column in found.items() if not column.isfinite().all()]
@@ -1572,7 +1584,7 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
 def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
     """Learn a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
 
-    The learning rate falls linearly to 0 and gradients are clipped to norm 1, as in transformers' Trainer. A summary
+    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. A summary
     over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence. Several
     processes share the rows; each has dropout of its own, so their number shows in the result.
     """
@@ -1593,8 +1605,7 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
             stats["loss"] += loss.item()
     loss = sum_over_processes(policy.trained(), stats)["loss"]
     nn.utils.clip_grad_norm_(policy.trained(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = config.sft_learning_rate * (1 - (step - 1) / config.sft_steps)
+    decay(optimizer, config.sft_learning_rate, step, config.sft_steps)
     optimizer.step()
     return loss
 

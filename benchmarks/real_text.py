@@ -39,10 +39,19 @@ DECODINGS = ("sampled", "greedy")
 SETS = {"held_out": "DialogSum", "rude": "rude dialogues"}
 # Real summaries of this base end after some 35 tokens.
 COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save_steps 50 --device cpu"
-# Options of detox_ppo.py by name. "notebooks" are its defaults but for the caps; what starts with "classic" is TRL
-# 0.8.0's loop, as published or paid by the label's name, with the options of another recipe.
+# Options of detox_ppo.py by name: the notebooks', which are its defaults, and a search from one of them to the next.
+# "mixed" prompts are half rude dialogues. What has "classic" is trained by TRL 0.8.0's loop instead, as published
+# (the reward by its position in a sorted list) or mended (by its label).
+SEARCH = "--score_text response --adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
+STEPS = "--max_ppo_steps 100"
 RECIPES = {
     "notebooks": {"options": ""},
+    "lr-1e-4": {"options": f"{SEARCH} {STEPS} --learning_rate 1e-4 --init_kl_coef 0.05"},
+    "lr-3e-4": {"options": f"{SEARCH} {STEPS} --learning_rate 3e-4 --init_kl_coef 0.05"},
+    "lr-1e-3": {"options": f"{SEARCH} {STEPS} --learning_rate 1e-3 --init_kl_coef 0.05"},
+    "kl-0.2": {"options": f"{SEARCH} {STEPS} --learning_rate 3e-4 --init_kl_coef 0.2"},
+    "kl-0.02": {"options": f"{SEARCH} {STEPS} --learning_rate 3e-4 --init_kl_coef 0.02"},
+    "mixed": {"options": f"{SEARCH} {STEPS} --learning_rate 3e-4 --init_kl_coef 0.05", "prompts": "mixed"},
 }
 
 
@@ -162,7 +171,7 @@ def make_base(options):
         "rows": str(options.output_dir / "data" / "base.jsonl"),
         "shape": options.shape,
     }
-    plan |= {"tokenizer": options.tokenizer, "epochs": options.epochs, "threads": options.threads}
+    plan |= {"tokenizer": str(options.tokenizer), "epochs": options.epochs, "threads": options.threads}
     plan |= {"warmup_steps": 200 if options.epochs >= 1 else 2}
     done = directory / "base.json"
     if not done.exists():
@@ -194,7 +203,7 @@ def make_adapter(options, base):
             "--eval_samples",
             str(options.choosing),
         ]
-        models = ["--model_name", str(base), "--reward_model_name", options.reward_model]
+        models = ["--model_name", str(base), "--reward_model_name", str(options.reward_model)]
         detox(options, [*models, *rows, *steps], directory, "tuning the adapter")
     return directory / "adapter"
 
@@ -202,7 +211,14 @@ def make_adapter(options, base):
 def recipe_arguments(options, name, base, adapter, seed):
     recipe, rows = RECIPES[name], options.output_dir / "data"
     text = recipe["options"] + (" --max_ppo_steps 2 --eval_every 0" if options.short else "")
-    models = ["--model_name", str(base), "--adapter_name", str(adapter), "--reward_model_name", options.reward_model]
+    models = [
+        "--model_name",
+        str(base),
+        "--adapter_name",
+        str(adapter),
+        "--reward_model_name",
+        str(options.reward_model),
+    ]
     rows = ["--dataset_name", str(rows / recipe.get("prompts", "dialogsum"))]
     return [*models, *rows, *COMMON.split(), *text.split(), "--seed", str(seed)]
 
@@ -267,7 +283,7 @@ def judged(options, directory, adapter, base, start):
     files = {(name, decoding): where / f"{name}-{decoding}.jsonl" for name, decoding in names}
     if not files[names[-1]].exists():
         arguments = ["--model_name", str(base), "--adapter_name", str(start), "--reward_model_name"]
-        arguments += [options.reward_model, "--judge_model_name", options.judge_model, "--device", "cpu"]
+        arguments += [str(options.reward_model), "--judge_model_name", str(options.judge_model), "--device", "cpu"]
         plan = {"arguments": arguments, "adapter": str(adapter), "directory": str(where), "rows": options.rows}
         plan |= {"sets": {name: str(options.output_dir / "data" / f"{name}.jsonl") for name in SETS}}
         child("judge", plan, where, options)
@@ -347,7 +363,7 @@ def parse_options(arguments):
     parser.add_argument("--reward_model", required=True, help="hub id or directory")
     parser.add_argument("--judge_model", required=True, help="hub id or directory")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "checkpoints" / "real-text")
-    parser.add_argument("--epochs", type=float, default=4, help="of the base's training")
+    parser.add_argument("--epochs", type=float, default=2, help="of the base's training")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the base's training; the rest has one")
     parser.add_argument("--sft_steps", type=int, default=300, help="of the adapter's tuning")
     parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
@@ -362,7 +378,9 @@ def parse_options(arguments):
     if options.short:
         options.shape = SHAPE | {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 1}
         options.epochs, options.sft_steps, options.rows, options.choosing = 0.02, 2, 4, 4
-    options.output_dir = options.output_dir.absolute()
+    for name in ("output_dir", "dialogsum", "rude", "tokenizer", "reward_model", "judge_model"):
+        if name == "output_dir" or Path(getattr(options, name)).exists():  # what is not there is a hub's
+            setattr(options, name, Path(getattr(options, name)).absolute())
     return options
 
 
@@ -372,6 +390,8 @@ def main():
     options = parse_options(sys.argv[1:])
     os.chdir(ROOT)
     make_data(options)
+    if any("classic" in RECIPES[name] for name in options.recipes) and not options.classic_python:
+        options.classic_python = step_time.make_classic_environment(options.output_dir / "classic-environment")
     base = make_base(options)
     start = make_adapter(options, base)
     before = judged(options, options.output_dir / "start", start, base, start)

@@ -60,6 +60,7 @@ DEFAULTS = {
     "mini_batch_size": 4,
     "gradient_checkpointing": False,
     "ppo_epochs": 1,
+    "lr_scheduler_type": "constant",
     "max_ppo_steps": 10,
     "init_kl_coef": 0.2,
     "adaptive_kl": True,
@@ -601,23 +602,27 @@ def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classi
 
 @pytest.fixture
 def updates(monkeypatch):
-    """The gradient norm of every optimizer step, all weights together."""
-    norms, step = [], torch.optim.Adam.step
+    """The gradient norm of every optimizer step, all weights together, and its learning rate."""
+    norms, rates, step = [], [], torch.optim.Adam.step
 
     def recorded(optimizer, *args, **kwargs):
         gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
         norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        rates.append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
-    return norms
+    return SimpleNamespace(norms=norms, rates=rates)
 
 
 def test_options_of_the_update(small_config, tmp_path, updates):
     options = {"ppo_epochs": 2, "adaptive_kl": False, "init_kl_coef": 0.3, "max_grad_norm": 1e-3}
+    options |= {"learning_rate": 1e-4, "lr_scheduler_type": "linear"}
     detox_ppo.run(small_config(output_dir=tmp_path, eval_samples=1, **options))
     assert [line["objective/kl_coef"] for line in read_metrics(tmp_path)] == [0.3, 0.3]
-    assert updates == pytest.approx([1e-3] * 2 * 2 * 2, rel=1e-3)  # steps, epochs, minibatches
+    assert updates.norms == pytest.approx([1e-3] * 2 * 2 * 2, rel=1e-3)  # steps, epochs, minibatches
+    assert updates.rates == pytest.approx([1e-4] * 4 + [5e-5] * 4)
+    assert [line["ppo/learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx([1e-4, 5e-5])
 
 
 @pytest.fixture(scope="module")
@@ -706,4 +711,4 @@ def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, upd
     options = {"eval_samples": 1, "max_ppo_steps": 1, "output_dir": tmp_path}
     detox_ppo.run(small_config(ratio_threshold=1.9, **options))
     assert read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 1
-    assert len(updates) == 1 and updates[0] > 0.01  # and it is not clipped unless asked for
+    assert len(updates.norms) == 1 and updates.norms[0] > 0.01  # and it is not clipped unless asked for
