@@ -397,18 +397,12 @@ HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
 
-# What the Trainer and TRL call it.
+# What the Trainer and TRL call it, where that is not like our name.
 ALIASES = {
-    "max_steps": "max_ppo_steps",
     "per_device_train_batch_size": "batch_size",
-    "num_mini_batches": "mini_batch_size",
-    "num_ppo_epochs": "ppo_epochs",
     "beta": "init_kl_coef",
-    "kl_coef": "init_kl_coef",
     "max_completion_length": "output_max_length",
     "response_length": "output_max_length",
-    "model_name_or_path": "model_name",
-    "reward_model_path": "reward_model_name",
     "resume_from_checkpoint": "resume",
     "bf16": "dtype",
     "train_file": "dataset_name",

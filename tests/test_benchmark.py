@@ -149,7 +149,7 @@ def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_real_text_is_learned_tuned_trained_and_judged(started, tmp_path, tiny, monkeypatch, call):
+def test_real_text_is_learned_tuned_trained_and_judged(started, quick, tmp_path, tiny, monkeypatch, call):
     """A little of the small world stands in for DialogSum."""
     import real_text
 
