@@ -26,6 +26,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import learning_curve
 import pandas as pd
 import step_time  # puts the repository on sys.path
@@ -33,7 +34,6 @@ import step_time  # puts the repository on sys.path
 ROOT = step_time.ROOT
 # FLAN-T5's vocabulary takes 8 of the 13 million parameters.
 SHAPE = {"d_model": 256, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4}
-LONGEST = {"prompt": 384, "summary": 96}  # tokens
 RUDE_HELD_OUT = 400
 DECODINGS = ("sampled", "greedy")
 SETS = {"held_out": "DialogSum", "rude": "rude dialogues"}
@@ -42,6 +42,8 @@ COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save
 # Options of detox_ppo.py by name: the notebooks', which are its defaults, and a search from one of them to the next.
 # "mixed" prompts are half rude dialogues. What has "classic" is trained by TRL 0.8.0's loop instead, as published
 # (the reward by its position in a sorted list) or mended (by its label).
+SHORT = "--max_ppo_steps 2 --batch_size 4 --mini_batch_size 2 --sft_batch_size 4 --output_min_length 4 "
+SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
 SEARCH = "--score_text response --adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
 STEPS = "--max_ppo_steps 100"
 RECIPES = {
@@ -88,6 +90,7 @@ def make_data(options):
     write_lines(kept[columns], directory / "adapter.jsonl")
     write_lines(held_out[columns], directory / "held_out.jsonl")
     write_lines(rude_held_out[["dialogue"]], directory / "rude.jsonl")
+    write_lines(rude[["dialogue"]], directory / "rude_train.jsonl")
     write_lines(trained[["dialogue"]], directory / "dialogsum" / "train.jsonl")
     # Half of the prompts are rude.
     mixed = pd.concat([rude, trained.sample(min(len(rude), len(trained)), random_state=0)])
@@ -99,29 +102,21 @@ def make_data(options):
 
 
 def train_base(plan):
-    """Train the base from scratch by transformers' own trainer, which goes on from its newest checkpoint."""
-    import datasets
+    """Train the base from scratch: first to repeat single utterances, then on summaries and utterances in turns.
+
+    On summaries alone a model this small says the same of every dialogue for epochs, since it has to find out from
+    12,000 of them how to look anything up.
+    """
     import torch
     import transformers
-
-    import detox_ppo
 
     directory, shape = Path(plan["directory"]), plan["shape"]
     torch.set_num_threads(plan["threads"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(plan["tokenizer"])
-
-    def encoded(dialogues, summaries):
-        texts = {"prompt": [detox_ppo.build_prompt(text) for text in dialogues], "summary": summaries}
-        ids = {
-            name: detox_ppo.token_ids(tokenizer, list(text), truncation=True, max_length=LONGEST[name])
-            for name, text in texts.items()
-        }
-        # A token of the summary costs some four of the prompt, since the vocabulary is so large.
-        cost = [len(prompt) + 4 * len(summary) for prompt, summary in zip(*ids.values(), strict=True)]
-        return {"input_ids": ids["prompt"], "labels": ids["summary"], "length": cost}
-
-    table = read_lines(plan["rows"])
-    rows = datasets.Dataset.from_dict(encoded(list(table["dialogue"]), list(table["summary"])))
+    table, rude = read_lines(plan["rows"]), read_lines(plan["rude"])
+    summaries = encoded(tokenizer, list(table["dialogue"]), list(table["summary"]))
+    texts = [line for text in [*dict.fromkeys(table["dialogue"]), *rude["dialogue"]] for line in text.split("\n")]
+    utterances = encoded(tokenizer, None, [text for text in texts if text.strip()])
     torch.manual_seed(0)
     config = transformers.T5Config(
         **shape,
@@ -134,10 +129,39 @@ def train_base(plan):
     )
     model = transformers.T5ForConditionalGeneration(config)
     torch.nn.init.normal_(model.shared.weight, std=shape["d_model"] ** -0.5)  # tied to the head meanwhile
+    fit(model, tokenizer, utterances, directory / "repeating", plan, max_steps=plan["repeating_steps"])
+    count = min(len(summaries), len(utterances)) // 2
+    mixed = datasets.concatenate_datasets([summaries, utterances.shuffle(seed=0).select(range(count))])
+    fit(model, tokenizer, mixed, directory / "summarizing", plan, num_train_epochs=plan["epochs"])
+    # As FLAN-T5's: a head of its own.
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "dropout_rate": 0.1}))
+    (directory / "base.json").write_text(json.dumps(plan))
+
+
+def encoded(tokenizer, dialogues, texts):
+    """Rows of the notebooks' prompts with summaries, or without dialogues of texts that are to be repeated."""
+    import detox_ppo
+
+    prompts = texts if dialogues is None else [detox_ppo.build_prompt(text) for text in dialogues]
+    columns = {}
+    for name, of, longest in (("input_ids", prompts, 384), ("labels", texts, 96)):
+        columns[name] = detox_ppo.token_ids(tokenizer, of, truncation=True, max_length=longest)
+    # A token of the summary costs some four of the prompt, since the vocabulary is so large.
+    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
+    return datasets.Dataset.from_dict(columns | {"length": [len(prompt) + 4 * len(text) for prompt, text in pairs]})
+
+
+def fit(model, tokenizer, rows, directory, plan, **how):
+    """Train by transformers' own trainer, which goes on from its newest checkpoint; what is done is only loaded."""
+    import transformers
+
     arguments = transformers.Seq2SeqTrainingArguments(
-        directory / "steps",
-        per_device_train_batch_size=16,
-        num_train_epochs=plan["epochs"],
+        directory,
+        per_device_train_batch_size=plan["batch_size"],
         learning_rate=1e-3,
         warmup_steps=plan["warmup_steps"],
         weight_decay=0.01,
@@ -150,29 +174,20 @@ def train_base(plan):
         report_to="none",
         disable_tqdm=True,
         seed=0,
+        **how,
     )
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=16)
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
     trainer = transformers.Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator)
-    trainer.train(resume_from_checkpoint=any((directory / "steps").glob("checkpoint-*")))
-    # As FLAN-T5's: a head of its own.
-    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "dropout_rate": 0.1}))
-    (directory / "base.json").write_text(json.dumps({"steps": trainer.state.global_step, "plan": plan}))
+    trainer.train(resume_from_checkpoint=any(directory.glob("checkpoint-*")))
 
 
 def make_base(options):
     """The base, in a child with all the threads that are to be had, unless it is there."""
-    directory = options.output_dir / "base"
-    plan = {
-        "directory": str(directory),
-        "rows": str(options.output_dir / "data" / "base.jsonl"),
-        "shape": options.shape,
-    }
+    directory, data = options.output_dir / "base", options.output_dir / "data"
+    plan = {"directory": str(directory), "rows": str(data / "base.jsonl"), "rude": str(data / "rude_train.jsonl")}
     plan |= {"tokenizer": str(options.tokenizer), "epochs": options.epochs, "threads": options.threads}
-    plan |= {"warmup_steps": 200 if options.epochs >= 1 else 2}
+    plan |= {"shape": options.shape, "batch_size": options.batch_size, "repeating_steps": options.repeating_steps}
+    plan |= {"warmup_steps": min(200, options.repeating_steps // 2)}
     done = directory / "base.json"
     if not done.exists():
         child("train_base", plan, directory, options)
@@ -195,14 +210,8 @@ def make_adapter(options, base):
     directory = options.output_dir / "adapter"
     if not (directory / "results.json").exists():
         rows = ["--dataset_name", str(options.output_dir / "data" / "adapter.jsonl")]
-        steps = [
-            "--sft_steps",
-            str(options.sft_steps),
-            "--max_ppo_steps",
-            "0",
-            "--eval_samples",
-            str(options.choosing),
-        ]
+        text = f"{SHORT if options.short else ''} --sft_steps {options.sft_steps} --max_ppo_steps 0"
+        steps = f"{text} --eval_samples {options.choosing}".split()
         models = ["--model_name", str(base), "--reward_model_name", str(options.reward_model)]
         detox(options, [*models, *rows, *steps], directory, "tuning the adapter")
     return directory / "adapter"
@@ -210,7 +219,7 @@ def make_adapter(options, base):
 
 def recipe_arguments(options, name, base, adapter, seed):
     recipe, rows = RECIPES[name], options.output_dir / "data"
-    text = recipe["options"] + (" --max_ppo_steps 2 --eval_every 0" if options.short else "")
+    text = f"{recipe['options']} {SHORT if options.short else ''}"
     models = [
         "--model_name",
         str(base),
@@ -284,6 +293,7 @@ def judged(options, directory, adapter, base, start):
     if not files[names[-1]].exists():
         arguments = ["--model_name", str(base), "--adapter_name", str(start), "--reward_model_name"]
         arguments += [str(options.reward_model), "--judge_model_name", str(options.judge_model), "--device", "cpu"]
+        arguments += SHORT.split() if options.short else []
         plan = {"arguments": arguments, "adapter": str(adapter), "directory": str(where), "rows": options.rows}
         plan |= {"sets": {name: str(options.output_dir / "data" / f"{name}.jsonl") for name in SETS}}
         child("judge", plan, where, options)
@@ -364,6 +374,8 @@ def parse_options(arguments):
     parser.add_argument("--judge_model", required=True, help="hub id or directory")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "checkpoints" / "real-text")
     parser.add_argument("--epochs", type=float, default=2, help="of the base's training")
+    parser.add_argument("--repeating_steps", type=int, default=3000, help="of the base before its first summary")
+    parser.add_argument("--batch_size", type=int, default=32, help="of the base's training")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the base's training; the rest has one")
     parser.add_argument("--sft_steps", type=int, default=300, help="of the adapter's tuning")
     parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
@@ -377,7 +389,8 @@ def parse_options(arguments):
     options.shape, options.choosing = SHAPE, 100
     if options.short:
         options.shape = SHAPE | {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 1}
-        options.epochs, options.sft_steps, options.rows, options.choosing = 0.02, 2, 4, 4
+        options.epochs, options.repeating_steps, options.batch_size = 0.02, 2, 16
+        options.sft_steps, options.rows, options.choosing = 2, 4, 4
     for name in ("output_dir", "dialogsum", "rude", "tokenizer", "reward_model", "judge_model"):
         if name == "output_dir" or Path(getattr(options, name)).exists():  # what is not there is a hub's
             setattr(options, name, Path(getattr(options, name)).absolute())
