@@ -28,6 +28,7 @@ from pathlib import Path
 
 import datasets
 import learning_curve
+import numpy as np
 import pandas as pd
 import step_time  # puts the repository on sys.path
 
@@ -102,10 +103,10 @@ def make_data(options):
 
 
 def train_base(plan):
-    """Train the base from scratch: first to repeat single utterances, then on summaries and utterances in turns.
+    """Train the base from scratch: first to repeat random tokens, then on summaries and on utterances to repeat.
 
-    On summaries alone a model this small says the same of every dialogue for epochs, since it has to find out from
-    12,000 of them how to look anything up.
+    On summaries alone a model this small says the same of every dialogue after two epochs, since it has to find out
+    from 12,000 of them how to look anything up. In random tokens there is nothing else to learn.
     """
     import torch
     import transformers
@@ -129,7 +130,11 @@ def train_base(plan):
     )
     model = transformers.T5ForConditionalGeneration(config)
     torch.nn.init.normal_(model.shared.weight, std=shape["d_model"] ** -0.5)  # tied to the head meanwhile
-    fit(model, tokenizer, utterances, directory / "repeating", plan, max_steps=plan["repeating_steps"])
+    known, drawn = sorted({token for ids in summaries["input_ids"] for token in ids}), np.random.default_rng(0)
+    lengths = drawn.integers(4, 17, plan["repeating_steps"] * plan["batch_size"])
+    tokens = [[*drawn.choice(known, length).tolist(), tokenizer.eos_token_id] for length in lengths]
+    rows = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens, "length": lengths.tolist()})
+    fit(model, tokenizer, rows, directory / "repeating", plan, num_train_epochs=1)
     count = min(len(summaries), len(utterances)) // 2
     mixed = datasets.concatenate_datasets([summaries, utterances.shuffle(seed=0).select(range(count))])
     fit(model, tokenizer, mixed, directory / "summarizing", plan, num_train_epochs=plan["epochs"])
