@@ -13,7 +13,6 @@ import sys
 import step_time  # puts the repository on sys.path
 import torch
 
-LABELS = ("nothate", "hate")
 PUBLISHED = {
     "You are a great person and i like you.": (4.6532, -4.1782),
     "You are a terrible person and i hate you.": (-2.0644, 1.6650),
@@ -32,17 +31,15 @@ def main():
     options = parser.parse_args()
     config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name)
     classifier = detox_ppo.HateClassifier(config, torch.device("cpu"))
-    columns = [classifier.labels.index(label) for label in LABELS]
+    columns = {config.reward_label: classifier.reward_index, config.toxic_label: classifier.toxic_index}
     furthest = 0.0
     for text, published in PUBLISHED.items():
-        ours = classifier.logits([text])[0, columns].tolist()
+        ours = classifier.logits([text])[0, [*columns.values()]].tolist()
         furthest = max(furthest, *(abs(a - b) for a, b in zip(ours, published, strict=True)))
         print(text)
         for who, values in (("published", published), ("here", ours)):
-            print(
-                f"  {who:<10}"
-                + "".join(f"{label} {value:8.4f}   " for label, value in zip(LABELS, values, strict=True))
-            )
+            told = [f"{label} {value:8.4f}" for label, value in zip(columns, values, strict=True)]
+            print(f"  {who:<10}{'   '.join(told)}")
     agree = furthest <= TOLERANCE
     print(f"they {'agree' if agree else 'do not agree'}: the greatest difference is {furthest:.4f}")
     sys.exit(0 if agree else 1)

@@ -13,8 +13,8 @@ one another:
     judgement  every adapter summarizes held-out DialogSum and held-out rude dialogues, sampled and greedily, with the
                same random numbers as the starting adapter; reward model and judge score the summaries
 
-All of it stays in output_dir, where a benchmark that was interrupted goes on. The base takes an hour of two cores, a
-recipe of 100 steps some minutes, a judgement of all rows a quarter of an hour.
+All of it stays in output_dir, where a benchmark that was interrupted goes on. The base takes hours
+of two cores; what a recipe and a judgement take was not measured yet.
 """
 
 import argparse
@@ -40,11 +40,12 @@ DECODINGS = ("sampled", "greedy")
 SETS = {"held_out": "DialogSum", "rude": "rude dialogues"}
 # Real summaries of this base end after some 35 tokens.
 COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save_steps 50 --device cpu"
+# What --short puts in the place of any of them.
+SHORT = "--max_ppo_steps 2 --batch_size 4 --mini_batch_size 2 --sft_batch_size 4 --output_min_length 4 "
+SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
 # Options of detox_ppo.py by name: the notebooks', which are its defaults, and a search from one of them to the next.
 # "mixed" prompts are half rude dialogues. What has "classic" is trained by TRL 0.8.0's loop instead, as published
 # (the reward by its position in a sorted list) or mended (by its label).
-SHORT = "--max_ppo_steps 2 --batch_size 4 --mini_batch_size 2 --sft_batch_size 4 --output_min_length 4 "
-SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
 SEARCH = "--score_text response --adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
 STEPS = "--max_ppo_steps 100"
 RECIPES = {
@@ -102,6 +103,56 @@ def make_data(options):
     print(f"held out {len(held_out):,} and {len(rude_held_out):,}", flush=True)
 
 
+def child(function, plan, directory, options):
+    """Run a function of this file on a plan in a process of its own, its output in the directory's log."""
+    directory.mkdir(parents=True, exist_ok=True)
+    asked = directory / f"{function}.json"
+    asked.write_text(json.dumps(plan))
+    if options.short:
+        return globals()[function](plan)
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", function, str(asked)]
+    return learning_curve.run_child(command, directory, f"{function} in {directory}")
+
+
+def encoded(tokenizer, dialogues, texts):
+    """Rows of the notebooks' prompts with summaries, or without dialogues of texts that are to be repeated."""
+    import detox_ppo
+
+    prompts = texts if dialogues is None else [detox_ppo.build_prompt(text) for text in dialogues]
+    columns = {}
+    for name, of, longest in (("input_ids", prompts, 384), ("labels", texts, 96)):
+        columns[name] = detox_ppo.token_ids(tokenizer, of, truncation=True, max_length=longest)
+    # A token of the summary costs some four of the prompt, since the vocabulary is so large.
+    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
+    return datasets.Dataset.from_dict(columns | {"length": [len(prompt) + 4 * len(text) for prompt, text in pairs]})
+
+
+def fit(model, tokenizer, rows, directory, plan, **how):
+    """Train by transformers' own trainer, which goes on from its newest checkpoint; what is done is only loaded."""
+    import transformers
+
+    arguments = transformers.Seq2SeqTrainingArguments(
+        directory,
+        per_device_train_batch_size=plan["batch_size"],
+        learning_rate=1e-3,
+        warmup_steps=plan["warmup_steps"],
+        weight_decay=0.01,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="group_by_length",
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        **how,
+    )
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
+    trainer = transformers.Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator)
+    trainer.train(resume_from_checkpoint=any(directory.glob("checkpoint-*")))
+
+
 def train_base(plan):
     """Train the base from scratch: first to repeat random tokens, then on summaries and on utterances to repeat.
 
@@ -145,45 +196,6 @@ def train_base(plan):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "dropout_rate": 0.1}))
     (directory / "base.json").write_text(json.dumps(plan))
-
-
-def encoded(tokenizer, dialogues, texts):
-    """Rows of the notebooks' prompts with summaries, or without dialogues of texts that are to be repeated."""
-    import detox_ppo
-
-    prompts = texts if dialogues is None else [detox_ppo.build_prompt(text) for text in dialogues]
-    columns = {}
-    for name, of, longest in (("input_ids", prompts, 384), ("labels", texts, 96)):
-        columns[name] = detox_ppo.token_ids(tokenizer, of, truncation=True, max_length=longest)
-    # A token of the summary costs some four of the prompt, since the vocabulary is so large.
-    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
-    return datasets.Dataset.from_dict(columns | {"length": [len(prompt) + 4 * len(text) for prompt, text in pairs]})
-
-
-def fit(model, tokenizer, rows, directory, plan, **how):
-    """Train by transformers' own trainer, which goes on from its newest checkpoint; what is done is only loaded."""
-    import transformers
-
-    arguments = transformers.Seq2SeqTrainingArguments(
-        directory,
-        per_device_train_batch_size=plan["batch_size"],
-        learning_rate=1e-3,
-        warmup_steps=plan["warmup_steps"],
-        weight_decay=0.01,
-        optim="adamw_torch_fused",
-        train_sampling_strategy="group_by_length",
-        logging_steps=20,
-        save_steps=100,
-        save_total_limit=2,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-        **how,
-    )
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
-    trainer = transformers.Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator)
-    trainer.train(resume_from_checkpoint=any(directory.glob("checkpoint-*")))
 
 
 def make_base(options):
@@ -277,13 +289,7 @@ def judge(plan):
         rows = detox_ppo.load_dialogues(path, config)
         rows = rows.select(range(min(plan["rows"], len(rows)) if plan["rows"] > 0 else len(rows)))
         rows = detox_ppo.build_dataset(None, tokenizer, config, rows)["test"]
-        tables = {
-            decoding: detox_ppo.evaluate_policy(
-                policy, tokenizer, classifier, rows, config, f"{name}, {decoding}", decoding == "greedy"
-            )
-            for decoding in DECODINGS
-        }
-        detox_ppo.add_judge(tables, config, device)
+        tables = detox_ppo.evaluate_both(policy, tokenizer, classifier, rows, config, name)
         for decoding, table in tables.items():
             table.insert(0, "dialogue", list(rows["dialogue"]))
             table.insert(1, "summary", list(rows["summary"]))
@@ -359,17 +365,6 @@ def samples_of(start, after, count=3):
     )
 
 
-def child(function, plan, directory, options):
-    """Run a function of this file on a plan in a process of its own, its output in the directory's log."""
-    directory.mkdir(parents=True, exist_ok=True)
-    asked = directory / f"{function}.json"
-    asked.write_text(json.dumps(plan))
-    if options.short:
-        return globals()[function](plan)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", function, str(asked)]
-    return learning_curve.run_child(command, directory, f"{function} in {directory}")
-
-
 def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogsum", type=Path, required=True, help="directory of train, dev and test.jsonl")
@@ -384,7 +379,7 @@ def parse_options(arguments):
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the base's training; the rest has one")
     parser.add_argument("--sft_steps", type=int, default=300, help="of the adapter's tuning")
     parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
-    parser.add_argument("--rude_held_out", type=int, default=400)
+    parser.add_argument("--rude_held_out", type=int, default=RUDE_HELD_OUT)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=200, help="of each held-out set to judge by; -1: all")
@@ -402,6 +397,7 @@ def parse_options(arguments):
     return options
 
 
+@step_time.refusals()
 def main():
     if sys.argv[1:2] == ["--child"]:
         return globals()[sys.argv[2]](json.loads(Path(sys.argv[3]).read_text()))
