@@ -1578,9 +1578,9 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
 def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
     """Learn a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
 
-    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. A summary
-    over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence. Several
-    processes share the rows; each has dropout of its own, so their number shows in the result.
+    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. A summary over
+    sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence. Several processes
+    share the rows; each has dropout of its own, so their number shows in the result.
     """
     texts = [torch.tensor(ids[: config.sft_max_target_length]) for ids in token_ids(tokenizer, list(batch["summary"]))]
     lengths = torch.tensor([len(text) for text in texts], device=policy.device)

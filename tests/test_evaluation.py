@@ -486,7 +486,7 @@ def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small):
     with small.policy.as_adapter("reference"):
         bare = evaluate(policy=small.policy)  # in two batches
     assert list(bare["response"]) != list(trained["response"]) and (bare["kl"] == 0).all()
-    pd.testing.assert_frame_equal(evaluate(range(2), small.policy), trained[:2], rtol=0, atol=1e-4)
+    pd.testing.assert_frame_equal(evaluate(range(2), small.policy), trained[:2], rtol=0, atol=1e-5)
 
 
 # Side by side

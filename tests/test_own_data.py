@@ -202,12 +202,14 @@ def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):
     assert comparison["dialogue"].tolist() == [text]
 
 
-def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path):
+def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, capsys):
     ran(max_ppo_steps=1)
     before = (tmp_path / "out" / "results.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
         ran(max_ppo_steps=0, adapter_name=tmp_path / "out")
     assert stop.value.code == 2 and (tmp_path / "out" / "results.json").read_bytes() == before
+    told = f"--output_dir {tmp_path / 'out'}: a run that trained lies there; name another directory"
+    assert told in capsys.readouterr().err
 
 
 # Names
