@@ -20,7 +20,6 @@ of two cores; what a recipe and a judgement take was not measured yet.
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,24 +71,23 @@ def make_data(options):
     """Write what the stages read: rows of the base, of the adapter, of PPO's two collections, and held-out ones."""
     import detox_ppo
 
-    config, directory = detox_ppo.DetoxConfig(), options.output_dir / "data"
+    config, directory = detox_ppo.DetoxConfig(eval_samples=1), options.output_dir / "data"
     train, *others = (read_lines(options.dialogsum / f"{name}.jsonl") for name in ("train", "dev", "test"))
     others[1] = pd.concat(
         others[1][["dialogue", name]].rename(columns={name: "summary"})
         for name in others[1].columns
         if name.startswith("summary")
     )
-    lengths = train["dialogue"].str.len()
-    kept = train[(lengths > config.input_min_text_length) & (lengths <= config.input_max_text_length)]
-    count = math.ceil(config.test_size * len(kept))
-    trained, held_out = kept[:-count], kept[-count:]
+    tokenizer = detox_ppo.AutoTokenizer.from_pretrained(options.tokenizer)
+    splits = detox_ppo.build_dataset(detox_ppo.load_dialogues(str(options.dialogsum), config), tokenizer, config)
+    trained, held_out = splits["train"].to_pandas(), splits["test"].to_pandas()
     base = pd.concat([train, *others])
     base = base[~base["dialogue"].isin(held_out["dialogue"])]
     rude = read_lines(options.rude)
     rude, rude_held_out = rude[: -options.rude_held_out], rude[-options.rude_held_out :]
     columns = ["dialogue", "summary"]
     write_lines(base[columns], directory / "base.jsonl")
-    write_lines(kept[columns], directory / "adapter.jsonl")
+    write_lines(pd.concat([trained, held_out])[columns], directory / "adapter.jsonl")
     write_lines(held_out[columns], directory / "held_out.jsonl")
     write_lines(rude_held_out[["dialogue"]], directory / "rude.jsonl")
     write_lines(rude[["dialogue"]], directory / "rude_train.jsonl")
