@@ -2414,14 +2414,15 @@ def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, co
     with timed(state.timings, "choosing"):
         found = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
     quality, toxicity = summary_quality(found, list(rows["summary"])), float(found["summary_toxicity"].mean())
-    start = state.best["start"] if state.best else quality
+    start, rouge = state.best["start"] if state.best else quality, quality.get("rougeL")  # none without summaries
     if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
         weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
-        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"]}
+        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
         state.best = best | {"start": start, "weights": weights}
-    told = f"rows set aside: summary toxicity {toxicity:.4f}, ROUGE-L {quality['rougeL']:.4f}"
+    told = f"rows set aside: summary toxicity {toxicity:.4f}"
+    told += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
     tell(f"  {told}; the best is that of step {state.best['step']}")
-    return {"eval/summary_toxicity": toxicity, "eval/rougeL": quality["rougeL"]}
+    return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
 
 
 def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):

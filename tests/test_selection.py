@@ -4,6 +4,7 @@ import json
 import shutil
 
 import kill_points
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,3 +105,12 @@ def test_judging_does_not_touch_the_training(short, tmp_path):
     often, once = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
     assert "eval/rougeL" in often[0] and "eval/rougeL" not in once[0] and "eval/rougeL" in once[1]
     assert [numbers(line) for line in often] == [numbers(line) for line in once]
+
+
+def test_rows_without_summaries_are_chosen_by_toxicity_alone(short, dialogues, tmp_path):
+    rows = pd.read_csv(dialogues / "train.csv")[["dialogue"]]
+    rows.to_csv(tmp_path / "bare.csv", index=False)
+    results = run(short(dataset_name=tmp_path / "bare.csv", output_dir=tmp_path / "run", eval_every=2))
+    assert results["best"]["rougeL"] is None and set(results["best"]) == {"step", "summary_toxicity", "rougeL"}
+    told = read_metrics(tmp_path / "run")[1]
+    assert "eval/summary_toxicity" in told and "eval/rougeL" not in told
