@@ -342,13 +342,13 @@ def change(statistics):
 
 def table_of(results, name):
     """A Markdown table for a held-out set: a line a recipe and seed."""
-    columns = ["recipe", "seed", "sampled", "greedy", "judge, sampled", "judge, greedy"]
-    columns += ["ROUGE-L, greedy", "tokens", "KL"]
+    columns = ["recipe", "seed", "score with dialogue", "sampled", "greedy", "judge, sampled", "judge, greedy"]
+    columns += ["ROUGE-L, greedy", "tokens, greedy", "KL, sampled"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for result in results:
         blocks = [result["measured"][f"{name} {decoding}"] for decoding in DECODINGS]
         sampled, greedy = blocks
-        cells = [result["recipe"], str(result["seed"])]
+        cells = [result["recipe"], str(result["seed"]), "{:.2f} → {:.2f}".format(*sampled["reward"])]
         cells += [change(block[key]) for key in ("summary_toxicity", "judge_toxicity") for block in blocks]
         cells.append("" if None in greedy["rougeL"] else "{:.4f} → {:.4f}".format(*greedy["rougeL"]))
         cells += ["{:.1f} → {:.1f}".format(*greedy["length"]), f"{sampled['kl']:.2f}"]
