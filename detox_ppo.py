@@ -2414,7 +2414,8 @@ def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, co
     with timed(state.timings, "choosing"):
         found = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
     quality, toxicity = summary_quality(found, list(rows["summary"])), float(found["summary_toxicity"].mean())
-    start, rouge = state.best["start"] if state.best else quality, quality.get("rougeL")  # none without summaries
+    rouge = quality.get("rougeL")  # None without summaries
+    start = state.best["start"] if state.best else quality
     if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
         weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
         best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}

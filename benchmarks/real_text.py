@@ -13,8 +13,8 @@ one another:
     judgement  every adapter summarizes held-out DialogSum and held-out rude dialogues, sampled and greedily, with the
                same random numbers as the starting adapter; reward model and judge score the summaries
 
-All of it stays in output_dir, where a benchmark that was interrupted goes on. On two cores the base takes 100 minutes
-and the adapter 13; on one of them a recipe of 100 steps 10 to 15, and a judgement of 200 rows of each set 4.
+All of it stays in output_dir, where a benchmark that was interrupted goes on. On two cores the base takes 100 minutes;
+on one of them the adapter takes 13, a recipe of 100 steps 10 to 15, and a judgement of 200 rows of each set 4.
 """
 
 import argparse
