@@ -163,19 +163,19 @@ def loading(name: str, option_name: str):
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        told = str(error) if type(error) is ValueError else one_line(error)
-        told += "" if cause is error else f" (because of {one_line(cause)})"
+        reason = str(error) if type(error) is ValueError else one_line(error)
+        reason += "" if cause is error else f" (because of {one_line(cause)})"
         if isinstance(error, pickle.UnpicklingError):
-            told = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
+            reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
         elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
-            told = "its weights have another shape than its config.json says"
+            reason = "its weights have another shape than its config.json says"
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
             asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
             ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
-            told = f"{told.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
+            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
-            told = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
-        raise UserError(f"--{option_name} {name}: can't be loaded: {told}") from error
+            reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
+        raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
 
 
 @contextmanager
@@ -484,9 +484,9 @@ def parse_config(args: list[str]) -> DetoxConfig:
         how = {"look_for_args_file": False, "return_remaining_strings": True}
         config, _, unknown = parser.parse_args_into_dataclasses(args, **how)
     except pydantic.ValidationError as error:
-        found = error.errors()[0]
-        expected = found["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        raise UserError(f"--{found['loc'][0]} is {one_line(repr(found['input']))}: {expected}") from error
+        problem = error.errors()[0]
+        expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        raise UserError(f"--{problem['loc'][0]} is {one_line(repr(problem['input']))}: {expected}") from error
     if unknown:
         raise UserError(unknown_option(unknown[0]))
     return config
@@ -529,21 +529,21 @@ def contents_of(name: str, option_name: str) -> str | None:
         raise UserError(f"--{option_name} {name}: no such file or directory")
     with loading(name, option_name):
         if os.path.exists(name):
-            told = []
+            digests = []
             for file in sorted(file for file in Path(name).rglob("[!.]*") if file.is_file() and repo_type == "model"):
                 with file.open("rb") as content:  # piece by piece, since weights may fill the memory
-                    told.append(f"{file.relative_to(name)} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-            return hashlib.sha256("\n".join(told).encode()).hexdigest() if told else None
+                    digests.append(f"{file.relative_to(name)} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+            return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
         repo_id, _, revision = name.partition("@")
         which = {"repo_type": repo_type, "revision": revision or None}
         if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
             return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        found = HfApi().repo_info(repo_id, timeout=10, **which)
+        repository = HfApi().repo_info(repo_id, timeout=10, **which)
         # Where a hub answers questions but sends no file, the libraries wait for many minutes.
-        first = found.siblings[0].rfilename
-        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=found.sha)
+        first = repository.siblings[0].rfilename
+        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=repository.sha)
         huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        return found.sha
+        return repository.sha
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
@@ -577,8 +577,8 @@ def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
     as_list = text.lstrip().startswith("[")
     for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
         try:
-            found = json.loads(line) if line.strip() else []
-            rows += [{**row} for row in (found if isinstance(found, list) else [found])]
+            parsed = json.loads(line) if line.strip() else []
+            rows += [{**row} for row in (parsed if isinstance(parsed, list) else [parsed])]
         except (ValueError, TypeError, RecursionError) as error:
             where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
             raise ValueError(f"{where} with dialogue and summary: {error}") from error
@@ -596,25 +596,25 @@ def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
 
 def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
     """One split of a dataset, None if it has no such; a file is any split."""
-    path, found = Path(name), None
+    path, splits = Path(name), None
     if not os.path.exists(name):
         name, _, revision = name.partition("@")
-        found = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
+        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
     elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(name)
-    if found is not None:
-        found = found if isinstance(found, dict) else {"train": found}
-        tell_left_aside(name, split, found)
-        return found[split].to_pandas() if split in found else None
-    known = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
-    files = [file for file in known if file.name.lower().startswith(split)]
-    if not path.is_dir() or (split == "train" and len(known) == 1):
-        files = known
+        splits = datasets.load_from_disk(name)
+    if splits is not None:
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+        tell_left_aside(name, split, splits)
+        return splits[split].to_pandas() if split in splits else None
+    tables = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
+    files = [file for file in tables if file.name.lower().startswith(split)]
+    if not path.is_dir() or (split == "train" and len(tables) == 1):
+        files = tables
     if len(files) > 1 or (not files and split == "train"):
-        seen = ", ".join(file.name for file in known) or "none"
+        seen = ", ".join(file.name for file in tables) or "none"
         expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
         raise ValueError(f"{expected}, found {seen}")
-    tell_left_aside(name, split, [file.name for file in known if file not in files])
+    tell_left_aside(name, split, [file.name for file in tables if file not in files])
     with loading(str(files[0]) if files else name, option_name):
         return read_table(files[0], config.dialogue_column) if files else None
 
@@ -642,9 +642,9 @@ def load_dialogues(
                 texts[key] = [None] * len(table)
                 continue
             if columns.count(column) != 1:
-                what = "more than one" if column in columns else "no"
-                found = one_line(", ".join(columns)) or "none"
-                raise ValueError(f"{what} column {column!r}, found {found}. Name it with --{key}_column")
+                how_many = "more than one" if column in columns else "no"
+                names = one_line(", ".join(columns)) or "none"
+                raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
             texts[key] = table[column].fillna("").tolist()
             for row, text in enumerate(texts[key], start=1):
                 if not isinstance(text, str):
@@ -654,10 +654,10 @@ def load_dialogues(
         rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
         empty = [row + 1 for row, *pair in rows if "" in pair]
         if empty:
-            told = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
+            note = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
             if len(empty) > len(rows) / 10:
-                raise ValueError(told)
-            print(f"data: {name}: {told}: left out")
+                raise ValueError(note)
+            print(f"data: {name}: {note}: left out")
         if len(empty) == len(rows):
             raise ValueError("there is no row in it")
     kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
@@ -951,13 +951,13 @@ def load_model(kind, name: str, device: torch.device, **kwargs):
     # On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over. Elsewhere None
     # leaves the choice to transformers, which knows the models that have no fused one.
     kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
-    model, found = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+    model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
     if hasattr(model, "peft_config"):  # transformers loads it unasked
         raise ValueError(
             "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
         )
-    wrong = [f"{key[0]} has another shape" for key in found["mismatched_keys"]]
-    wrong += [f"{key} is missing" for key in found["missing_keys"]]
+    wrong = [f"{key[0]} has another shape" for key in info["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in info["missing_keys"]]
     wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
@@ -1005,8 +1005,8 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     try:
         model = peft.get_peft_model(base, lora)
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
-            what = "unknown" if wrong[0] in weights else "missing"
-            raise ValueError(f"{wrong[0]} is {what} ({len(wrong)} tensors at fault)")
+            fault = "unknown" if wrong[0] in weights else "missing"
+            raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
         peft.set_peft_model_state_dict(model, weights)
     except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
         raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
@@ -1030,8 +1030,8 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     )
     with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
-        found = {name.split(".")[-1] for name in model.targeted_module_names}
-        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in found]):
+        adapted = {name.split(".")[-1] for name in model.targeted_module_names}
+        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
             raise ValueError(f"{unknown[0]} is no layer of the model")
     print("adapter: a new LoRA, which starts as the identity", end="")
     return model
@@ -1104,8 +1104,8 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
         limits |= {config.reward_model_name: classifier_length} if name in responses else {}
         least = min(limits, key=limits.get)
         if tokens > limits[least]:
-            what = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
-            raise UserError(f"{what}, but {least} takes {limits[least]:,.0f}; lower it")
+            cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
+            raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
 
 
 def print_parameters(policy: Policy) -> None:
@@ -1309,7 +1309,7 @@ def plain_texts(tokenizer, responses: Responses) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
 
 
-def share(rows: Iterable[int], lengths: list[int]) -> list[int]:
+def my_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
     """This process's part of the rows, by length, so that each process gets some of every length."""
     state = PartialState()
     return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
@@ -1331,7 +1331,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     values and ref_logprobs, all (B, T). The time of each stage is added to seconds.
     """
     prompts, dialogues, keys = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
-    rows = share(range(len(batch)), [len(prompt) for prompt in prompts])
+    rows = my_rows(range(len(batch)), [len(prompt) for prompt in prompts])
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
         caps = (config.output_min_length, config.output_max_length)
@@ -1349,9 +1349,9 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/gather"):
         columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
         columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}
-        found = {name: gather_rows(rows, column) for name, column in columns.items()}
+        rollout = {name: gather_rows(rows, column) for name, column in columns.items()}
     seconds["time/rollout"] = sum(seconds[f"time/{stage}"] for stage in ("sample", "logprobs", "reference"))
-    return Responses(prompts, *(found.pop(name) for name in ("tokens", "lengths", "finished"))), found
+    return Responses(prompts, *(rollout.pop(name) for name in ("tokens", "lengths", "finished"))), rollout
 
 
 # --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
@@ -1457,10 +1457,10 @@ def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
         group["lr"] = learning_rate * (1 - (step - 1) / last)
 
 
-def update(policy: Policy, optimizer, responses: Responses, found: dict, step: int, config: DetoxConfig) -> dict:
+def update(policy: Policy, optimizer, responses: Responses, rollout: dict, step: int, config: DetoxConfig) -> dict:
     """Learn from a batch, minibatch by minibatch; one whose mean ratio is above ratio_threshold is skipped.
 
-    found has logprobs, values, advantages and returns, all (B, T). A minibatch goes through the model some rows at a
+    rollout has logprobs, values, advantages and returns, all (B, T). A minibatch goes through the model some rows at a
     time, shared by the processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the
     means of the minibatches' stats; nothing where a gradient is not finite, at which the update ends.
     """
@@ -1472,9 +1472,9 @@ def update(policy: Policy, optimizer, responses: Responses, found: dict, step: i
         for mb in order.reshape(-1, config.mini_batch_size):
             optimizer.zero_grad()
             stats = Counter()
-            for rows in micro_batches(lengths, share(mb, lengths), policy.base):
+            for rows in micro_batches(lengths, my_rows(mb, lengths), policy.base):
                 part = responses.select(rows)
-                columns = (found[name] for name in ("logprobs", "values", "advantages", "returns"))
+                columns = (rollout[name] for name in ("logprobs", "values", "advantages", "returns"))
                 mb_logprobs, mb_values, mb_advantages, mb_returns = (c[rows, : part.tokens.shape[1]] for c in columns)
                 logprobs, values = policy(part)
                 pg_loss, pg_stats = policy_loss(logprobs, mb_logprobs, mb_advantages, part.mask, config.cliprange)
@@ -1508,14 +1508,14 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
     metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
     metrics["ppo/learning_rate"] = optimizer.param_groups[0]["lr"]
     with timed(seconds, "time/step"):
-        responses, found = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
-        mask, broken = responses.mask, [name for name, column in found.items() if not column.isfinite().all()]
-        scores, logprobs, values, ref_logprobs = found.values()
+        responses, rollout = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
+        mask, broken = responses.mask, [name for name, column in rollout.items() if not column.isfinite().all()]
+        scores, logprobs, values, ref_logprobs = rollout.values()
         rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
-        found |= {"advantages": advantages, "returns": returns}
+        rollout |= {"advantages": advantages, "returns": returns}
         with timed(seconds, "time/optimize"), policy.learning(dropout=False):
-            stats = {} if broken else update(policy, optimizer, responses, found, step, config)
+            stats = {} if broken else update(policy, optimizer, responses, rollout, step, config)
         if stats:
             metrics |= {
                 "ppo/skipped_steps": 0,
@@ -1592,7 +1592,7 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
     with policy.learning(dropout=True):
-        for rows in micro_batches(prompt_lengths, share(range(len(batch)), prompt_lengths), policy.base):
+        for rows in micro_batches(prompt_lengths, my_rows(range(len(batch)), prompt_lengths), policy.base):
             logprobs, _ = policy(summaries.select(rows))
             loss = -logprobs.sum() / lengths.sum()
             loss.backward()
@@ -1618,7 +1618,7 @@ def evaluate_policy(
         (nats, to the reference).
     """
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
-    mine, found = share(range(len(rows)), [len(prompt) for prompt in prompts]), []
+    mine, parts = my_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     size = max(config.batch_size, 2**14 // policy.base.config.hidden_size)  # small models gain by more at once
     with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
@@ -1643,13 +1643,13 @@ def evaluate_policy(
                 "toxicity": classifier.toxicity(logits),
                 "summary_toxicity": classifier.toxicity(summary_logits),
             }
-            found.append(pd.DataFrame(columns, index=batch))
+            parts.append(pd.DataFrame(columns, index=batch))
             bar.update(len(batch))
-    table = pd.concat([part for parts in gather_object([found]) for part in parts]).sort_index()
-    for column, what in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
+    table = pd.concat([part for theirs in gather_object([parts]) for part in theirs]).sort_index()
+    for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
         if column in table and not np.isfinite(table[column]).all():
             way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
-            raise UserError(f"{what}: the logits are not finite numbers. {way}.")
+            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
     return table
 
 
@@ -1666,19 +1666,19 @@ def measure_human(classifier: HateClassifier, rows, config: DetoxConfig) -> pd.D
     joined = [classifier.join(*pair) for pair in zip(rows["dialogue"], rows["summary"], strict=True)]
     texts = {"toxicity": joined, "summary_toxicity": rows["summary"], "dialogue_toxicity": rows["dialogue"]}
     measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
-    found = {key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()}
-    table = pd.DataFrame({"response": list(rows["summary"])} | found)
+    columns = {key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()}
+    table = pd.DataFrame({"response": list(rows["summary"])} | columns)
     add_judge({"human": table}, config, classifier.model.device)
     return table
 
 
-def print_means(what: str, table: pd.DataFrame) -> None:
+def print_means(label: str, table: pd.DataFrame) -> None:
     if not any(table["response"]):  # there are no human summaries
         return
     for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
         if key in table:
             mean, std = table[key].mean(), table[key].std(ddof=0)
-            print(f"{key.replace('_', ' ')} [mean, std] {what}: [{mean:.4f}, {std:.4f}]")
+            print(f"{key.replace('_', ' ')} [mean, std] {label}: [{mean:.4f}, {std:.4f}]")
 
 
 def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
@@ -1744,7 +1744,7 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
     }
 
 
-def summary_quality(found: pd.DataFrame, summaries: list[str]) -> dict[str, float]:
+def summary_quality(table: pd.DataFrame, summaries: list[str]) -> dict[str, float]:
     """What toxicity can't see of an evaluation's summaries: are they still summaries?
 
     Returns ROUGE-1, -2 and -L F-measures against the human summaries, if there are any (means, 0 to 1, stemmed);
@@ -1753,8 +1753,8 @@ def summary_quality(found: pd.DataFrame, summaries: list[str]) -> dict[str, floa
     summaries; of what was sampled kl, to the reference in nats a summary.
     """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(*pair) for pair in zip(summaries, found["response"], strict=True)] if any(summaries) else []
-    words = [text.lower().split() for text in found["response"]]
+    scores = [scorer.score(*pair) for pair in zip(summaries, table["response"], strict=True)] if any(summaries) else []
+    words = [text.lower().split() for text in table["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
     return {
@@ -1762,21 +1762,21 @@ def summary_quality(found: pd.DataFrame, summaries: list[str]) -> dict[str, floa
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
         "empty": float(np.mean([not text for text in words])),
-        "unfinished": float(1 - np.mean(found["finished"])),
-        **({"kl": float(np.mean(found["kl"]))} if "kl" in found else {}),
+        "unfinished": float(1 - np.mean(table["finished"])),
+        **({"kl": float(np.mean(table["kl"]))} if "kl" in table else {}),
     }
 
 
 def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
     """What got worse in the summaries, in words, from two results of summary_quality; empty if they are still good."""
-    found = []
-    for name, what, least in (("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5)):
+    faults = []
+    for name, wording, least in (("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5)):
         if name in before and after[name] < least * before[name]:
-            found.append(f"{what} fell from {before[name]:.3f} to {after[name]:.3f}")
-    for name, what in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
+            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
+    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
         if after[name] > before[name] + 0.1:
-            found.append(f"{after[name]:.0%} {what} ({before[name]:.0%} before)")
-    return found
+            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
+    return faults
 
 
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
@@ -1796,17 +1796,17 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > TOXIC
 
     def compare(decoding, key, chosen=slice(None)):
-        values = {when: found[decoding][key].to_numpy()[chosen] for when, found in tables.items()}
+        values = {when: both[decoding][key].to_numpy()[chosen] for when, both in tables.items()}
         base = {"base": mean_and_std(values["base"])} if "base" in values else {}
         return base | paired_statistics(values["before"], values["after"], config.seed)
 
     def measured(decoding):
-        quality = {when: summary_quality(found[decoding], summaries) for when, found in tables.items()}
+        quality = {when: summary_quality(both[decoding], summaries) for when, both in tables.items()}
         block = {key: compare(decoding, key) for key in keys}
         for key in ("length", "reward"):
-            block[key] = {when: {"mean": float(found[decoding][key].mean())} for when, found in tables.items()}
+            block[key] = {when: {"mean": float(both[decoding][key].mean())} for when, both in tables.items()}
         rouge = ("rouge1", "rouge2", "rougeL")
-        block["rouge"] = {when: {name: told[name] for name in rouge if name in told} for when, told in quality.items()}
+        block["rouge"] = {when: {name: line[name] for name in rouge if name in line} for when, line in quality.items()}
         return block | {"quality": quality}
 
     results = measured("sampled") | {"greedy": measured("greedy")}
@@ -1824,11 +1824,11 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
-    found, less = toxicities(results), "less toxic"
-    changes = {name: statistics["verdict"]["change"] for name, statistics in found.items()}
+    blocks, less = toxicities(results), "less toxic"
+    changes = {name: statistics["verdict"]["change"] for name, statistics in blocks.items()}
     for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
         worse = degradation(block["quality"]["before"], block["quality"]["after"])
-        if worse and found[decoding]["paired_difference"]["mean"] < 0:
+        if worse and blocks[decoding]["paired_difference"]["mean"] < 0:
             hacked = f"reward hacking: toxicity fell, but the summaries ({decoding}) got worse: {'; '.join(worse)}"
             warned["reward hacking"] = f"{hacked}. Raise init_kl_coef, lower learning_rate or stop earlier."
         if changes[decoding] == less != changes.get(f"judge, {decoding}", less):
@@ -1840,32 +1840,32 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
 
 def toxicities(results: dict) -> dict[str, dict]:
     """The paired statistics of the summaries' toxicity, by decoding and judge; last that with their dialogues."""
-    found = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
+    blocks = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
     if judge := results.get("judge"):
-        found |= {"judge, sampled": judge["summary_toxicity"], "judge, greedy": judge["greedy"]["summary_toxicity"]}
-    return found | {"with dialogue": results["toxicity"]}
+        blocks |= {"judge, sampled": judge["summary_toxicity"], "judge, greedy": judge["greedy"]["summary_toxicity"]}
+    return blocks | {"with dialogue": results["toxicity"]}
 
 
 def in_words(results: dict) -> str:
     """The result in one sentence: shares of the summaries that are toxic, sampled and greedy."""
-    found = toxicities(results)
-    shares = [f"{100 * told[when]['share']:.1f}%" for told in found.values() for when in ("before", "after")]
+    blocks = toxicities(results)
+    shares = [f"{100 * block[when]['share']:.1f}%" for block in blocks.values() for when in ("before", "after")]
     text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
     if "judge" in results:
         text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
-    sampled = found["sampled"]
+    sampled = blocks["sampled"]
     return f"{text}; {sampled['before']['n']} prompts, p = {sampled['paired_difference']['p_value']:.4f}"
 
 
-def verdict_table(found: dict[str, dict]) -> pd.DataFrame:
+def verdict_table(blocks: dict[str, dict]) -> pd.DataFrame:
     """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
     lines = {}
-    for name, told in found.items():
+    for name, block in blocks.items():
         changes = {"mean": "was 0", "std": "was 0"}
         changes |= {
-            key: f"{0 - percent:+.1f}%" for key, percent in told["reduction_percent"].items() if percent is not None
+            key: f"{0 - percent:+.1f}%" for key, percent in block["reduction_percent"].items() if percent is not None
         }
-        paired, verdict = told["paired_difference"], told["verdict"]
+        paired, verdict = block["paired_difference"], block["verdict"]
         lines[name] = {
             **changes,
             "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
@@ -1882,11 +1882,11 @@ def figures_of(results: dict) -> pd.DataFrame:
     """The means that a run measured, a line a measure; a column for base, before and after, greedy too, and human."""
     columns, human = {}, results["human"]
     for label, block, judge in (("", results, "judge, sampled"), ("greedy ", results["greedy"], "judge, greedy")):
-        told = {"toxicity": block["summary_toxicity"], "with dialogue": block["toxicity"]}
-        told |= {"judge's toxicity": toxicities(results)[judge]} if "judge" in results else {}
+        measures = {"toxicity": block["summary_toxicity"], "with dialogue": block["toxicity"]}
+        measures |= {"judge's toxicity": toxicities(results)[judge]} if "judge" in results else {}
         for when in block["length"]:
-            column = {"share toxic": told["toxicity"][when]["share"]}
-            column |= {name: statistics[when]["mean"] for name, statistics in told.items()}
+            column = {"share toxic": measures["toxicity"][when]["share"]}
+            column |= {name: statistics[when]["mean"] for name, statistics in measures.items()}
             column |= {"ROUGE-L": block["rouge"][when].get("rougeL"), "length": block["length"][when]["mean"]}
             columns[label + when] = column | {"reward": block["reward"][when]["mean"]}
     columns["human"] = {"share toxic": human["summary_toxicity"]["share"]} if human else {}
@@ -1940,8 +1940,8 @@ def print_results(results: dict, comparison: pd.DataFrame) -> None:
         print(f"{row.before[:42]:<42}  {row.after[:42]:<42}  {row.reward_diff:+.3f}")
     if len(comparison) == 1:
         for prefix, when in itertools.product(("", "greedy_"), ("before", "after")):
-            told, toxicity = (comparison[f"{prefix}{name}_{when}"][0] for name in ("response", "summary_toxicity"))
-            tell(f"{prefix.replace('_', ' ')}{when} (toxicity {toxicity:.4f}): {told}")
+            summary, toxicity = (comparison[f"{prefix}{name}_{when}"][0] for name in ("response", "summary_toxicity"))
+            tell(f"{prefix.replace('_', ' ')}{when} (toxicity {toxicity:.4f}): {summary}")
     for kind in ("reward hacking", "judge"):
         if kind in results["warnings"]:
             tell(f"warning: {results['warnings'][kind]}")
@@ -1986,15 +1986,15 @@ def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[st
     """The share of toxic summaries by decoding and by who says so, and each prompt's change; tables by decoding."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     shares, changes = figure.subplots(1, 2, width_ratios=(3, 2))
-    found = toxicities(results)
+    blocks = toxicities(results)
     for shift, when, colour in ((-0.2, "before", ORANGE), (0.2, "after", BLUE)):
-        heights = [100 * told[when]["share"] for told in found.values()]
-        bars = shares.bar(np.arange(len(found)) + shift, heights, 0.38, color=colour, label=when)
+        heights = [100 * block[when]["share"] for block in blocks.values()]
+        bars = shares.bar(np.arange(len(blocks)) + shift, heights, 0.38, color=colour, label=when)
         shares.bar_label(bars, fmt="%.1f", padding=2)
-    shares.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found])
+    shares.set_xticks(range(len(blocks)), [name.replace(" ", "\n") for name in blocks])
     shares.set(ylim=(0, 100), ylabel="%")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
-    count = found["sampled"]["before"]["n"]
+    count = blocks["sampled"]["before"]["n"]
     for colour, decoding in ((GREEN, "sampled"), (PURPLE, "greedy")):
         difference = after[decoding]["summary_toxicity"] - before[decoding]["summary_toxicity"]
         place = np.linspace(0, 100, count + 1)  # steps, since a thousand bars take seconds to draw
@@ -2013,7 +2013,7 @@ CARD = """---
 
 # {{ e(name) }}: a LoRA adapter for summaries that are not toxic
 
-**{{ verdict }}.** PPO trained it to raise the score of {{ e(reward_model) }}, {{ told }}; toxic means
+**{{ verdict }}.** PPO trained it to raise the score of {{ e(reward_model) }}, {{ reward }}; toxic means
 that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
 {%- if judge %}. The judge is {{ e(judge) }} by its "{{ e(config.judge_label) }}"; it took no part in the training
 {%- endif %}. The adapter started from {{ e(start or "a new LoRA") }} on {{ e(base) }}. The same held-out prompts
@@ -2123,13 +2123,13 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         metrics=["toxicity", "rouge"],
         tags=["lora", "ppo", "detoxification"],
     )
-    measured = {f"toxicity, {name}": told for name, told in toxicities(results).items()}
+    measured = {f"toxicity, {name}": block for name, block in toxicities(results).items()}
     if results["rouge"]["after"]:
-        measured["ROUGE-L"] = {when: {"mean": told["rougeL"]} for when, told in results["rouge"].items()}
+        measured["ROUGE-L"] = {when: {"mean": block["rougeL"]} for when, block in results["rouge"].items()}
     data.eval_results = []
-    for name, told in measured.items():
-        kind, before = "rouge" if name == "ROUGE-L" else "toxicity", told["before"]["mean"]
-        value = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(told["after"]["mean"], 4)}
+    for name, block in measured.items():
+        kind, before = "rouge" if name == "ROUGE-L" else "toxicity", block["before"]["mean"]
+        value = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(block["after"]["mean"], 4)}
         data.eval_results.append(EvalResult("summarization", dataset, dataset, metric_type=kind, **value))
     card = ModelCard.from_template(
         data,
@@ -2138,7 +2138,7 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         e=escape,
         config=config,
         verdict=results["verdict"],
-        told=f"the {escape(label)} of {scored}",
+        reward=f"the {escape(label)} of {scored}",
         reward_model=card_name(config.reward_model_name),
         judge=config.judge_model_name and card_name(config.judge_model_name),
         limit=TOXIC,
@@ -2164,17 +2164,17 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     with written_whole(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
     draw_toxicity(results, before, after).savefig(output_dir / "toxicity.png", dpi=120)
-    told = f"{output_dir}/results.json"
+    files = f"{output_dir}/results.json"
     if not config.evaluates_only:
         draw_training(history).savefig(output_dir / "training.png", dpi=120)
         for name in ("toxicity.png", "training.png"):  # where the card shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
         write_card(model_dir, config, results, comparison)
-        told += f" and {model_dir}/README.md"
+        files += f" and {model_dir}/README.md"
     with written_whole(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_results(results, comparison)
-    print(f"\n{results['timings']['total']:.0f} s in all; see {told}")
+    print(f"\n{results['timings']['total']:.0f} s in all; see {files}")
 
 
 def start_tracker(config: DetoxConfig) -> Accelerator | None:
@@ -2227,9 +2227,9 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
         rows.insert(0, "conversation_id", range(1, len(rows) + 1))
         awswrangler.dynamodb.put_df(rows, table)
     except Exception as error:  # of a dozen types
-        told = "pip install awswrangler" if isinstance(error, ImportError) else one_line(error)
+        reason = "pip install awswrangler" if isinstance(error, ImportError) else one_line(error)
         way = f"All is saved in {directory}; the README tells how to upload its comparison.csv alone (DynamoDB)"
-        raise UserError(f"--dynamodb_table {table}: {told}. {way}.") from error
+        raise UserError(f"--dynamodb_table {table}: {reason}. {way}.") from error
     print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
 
 
@@ -2298,17 +2298,17 @@ class RunState:
     best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
 
 
-def begin(found: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
+def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
     """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
-    if not found:
+    if not checkpoint:
         return RunState(options, origin, kl_coef=config.init_kl_coef)
-    state = dataclasses.replace(found["state"], config=options)
+    state = dataclasses.replace(checkpoint["state"], config=options)
     was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
     names = sorted((was.keys() | now.keys()) - {"commits"})
     if changed := [name for name in names if was.get(name) != now.get(name)]:
         raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
-    policy.load_state_dict(found["weights"], strict=False)
+    policy.load_state_dict(checkpoint["weights"], strict=False)
     return state
 
 
@@ -2324,9 +2324,9 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The newest first."""
-        found = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
-        found.pop(None, None)
-        return [found[name] for name in sorted(found, key=lambda name: (not name[1], int(name[2])), reverse=True)]
+        files = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
+        files.pop(None, None)
+        return [files[name] for name in sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
         number = state.step if "before" in state.evaluations else f"sft-{state.sft_step}"
@@ -2350,18 +2350,18 @@ class Checkpoints:
                 content = path.read_bytes()
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
                     print(f"going on from {path}")
-                    found = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
-                    return found | {"state": RunState(**found["state"])}
+                    checkpoint = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
+                    return checkpoint | {"state": RunState(**checkpoint["state"])}
             self.damaged.append(path)
             print(f"warning: {path} is not used: it is damaged")
         # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
         print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
         return None
 
-    def check(self, found: dict | None, config: DetoxConfig) -> None:
+    def check(self, checkpoint: dict | None, config: DetoxConfig) -> None:
         """Refuse to go on with another run's checkpoint, and to overwrite an unfinished run."""
-        if found:
-            was, step = found["state"].config, found["state"].step
+        if checkpoint:
+            was, step = checkpoint["state"].config, checkpoint["state"].step
             kept = [name for name in OPTIONS if name not in MAY_CHANGE and getattr(config, name) != was[name]]
             if changed := [f"{name} was {was[name]!r} and is {getattr(config, name)!r}" for name in kept]:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
@@ -2370,8 +2370,8 @@ class Checkpoints:
         elif config.evaluates_only and (Path(config.output_dir) / "adapter").exists():
             raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
-            what = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
-            raise UserError(f"--output_dir: {what}: --resume goes on with it; or choose another, or delete that one")
+            begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
+            raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
 
 
 def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:
@@ -2412,17 +2412,17 @@ def claim(config: DetoxConfig) -> list[FileLock]:
 def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
     """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
     with timed(state.timings, "choosing"):
-        found = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality, toxicity = summary_quality(found, list(rows["summary"])), float(found["summary_toxicity"].mean())
+        table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
+    quality, toxicity = summary_quality(table, list(rows["summary"])), float(table["summary_toxicity"].mean())
     rouge = quality.get("rougeL")  # None without summaries
     start = state.best["start"] if state.best else quality
     if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
         weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
         best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
         state.best = best | {"start": start, "weights": weights}
-    told = f"rows set aside: summary toxicity {toxicity:.4f}"
-    told += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
-    tell(f"  {told}; the best is that of step {state.best['step']}")
+    line = f"rows set aside: summary toxicity {toxicity:.4f}"
+    line += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
+    tell(f"  {line}; the best is that of step {state.best['step']}")
     return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
 
 
@@ -2437,8 +2437,8 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
     evaluated, held_out = None, config.eval_dataset_name
     if held_out:
-        found = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, found))
+        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
+        evaluated = next(filter(None, parts))
     elif os.path.isdir(config.dataset_name):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
@@ -2467,25 +2467,25 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
 def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
     """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
     history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    metrics, step, last, told = history[-1], state.step, config.max_ppo_steps, []
+    metrics, step, last, texts = history[-1], state.step, config.max_ppo_steps, []
     names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
     bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
     if step % config.logging_steps == 0 or step == last:
         names["advantages_mean"] = "ppo/policy/advantages_mean"
         values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
-        told.append(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
+        texts.append(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
     if (words := step_in_words(history, config)) != state.words:
         state.words = words
-        told.append(f"  {words}")
+        texts.append(f"  {words}")
     for kind, text in step_warnings(history, config).items():
         if kind not in state.warnings:
             state.warnings[kind] = f"step {step}: {text}"
-            told.append(f"  warning, {state.warnings[kind]}")
+            texts.append(f"  warning, {state.warnings[kind]}")
     if first:
         left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
         left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
-        told.append(f"  about {left / 60:.1f} minutes to go, the evaluation included")
-    for text in told:
+        texts.append(f"  about {left / 60:.1f} minutes to go, the evaluation included")
+    for text in texts:
         tell(text)
 
 
@@ -2502,17 +2502,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
     _locks = claim(config) if writes else []
-    found = checkpoints.load() if config.resume else None
-    checkpoints.check(found, config)
+    checkpoint = checkpoints.load() if config.resume else None
+    checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
     policy, tokenizer, classifier, splits, origin = load_all(config, device, dtype)
     train, count = splits["train"], len(splits["test"])
     evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
-    state = begin(found, config, origin, policy)
+    state = begin(checkpoint, config, origin, policy)
     if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
-    if found and writes:  # all have read theirs
+    if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
     human = measure_human(classifier, evaluated, config)
     print_means("of the human summaries", human)
@@ -2545,8 +2545,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Tune
     optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
-    if found and not tuned:
-        optimizer.load_state_dict(found["optimizer"])
+    if checkpoint and not tuned:
+        optimizer.load_state_dict(checkpoint["optimizer"])
     for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
         with timed(state.timings, "tuning"):
             batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, TUNING, step))
@@ -2563,8 +2563,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Train
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
-    if found and tuned:
-        optimizer.load_state_dict(found["optimizer"])
+    if checkpoint and tuned:
+        optimizer.load_state_dict(checkpoint["optimizer"])
     if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
         choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
     if not state.step and not config.evaluates_only:
@@ -2607,7 +2607,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             evaluate_now("after")
 
     # Report
-    tables = {when: {k: pd.DataFrame(v) for k, v in found.items()} for when, found in state.evaluations.items()}
+    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
     results = {"config": state.config, "environment": environment(config, device, dtype, origin)}
     results |= build_results(tables, human, evaluated, state, config)
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
@@ -2665,8 +2665,8 @@ def main(args: list[str] | None = None) -> None:
         processes.destroy_process_group()
     except Stopped:
         if first_to_end():
-            what = f"stopped by {signal.Signals(stop.received).name}"
-            print(f"{what}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
+            stopped = f"stopped by {signal.Signals(stop.received).name}"
+            print(f"{stopped}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
         sys.exit(130 if stop.received == signal.SIGINT else 0)
     except Exception as error:
         if first_to_end():
