@@ -128,6 +128,16 @@ def test_the_fit_of_the_growth_by_hand():
     assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
 
 
+def test_the_evaluation_is_timed_beside_generate(started, tmp_path, call):
+    import evaluation
+
+    last = json.loads(call(evaluation, "--short", "--output_dir", tmp_path).splitlines()[-1])
+    assert last["equal_greedy"] == last["prompts"] == 4  # the same summaries, so the same work
+    for decoding in ("sampled", "greedy"):
+        ours, theirs = last[decoding]["ours"], last[decoding]["transformers"]
+        assert last[decoding]["ratio"] == [a / b for a, b in zip(ours, theirs, strict=True)] and min(ours + theirs) > 0
+
+
 def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
     import learning_curve
 
