@@ -43,21 +43,28 @@ COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save
 SHORT = "--max_ppo_steps 2 --batch_size 4 --mini_batch_size 2 --sft_batch_size 4 --output_min_length 4 "
 SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
 # Options of detox_ppo.py by name: the notebooks', which are its defaults; what the small world needed ("center"); and
-# changes of the center one at a time, since of an option that is given twice the last counts. Of "mixed" prompts half
-# are rude dialogues. What has "classic" is trained by TRL 0.8.0's loop instead, as published (the reward by its
-# position in a sorted list) or mended (by its label).
+# what differs from the center, since of an option that is given twice the last counts. Of "mixed" prompts half are
+# rude dialogues. What has "classic" is trained by TRL 0.8.0's loop instead, as published (the reward by its position
+# in a sorted list) or mended (by its label).
 CENTER = "--score_text response --max_ppo_steps 100 --learning_rate 3e-4 --lr_scheduler_type linear "
 CENTER += "--init_kl_coef 0.05 --adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
+BEST = f"{CENTER} --learning_rate 1e-3"
 RECIPES = {
     "notebooks": {"options": ""},
     "center": {"options": CENTER},
     "lr-1e-4": {"options": f"{CENTER} --learning_rate 1e-4"},
-    "lr-1e-3": {"options": f"{CENTER} --learning_rate 1e-3"},
+    "lr-1e-3": {"options": BEST},
     "kl-0.2": {"options": f"{CENTER} --init_kl_coef 0.2"},
     "kl-0.01": {"options": f"{CENTER} --init_kl_coef 0.01"},
     "steps-300": {"options": f"{CENTER} --max_ppo_steps 300"},
     "query_response": {"options": f"{CENTER} --score_text query_response"},
     "mixed": {"options": CENTER, "prompts": "mixed"},
+    "mixed-lr-1e-3": {"options": BEST, "prompts": "mixed"},
+    "mixed-lr-1e-3-kl-0.02": {"options": f"{BEST} --init_kl_coef 0.02", "prompts": "mixed"},
+    "mixed-lr-1e-3-kl-0.01": {"options": f"{BEST} --init_kl_coef 0.01", "prompts": "mixed"},
+    "mixed-lr-3e-3-kl-0.01": {"options": f"{CENTER} --init_kl_coef 0.01 --learning_rate 3e-3", "prompts": "mixed"},
+    "classic": {"options": BEST, "classic": "classic"},
+    "mended": {"options": BEST, "classic": "mended"},
 }
 
 
@@ -295,6 +302,11 @@ def judge(plan):
             table.insert(0, "dialogue", list(rows["dialogue"]))
             table.insert(1, "summary", list(rows["summary"]))
             write_lines(table, Path(plan["directory"]) / f"{name}-{decoding}.jsonl")
+        if plan["human"] and any(rows["summary"]):
+            told = list(rows["summary"])
+            human = pd.DataFrame({"response": told, "summary_toxicity": classifier.toxicity(classifier.logits(told))})
+            detox_ppo.add_judge({"human": human}, config, device)
+            write_lines(human, Path(plan["directory"]) / f"{name}-human.jsonl")
 
 
 def judged(options, directory, adapter, base, start):
@@ -307,6 +319,7 @@ def judged(options, directory, adapter, base, start):
         arguments += [str(options.reward_model), "--judge_model_name", str(options.judge_model), "--device", "cpu"]
         arguments += SHORT.split() if options.short else []
         plan = {"arguments": arguments, "adapter": str(adapter), "directory": str(where), "rows": options.rows}
+        plan["human"] = adapter == start  # once is enough
         plan |= {"sets": {name: str(options.output_dir / "data" / f"{name}.jsonl") for name in SETS}}
         child("judge", plan, where, options)
     return {key: read_lines(path) for key, path in files.items()}
@@ -320,10 +333,11 @@ def measured(start, after):
     for key, table in after.items():
         before, summaries = start[key], list(table["summary"])
         quality = [detox_ppo.summary_quality(told, summaries) for told in (before, table)]
-        block = {
-            name: detox_ppo.paired_statistics(before[name], table[name], seed=0)
-            for name in ("summary_toxicity", "judge_toxicity")
-        }
+        block = {}
+        for name in ("summary_toxicity", "judge_toxicity"):
+            block[name] = detox_ppo.paired_statistics(before[name], table[name], seed=0)
+            toxic = [(told[name] > detox_ppo.TOXIC).astype(float) for told in (before, table)]
+            block[f"{name}_share"] = detox_ppo.paired_statistics(*toxic, seed=0)
         block["rougeL"] = [told.get("rougeL") for told in quality]
         block["length"] = [float(told["length"].mean()) for told in (before, table)]
         block["reward"] = [float(told["reward"].mean()) for told in (before, table)]
@@ -333,24 +347,27 @@ def measured(start, after):
     return found
 
 
-def change(statistics):
+def change(statistics, scale=1, digits=4):
     """Means before and after with the interval of the change, as a cell of the table."""
     paired = statistics["paired_difference"]
-    means = "{:.4f} → {:.4f}".format(*(statistics[when]["mean"] for when in ("before", "after")))
-    return f"{means} [{paired['ci_low']:+.4f}, {paired['ci_high']:+.4f}]"
+    means = [scale * statistics[when]["mean"] for when in ("before", "after")]
+    interval = [scale * paired[end] for end in ("ci_low", "ci_high")]
+    return f"{means[0]:.{digits}f} → {means[1]:.{digits}f} [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
 
 
 def table_of(results, name):
     """A Markdown table for a held-out set: a line a recipe and seed."""
     columns = ["recipe", "seed", "score with dialogue", "sampled", "greedy", "judge, sampled", "judge, greedy"]
-    columns += ["ROUGE-L, greedy", "tokens, greedy", "KL, sampled"]
+    columns += ["toxic, sampled, %", "toxic, greedy, %", "ROUGE-L, sampled", "ROUGE-L, greedy", "tokens, greedy"]
+    columns += ["KL, sampled"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for result in results:
         blocks = [result["measured"][f"{name} {decoding}"] for decoding in DECODINGS]
         sampled, greedy = blocks
         cells = [result["recipe"], str(result["seed"]), "{:.2f} → {:.2f}".format(*sampled["reward"])]
         cells += [change(block[key]) for key in ("summary_toxicity", "judge_toxicity") for block in blocks]
-        cells.append("" if None in greedy["rougeL"] else "{:.4f} → {:.4f}".format(*greedy["rougeL"]))
+        cells += [change(block["summary_toxicity_share"], 100, 1) for block in blocks]
+        cells += ["" if None in block["rougeL"] else "{:.4f} → {:.4f}".format(*block["rougeL"]) for block in blocks]
         cells += ["{:.1f} → {:.1f}".format(*greedy["length"]), f"{sampled['kl']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -423,6 +440,9 @@ def main():
         results = list(executor.map(run, itertools.product(options.recipes, options.seeds)))
     for name, title in SETS.items():
         print(f"\n{title}, {len(before[name, 'greedy'])} rows\n\n{table_of(results, name)}")
+    human = read_lines(options.output_dir / "start" / f"judged-{options.rows}" / "held_out-human.jsonl")
+    means = [f"{human[f'{name}_toxicity'].mean():.4f}" for name in ("summary", "judge")]
+    print(f"\nHuman summaries of DialogSum's: toxicity {means[0]}, by the judge {means[1]}")
     (options.output_dir / "results.json").write_text(json.dumps(results, indent=1))
     print(json.dumps({"recipes": len(results)}))
 

@@ -249,6 +249,16 @@ def test_bundled_configuration_names_the_bundled_world(tiny):
         assert (ROOT / getattr(config, name)).parent == tiny
 
 
+def test_the_full_size_configuration_is_the_recipe_that_was_tried(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import real_text
+
+    config = parse_config(["--config", str(ROOT / "checkpoints" / "flan-t5-base.yaml")])
+    tried = parse_config(f"{real_text.COMMON} {real_text.RECIPES['lr-1e-3']['options']}".split())
+    differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(tried, name)}
+    assert differ == {"sft_steps", "judge_model_name", "eval_samples", "save_steps", "device"}
+
+
 @pytest.mark.parametrize("package, version", [("torch", "2.12.0"), ("transformers", "5.0.0"), ("peft", "0.21.1")])
 def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_path):
     """Before anything of it is imported; a folder on the path says that it is installed in that version."""
