@@ -1,6 +1,6 @@
 """Summaries a second in the evaluation, sampled and greedy, beside transformers' generate in batches of the same size.
 
-    python benchmarks/evaluation.py              # true shapes, about ten minutes on 2 cores
+    python benchmarks/evaluation.py              # true shapes, some 13 minutes on 2 cores
     python benchmarks/evaluation.py --short      # narrow models, in this process: does it start?
 
 FLAN-T5-base's shapes with random weights (see step_time.py) and a new LoRA, prompts of DialogSum's lengths. Both sides
