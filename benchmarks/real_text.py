@@ -302,7 +302,7 @@ def judge(plan):
             table.insert(0, "dialogue", list(rows["dialogue"]))
             table.insert(1, "summary", list(rows["summary"]))
             write_lines(table, Path(plan["directory"]) / f"{name}-{decoding}.jsonl")
-        if plan["human"] and any(rows["summary"]):
+        if plan["human"] and any(rows["summary"]):  # measure_human would take minutes to score the dialogues as well
             told = list(rows["summary"])
             human = pd.DataFrame({"response": told, "summary_toxicity": classifier.toxicity(classifier.logits(told))})
             detox_ppo.add_judge({"human": human}, config, device)
@@ -333,11 +333,12 @@ def measured(start, after):
     for key, table in after.items():
         before, summaries = start[key], list(table["summary"])
         quality = [detox_ppo.summary_quality(told, summaries) for told in (before, table)]
-        block = {}
-        for name in ("summary_toxicity", "judge_toxicity"):
-            block[name] = detox_ppo.paired_statistics(before[name], table[name], seed=0)
-            toxic = [(told[name] > detox_ppo.TOXIC).astype(float) for told in (before, table)]
-            block[f"{name}_share"] = detox_ppo.paired_statistics(*toxic, seed=0)
+        block = {
+            name: detox_ppo.paired_statistics(before[name], table[name], seed=0)
+            for name in ("summary_toxicity", "judge_toxicity")
+        }
+        toxic = [(told["summary_toxicity"] > detox_ppo.TOXIC).astype(float) for told in (before, table)]
+        block["toxic"] = detox_ppo.paired_statistics(*toxic, seed=0)
         block["rougeL"] = [told.get("rougeL") for told in quality]
         block["length"] = [float(told["length"].mean()) for told in (before, table)]
         block["reward"] = [float(told["reward"].mean()) for told in (before, table)]
@@ -366,7 +367,7 @@ def table_of(results, name):
         sampled, greedy = blocks
         cells = [result["recipe"], str(result["seed"]), "{:.2f} → {:.2f}".format(*sampled["reward"])]
         cells += [change(block[key]) for key in ("summary_toxicity", "judge_toxicity") for block in blocks]
-        cells += [change(block["summary_toxicity_share"], 100, 1) for block in blocks]
+        cells += [change(block["toxic"], 100, 1) for block in blocks]
         cells += ["" if None in block["rougeL"] else "{:.4f} → {:.4f}".format(*block["rougeL"]) for block in blocks]
         cells += ["{:.1f} → {:.1f}".format(*greedy["length"]), f"{sampled['kl']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
