@@ -258,7 +258,9 @@ def test_a_model_that_gives_no_numbers_at_all(small_config, tiny, tmp_path):
 
 
 def wait_until_stopped(pid):
+    late = time.monotonic() + 120
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < late, "the run did not come to where it stops"
         time.sleep(0.02)
 
 
