@@ -321,6 +321,7 @@ class DetoxConfig:
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them: less memory.")
     ppo_epochs: PositiveInt = option(1, "Passes over each batch. More learns more of it and moves further from it.")
     max_ppo_steps: NaturalInt = option(10, "PPO steps. The notebooks' 10 only show it; more detoxify more. 0: none.")
+    score_clip: PositiveOrNone = option(None, "Clip scores to plus or minus this: what is clean enough earns no more.")
     init_kl_coef: NotNegative = option(0.2, "Price of a nat of KL to the reference, in score. Raise to stay closer.")
     adaptive_kl: bool = option(True, "Steer the KL coefficient towards target_kl; off keeps init_kl_coef.")
     target_kl: Positive = option(6.0, "Where the adaptive coefficient steers objective/kl, in nats a response.")
@@ -1511,6 +1512,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
         responses, rollout = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
         mask, broken = responses.mask, [name for name, column in rollout.items() if not column.isfinite().all()]
         scores, logprobs, values, ref_logprobs = rollout.values()
+        scores = scores.clamp(-config.score_clip, config.score_clip) if config.score_clip else scores
         rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
         rollout |= {"advantages": advantages, "returns": returns}

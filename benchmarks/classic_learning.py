@@ -34,7 +34,7 @@ from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 # PPOConfig's names where they differ from the options of detox_ppo.py
 RENAMED = {"adaptive_kl": "adap_kl_ctrl", "target_kl": "target", "kl_horizon": "horizon"}
 SHARED = ("seed", "learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "gamma", "lam")
-SHARED += ("cliprange", "cliprange_value", "vf_coef", "ratio_threshold", "max_grad_norm", *RENAMED)
+SHARED += ("cliprange", "cliprange_value", "vf_coef", "ratio_threshold", "max_grad_norm", "score_clip", *RENAMED)
 
 
 def load_trainer(plan, tokenizer):

@@ -5,8 +5,9 @@
     python benchmarks/learning_curve.py --short                     # one seed, two steps, in this process
 
 Three sides train on the same prompts with the same response caps, from the same adapter, against the same
-classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's clip of the values and constant
-step size, and paid for the summary alone; other options of detox_ppo.py may follow and hold for all:
+classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's clip of the values, constant
+step size and scores as they are, and paid for the summary alone; other options of detox_ppo.py may follow and hold
+for all:
 
     ours              detox_ppo.py
     classic           TRL 0.8.0's PPOTrainer as the published notebooks use it: see classic_learning.py
@@ -54,8 +55,8 @@ from slot_accuracy import slot_accuracy, slots_by_dialogue  # noqa: E402
 START = "start"  # the starting adapter, evaluated only
 NAMES = {START: "start", "ours": "ours", "classic": "classic", "mended": "classic, mended"}
 COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okabe and Ito's
-# The clip of the values and the constant step size are TRL's; the summary alone is what both loops can be paid for.
-COMMON = "--score_text response --cliprange_value 0.2 --lr_scheduler_type constant".split()
+# What TRL's trainer does unless told otherwise; the summary alone is what both loops can be paid for.
+COMMON = "--score_text response --cliprange_value 0.2 --lr_scheduler_type constant --score_clip None".split()
 SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
 SAVE_STEPS = 5
 ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # of these, the steps whose adapters are judged too

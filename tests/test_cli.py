@@ -62,6 +62,7 @@ DEFAULTS = {
     "gradient_checkpointing": False,
     "ppo_epochs": 1,
     "max_ppo_steps": 10,
+    "score_clip": None,
     "init_kl_coef": 0.2,
     "adaptive_kl": True,
     "target_kl": 6,
@@ -111,6 +112,7 @@ RANGES = {
     "mini_batch_size": ([0, -1], [1, 16]),
     "ppo_epochs": ([0], [1]),
     "max_ppo_steps": ([-1], [0]),
+    "score_clip": ([0, -2], [0.1]),
     "init_kl_coef": ([-0.1], [0]),
     "target_kl": ([0, -6], [0.1]),
     "kl_horizon": ([0], [1]),
@@ -623,6 +625,20 @@ def updates(monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
     return SimpleNamespace(norms=norms, rates=rates)
+
+
+def test_scores_are_clipped_to_both_sides_before_they_are_paid(small_config, tmp_path, monkeypatch):
+    """TRL's option of this name; the metrics tell the clipped ones, as TRL's do. What isn't finite isn't clipped."""
+    paid, scored = [], iter([[-7.0, -1.0, 1.5, 9.0], [-math.inf, 0.0, 0.0, 0.0]])
+    monkeypatch.setattr(detox_ppo.HateClassifier, "scores", lambda *_: torch.tensor(next(scored)))
+    rewards = detox_ppo.compute_rewards
+    monkeypatch.setattr(detox_ppo, "compute_rewards", lambda *args: paid.append(args[0].tolist()) or rewards(*args))
+    detox_ppo.run(small_config(output_dir=tmp_path, eval_samples=1, score_clip=2))
+    first, second = read_metrics(tmp_path)
+    assert sorted(paid[0]) == [-2, -1, 1.5, 2]
+    assert first["ppo/mean_scores"] == pytest.approx(0.125)
+    assert first["ppo/std_scores"] == pytest.approx(1.672, abs=1e-3)
+    assert second["ppo/skipped_steps"] == 1
 
 
 def test_options_of_the_update(small_config, tmp_path, updates):
