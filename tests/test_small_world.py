@@ -151,7 +151,7 @@ def test_it_is_small(tiny):
 
 def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
     """In a few of its steps and on a few of its rows: most of the way, and the slots of the summaries stay."""
-    results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=8, eval_samples=48))
+    results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=5, eval_samples=48))
     statistics = results["summary_toxicity"]
     assert statistics["before"]["mean"] > 0.3
     assert statistics["verdict"]["change"] == "less toxic"
