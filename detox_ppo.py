@@ -2363,7 +2363,8 @@ class Checkpoints:
     def check(self, checkpoint: dict | None, config: DetoxConfig) -> None:
         """Refuse to go on with another run's checkpoint, and to overwrite an unfinished run."""
         if checkpoint:
-            was, step = checkpoint["state"].config, checkpoint["state"].step
+            # An older script's checkpoint lacks the options that came later; its run had what are their defaults.
+            was, step = vars(DetoxConfig()) | checkpoint["state"].config, checkpoint["state"].step
             kept = [name for name in OPTIONS if name not in MAY_CHANGE and getattr(config, name) != was[name]]
             if changed := [f"{name} was {was[name]!r} and is {getattr(config, name)!r}" for name in kept]:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")

@@ -148,6 +148,18 @@ def test_every_option_either_may_change_or_is_refused(undisturbed, small_config)
                 checkpoints.check(found, changed)
 
 
+def test_a_checkpoint_from_before_an_option_came_is_gone_on_from(undisturbed):
+    """With the option's default, which is what the script did then; with another value it is another run."""
+    checkpoints = detox_ppo.Checkpoints(undisturbed.directory / "run", 2)
+    found = checkpoints.load()
+    assert found["state"].config.pop("score_clip") is None
+    same = detox_ppo.DetoxConfig(**found["state"].config | {"resume": True})
+    checkpoints.check(found, same)
+    same.score_clip = 2.0
+    with pytest.raises(detox_ppo.UserError, match="score_clip was None and is 2.0"):
+        checkpoints.check(found, same)
+
+
 def test_changed_data_is_refused(undisturbed, forked, tmp_path):
     """The same path, as the run knows it, with one human summary changed."""
     shutil.copytree(undisturbed.dialogues, tmp_path / "data")
