@@ -725,7 +725,8 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
         parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
         splits["train"], splits["selection"] = parts["train"], parts["test"]
         print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
-    taken = {"batch_size": "train"} | ({"sft_batch_size": "train"} if config.sft_steps else {})
+    taken = {"batch_size": "train"} if config.max_ppo_steps else {}
+    taken |= {"sft_batch_size": "train"} if config.sft_steps else {}
     taken |= {"eval_samples": "test"} if evaluated is None else {}
     for name, split in taken.items():
         if len(splits[split]) < getattr(config, name):

@@ -146,6 +146,7 @@ def test_fewer_rows_than_the_options_ask_for():
         assert f"--{name} {size}" in message and there in message
     built([300] * 20, eval_samples=4, batch_size=16, sft_steps=1, sft_batch_size=16)  # just enough
     built([300] * 20, sft_batch_size=17)  # without a tuning it takes no rows
+    built([300] * 20, batch_size=17, max_ppo_steps=0)  # and without PPO steps there is no batch
 
 
 def test_test_share_that_leaves_nothing_to_train_on():
