@@ -66,6 +66,8 @@ def main(directory):
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
         repo_info = huggingface_hub.HfApi.repo_info
         huggingface_hub.HfApi.repo_info = lambda *args, **kwargs: repo_info(*args, **kwargs | {"timeout": 0.5})
+        metadata = huggingface_hub.get_hf_file_metadata
+        huggingface_hub.get_hf_file_metadata = lambda *args, **kwargs: metadata(*args, **kwargs | {"timeout": 0.5})
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
         def tell(name, repo_id, *more):

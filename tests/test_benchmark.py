@@ -96,7 +96,9 @@ def call(monkeypatch, capsys):
         module.main()
         return capsys.readouterr().out
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)  # some set it, and two that spin would slow down all tests that come after
 
 
 # Those that run in this process, while the others are under way
@@ -108,7 +110,7 @@ def test_growth_is_measured_fitted_and_drawn(started, tmp_path, monkeypatch, cal
     # One point a line; that the fit finds its coefficients is shown below.
     monkeypatch.setattr(growth, "BATCHES", (8,))
     monkeypatch.setattr(growth, "PROMPTS", (200,))
-    last = json.loads(call(growth, "--short", "--output_dir", tmp_path).splitlines()[-1])
+    last = json.loads(call(growth, "--short", "--threads", 1, "--output_dir", tmp_path).splitlines()[-1])
     assert last == json.loads((tmp_path / "growth.json").read_text())
     assert [point["batch_size"] for point in last["batch_size"]] == [8]
     assert [point["prompt_tokens"] for point in last["prompt_tokens"]] == pytest.approx([200], abs=3)
@@ -131,7 +133,7 @@ def test_the_fit_of_the_growth_by_hand():
 def test_the_evaluation_is_timed_beside_generate(started, tmp_path, call):
     import evaluation
 
-    last = json.loads(call(evaluation, "--short", "--output_dir", tmp_path).splitlines()[-1])
+    last = json.loads(call(evaluation, "--short", "--threads", 1, "--output_dir", tmp_path).splitlines()[-1])
     assert last["equal_greedy"] == last["prompts"] == 4  # the same summaries, so the same work
     for decoding in ("sampled", "greedy"):
         rounds = list(zip(*(last[decoding][side] for side in ("ours", "transformers", "ratio")), strict=True))
@@ -173,7 +175,7 @@ def test_real_text_is_learned_tuned_trained_and_judged(started, quick, tmp_path,
     arguments = ["--dialogsum", tmp_path, "--rude", tmp_path / "rude.jsonl", "--tokenizer", tiny / "base"]
     arguments += ["--reward_model", tiny / "classifier", "--judge_model", tiny / "judge", "--rude_held_out", 4]
     monkeypatch.chdir(ROOT)  # where it goes
-    arguments += ["--short", "--recipes", "notebooks", "--output_dir", tmp_path / "out"]
+    arguments += ["--short", "--threads", 1, "--recipes", "notebooks", "--output_dir", tmp_path / "out"]
     printed = call(real_text, *arguments)
     base, held_out = (
         real_text.read_lines(tmp_path / "out" / "data" / f"{name}.jsonl") for name in ("base", "held_out")

@@ -42,7 +42,6 @@ def watched(small_config, tmp_path_factory):
         patch.setattr(detox_ppo, "load_policy", keep_policy)
         patch.setattr(detox_ppo, "compute_rewards", note)
         detox_ppo.run(small_config(max_ppo_steps=STEPS, eval_samples=1, output_dir=tmp_path_factory.mktemp("long")))
-    gc.unfreeze()
     assert len(notes) == STEPS
     return notes, kept["policy"]
 
