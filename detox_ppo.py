@@ -27,7 +27,6 @@ import gc
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -91,8 +90,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -157,7 +155,7 @@ def explain(error: Exception) -> str | None:
     if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
         return None
     ways = (way for words, way in MENDABLE.items() if re.search(words, one_line(error), re.IGNORECASE))
-    return next((f"{one_line(error)}. {way}." for way in ways), None)
+    return next((str(UserError(f"{one_line(error)}. {way}.")) for way in ways), None)
 
 
 @contextmanager
@@ -235,15 +233,8 @@ def timed(seconds: dict[str, float], name: str):
 # --- Options: type, range, default and help of each in one place -----------------------------------------------------
 
 
-def plain_name(value: str | None) -> str | None:
-    """Refuse a name that can't be printed and stored as it is."""
-    if value is not None and (not value.strip() or not value.isprintable() or SECRETS.search(value)):
-        raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
-    return value
-
-
-def plain_text(value):
-    """Texts as they are; of a path its text, of a Dataset that of a directory which holds it.
+def plain_name(value):
+    """A name that can be printed and stored: of a path its text, of a Dataset that of a directory which holds it.
 
     None of an empty text, as a shell variable that is not set or SageMaker's None gives it, and of "None".
     """
@@ -251,7 +242,10 @@ def plain_text(value):
         directory = tempfile.mkdtemp(prefix="detox_ppo-")
         value.save_to_disk(directory)
         return directory
-    return str(value) if isinstance(value, Path) else None if value in ("", "None") else value
+    name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
+    if isinstance(name, str) and (not name.strip() or not name.isprintable() or SECRETS.search(name)):
+        raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
+    return name
 
 
 def split_names(value):
@@ -269,14 +263,12 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-as_text = BeforeValidator(plain_text)
+plain = BeforeValidator(plain_name)
 PositiveInt, NaturalInt = Annotated[int, Field(ge=1, lt=2**31)], Annotated[int, Field(ge=0, lt=2**31)]
 Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
-PositiveOrNone, Share = Annotated[Positive | None, as_text], Annotated[float, Field(ge=0, le=1)]
+PositiveOrNone, Share = Annotated[Positive | None, plain], Annotated[float, Field(ge=0, le=1)]
 PartOfOne = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, as_text, AfterValidator(plain_name)]
-NameOrNone = Annotated[str | None, as_text, AfterValidator(plain_name)]
-Text = Annotated[str, as_text]
+Name, NameOrNone = Annotated[str, plain], Annotated[str | None, plain]
 Names = Annotated[list[str] | None, BeforeValidator(split_names)]
 
 
@@ -310,7 +302,7 @@ class DetoxConfig:
     )
     dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
     summary_column: Name = option("summary", "Column with the human summaries, for tuning and ROUGE.")
-    prompt: Text = option(PROMPT, "What the model is asked, with {dialogue} where that goes.")
+    prompt: str = option(PROMPT, "What the model is asked, with {dialogue} where that goes.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
     input_max_text_length: PositiveInt = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
     test_size: PartOfOne = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
@@ -376,11 +368,13 @@ class DetoxConfig:
             raise UserError(f"--toxic_label is {self.toxic_label!r}: it should be another label than reward_label's")
         if self.prompt.count("{dialogue}") != 1:
             raise UserError(f"--prompt {self.prompt!r}: it should hold {{dialogue}} once")
-        inner = os.path.join(self.adapter_name or "nowhere", "adapter")  # of a run's output_dir, if that is meant
-        if self.adapter_name and os.path.exists(os.path.join(inner, "adapter_config.json")):
-            self.adapter_name = inner
+        if self.adapter_name and os.path.exists(os.path.join(self.adapter_name, "adapter", "adapter_config.json")):
+            self.adapter_name = os.path.join(self.adapter_name, "adapter")  # that of a run's output_dir
         if self.judge_model_name == self.reward_model_name:
             raise UserError(f"--judge_model_name {self.judge_model_name}: PPO is paid by it; name another classifier")
+        if self.hub_model_id and ("/" not in self.hub_model_id or self.evaluates_only):
+            why = "nothing is trained" if self.evaluates_only else "it should be OWNER/NAME"
+            raise UserError(f"--hub_model_id {self.hub_model_id}: {why}")
         for kind in ("input_{}_text_length", "output_{}_length"):
             low, high = kind.format("min"), kind.format("max")
             if getattr(self, low) >= getattr(self, high):
@@ -404,7 +398,6 @@ MAY_CHANGE += FROM_HUB
 # The headings of --help, by the first option under each.
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
-
 
 # What the Trainer and TRL call it, where that is not like our name.
 ALIASES = {
@@ -454,7 +447,7 @@ def read_options(path: str) -> dict:
 def unknown_option(given: str) -> str:
     """The complaint about what is no option, with the option that is meant or most like it."""
     name = given.split("=")[0].strip("-").replace("-", "_")
-    close = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, OPTIONS, n=1)
+    close = difflib.get_close_matches(ALIASES.get(name, name), OPTIONS, n=1)
     if given.endswith((".yaml", ".yml")):
         close = ["config " + given]
     hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"
@@ -488,17 +481,15 @@ def parse_config(args: list[str]) -> DetoxConfig:
     if len(files) > 1:
         raise UserError("--config takes one file, once: --config FILE.yaml")
     parser.set_defaults_with_config(**(read_options(files[0]) if files else {}) | options_of_the_job())
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        raise UserError(unknown_option(unknown[0]))
     try:
-        # Unless told otherwise the parser would also read a file detox_ppo.args beside the script.
-        how = {"look_for_args_file": False, "return_remaining_strings": True}
-        config, _, unknown = parser.parse_args_into_dataclasses(args, **how)
+        return DetoxConfig(**{name: getattr(given, name) for name in OPTIONS})
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
         raise UserError(f"--{problem['loc'][0]} is {one_line(repr(problem['input']))}: {expected}") from error
-    if unknown:
-        raise UserError(unknown_option(unknown[0]))
-    return config
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
@@ -539,7 +530,7 @@ def contents_of(name: str, option_name: str) -> str | None:
     with loading(name, option_name):
         if os.path.exists(name):
             digests = []
-            for file in sorted(file for file in Path(name).rglob("[!.]*") if file.is_file() and repo_type == "model"):
+            for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
                 with file.open("rb") as content:  # piece by piece, since weights may fill the memory
                     digests.append(f"{file.relative_to(name)} {hashlib.file_digest(content, 'sha256').hexdigest()}")
             return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
@@ -667,7 +658,7 @@ def load_dialogues(
             if len(empty) > len(rows) / 10:
                 raise ValueError(note)
             print(f"data: {name}: {note}: left out")
-        if len(empty) == len(rows):
+        if not rows:
             raise ValueError("there is no row in it")
     kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
     return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
@@ -730,14 +721,13 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     if config.eval_every:
         count = config.eval_samples if config.eval_samples > 0 else len(splits["test"])
         aside = max(1, min(count, len(splits["train"]) // 10))
-        parts = splits["train"].train_test_split(test_size=aside, shuffle=False)
-        splits["train"], splits["selection"] = parts["train"], parts["test"]
+        left = len(splits["train"]) - aside
+        splits["selection"] = splits["train"].select(range(left, left + aside))
+        splits["train"] = splits["train"].select(range(left))
         print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
-    taken = {"batch_size": "train"} if config.max_ppo_steps else {}
-    taken |= {"sft_batch_size": "train"} if config.sft_steps else {}
-    taken |= {"eval_samples": "test"} if evaluated is None else {}
-    for name, split in taken.items():
-        if len(splits[split]) < getattr(config, name):
+    needs = [("batch_size", "train", config.max_ppo_steps), ("sft_batch_size", "train", config.sft_steps)]
+    for name, split, needed in [*needs, ("eval_samples", "test", evaluated is None)]:
+        if needed and len(splits[split]) < getattr(config, name):
             raise UserError(f"--{name} {getattr(config, name)} is more than the {len(splits[split])} {split} rows")
     return splits
 
@@ -933,11 +923,8 @@ class Policy(nn.Module):
         inputs, attention_mask = torch.cat([start, tokens[:, :-1]], dim=1), self.pad(responses.prompts)[1]
         states = self.encode(responses.prompts) if responses.encoder_states is None else responses.encoder_states
         # The model's head reads the N real tokens alone, never padding: (N, V) logits.
-        hook = self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][mask])
-        try:
+        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][mask]):
             outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
-        finally:
-            hook.remove()
         values = self.value_head(outputs.decoder_hidden_states[-1][mask])
         # One leading row, because TRL loops over rows: (1, N, V), (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
@@ -1076,7 +1063,6 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
     model.add_adapter("reference", model.peft_config["default"])
     copy_to_reference(model)
-    model.set_adapter("default")
     use_fast_layers(model)
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1234,8 +1220,8 @@ class Toxicity(evaluate.Measurement):
     its own: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
     """
 
-    def __init__(self, classifier: HateClassifier, **kwargs):
-        super().__init__(keep_in_memory=True, **kwargs)
+    def __init__(self, classifier: HateClassifier):
+        super().__init__(keep_in_memory=True)
         self.classifier = classifier
 
     def _info(self):
@@ -1327,11 +1313,8 @@ def my_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
 
 def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
     """A column (b, ...) of each process's rows, as many in each, to the whole batch's (B, ...), padded with 0."""
-    order = torch.tensor(rows, device=column.device)
-    if PartialState().num_processes > 1:
-        column = pad_across_processes(column.contiguous(), dim=1) if column.dim() > 1 else column
-        order, column = gather(order), gather(column.contiguous())
-    return column[order.argsort()]
+    order = gather(torch.tensor(rows, device=column.device))
+    return gather(pad_across_processes(column, dim=1))[order.argsort()]
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
@@ -1498,11 +1481,9 @@ def update(policy: Policy, optimizer, responses: Responses, rollout: dict, step:
             if every[-1]["ppo/policy/ratio"] > config.ratio_threshold:
                 skipped += 1
                 continue
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             if not norm.isfinite():
                 return {}
-            if config.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
             optimizer.step()
     means = {name: float(np.mean([stats[name] for stats in every])) for name in every[0]}
     return means | {"ppo/policy/first_ratio": every[0]["ppo/policy/ratio"], "ppo/skipped_minibatches": skipped}
@@ -1593,11 +1574,9 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
     sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence. Several processes
     share the rows; each has dropout of its own, so their number shows in the result.
     """
-    texts = [torch.tensor(ids[: config.sft_max_target_length]) for ids in token_ids(tokenizer, list(batch["summary"]))]
-    lengths = torch.tensor([len(text) for text in texts], device=policy.device)
-    tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    tokens = nn.functional.pad(tokens, (0, padded_width(lengths) - tokens.shape[1])).to(policy.device)
-    summaries = Responses(list(batch["input_ids"]), tokens, lengths)
+    texts = token_ids(tokenizer, list(batch["summary"]))
+    tokens, mask = policy.pad([ids[: config.sft_max_target_length] for ids in texts])
+    summaries = Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
     prompt_lengths, stats = [len(prompt) for prompt in summaries.prompts], Counter()
     dropout = random_stream(config.seed, TUNING, step, PartialState().process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
@@ -1605,11 +1584,13 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
     with policy.learning(dropout=True):
         for rows in micro_batches(prompt_lengths, my_rows(range(len(batch)), prompt_lengths), policy.base):
             logprobs, _ = policy(summaries.select(rows))
-            loss = -logprobs.sum() / lengths.sum()
+            loss = -logprobs.sum() / mask.sum()
             loss.backward()
             stats["loss"] += loss.item()
     loss = sum_over_processes(policy.trained(), stats)["loss"]
-    nn.utils.clip_grad_norm_(policy.trained(), 1.0)
+    if not nn.utils.clip_grad_norm_(policy.trained(), 1.0).isfinite():
+        way = f"Set dtype float32 (it is {policy.base.dtype}), or lower sft_learning_rate"
+        raise UserError(f"tuning step {step}: the gradients are not finite numbers. {way}.")
     decay(optimizer, config.sft_learning_rate, step, config.sft_steps)
     optimizer.step()
     return loss
@@ -1656,7 +1637,7 @@ def evaluate_policy(
             }
             parts.append(pd.DataFrame(columns, index=batch))
             bar.update(len(batch))
-    table = pd.concat([part for theirs in gather_object([parts]) for part in theirs]).sort_index()
+    table = pd.concat(gather_object(parts)).sort_index()
     for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
         if column in table and not np.isfinite(table[column]).all():
             way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
@@ -1673,19 +1654,20 @@ def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torc
 
 
 def measure_human(classifier: HateClassifier, rows, config: DetoxConfig) -> pd.DataFrame:
-    """Toxicity of each row's dialogue + human summary (response), of either alone, and what the judge says of it."""
+    """Toxicity of each row's dialogue + human summary (response), of either alone, and what the judge says of it.
+
+    Where there are no human summaries, that of the dialogue is all.
+    """
     joined = [classifier.join(*pair) for pair in zip(rows["dialogue"], rows["summary"], strict=True)]
     texts = {"toxicity": joined, "summary_toxicity": rows["summary"], "dialogue_toxicity": rows["dialogue"]}
     measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
     columns = {key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()}
     table = pd.DataFrame({"response": list(rows["summary"])} | columns)
     add_judge({"human": table}, config, classifier.model.device)
-    return table
+    return table if any(rows["summary"]) else table[["dialogue_toxicity"]]
 
 
 def print_means(label: str, table: pd.DataFrame) -> None:
-    if not any(table["response"]):  # there are no human summaries
-        return
     for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
         if key in table:
             mean, std = table[key].mean(), table[key].std(ddof=0)
@@ -1793,7 +1775,6 @@ def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
 
 PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
-UNMEASURED = ("config", "environment", "warnings", "timings")  # parts of results.json
 NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
 
 
@@ -1816,36 +1797,40 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         block = {key: compare(decoding, key) for key in keys}
         for key in ("length", "reward"):
             block[key] = {when: {"mean": float(both[decoding][key].mean())} for when, both in tables.items()}
-        rouge = ("rouge1", "rouge2", "rougeL")
-        block["rouge"] = {when: {name: line[name] for name in rouge if name in line} for when, line in quality.items()}
+        block["rouge"] = {when: {k: line[k] for k in line if k.startswith("rouge")} for when, line in quality.items()}
         return block | {"quality": quality}
 
     results = measured("sampled") | {"greedy": measured("greedy")}
     if config.judge_model_name:
         sampled, greedy = ({"summary_toxicity": compare(name, "judge_toxicity")} for name in ("sampled", "greedy"))
         results["judge"] = sampled | {"greedy": greedy}
-    measures = [key for key in (*keys, "judge_toxicity") if key in human and any(summaries)]
-    results["human"] = {key: mean_and_std(human[key]) for key in measures}
+    results["human"] = {key: mean_and_std(human[key]) for key in (*keys, "judge_toxicity") if key in human}
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
     if state.best:
         results["best"] = {name: state.best[name] for name in ("step", "summary_toxicity", "rougeL")}
-    results["verdict"] = in_words(results)
+    blocks, less = toxicities(results), "less toxic"
+    results["verdict"] = in_words(blocks)
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
-    blocks, less = toxicities(results), "less toxic"
-    changes = {name: statistics["verdict"]["change"] for name, statistics in blocks.items()}
+    hacked, blind = [], []
     for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
+        found = blocks[decoding]
+        judged = blocks.get(f"judge, {decoding}", found)  # without a judge the classifier agrees with itself
         worse = degradation(block["quality"]["before"], block["quality"]["after"])
-        if worse and blocks[decoding]["paired_difference"]["mean"] < 0:
-            hacked = f"reward hacking: toxicity fell, but the summaries ({decoding}) got worse: {'; '.join(worse)}"
-            warned["reward hacking"] = f"{hacked}. Raise init_kl_coef, lower learning_rate or stop earlier."
-        if changes[decoding] == less != changes.get(f"judge, {decoding}", less):
-            blind = f"the classifier says that the summaries ({decoding}) are less toxic, the judge does not"
-            way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
-            warned["judge"] = f"{blind}. {way}"
+        if worse and found["paired_difference"]["mean"] < 0:
+            hacked.append(f"{'; '.join(worse)} ({decoding})")
+        if found["verdict"]["change"] == less != judged["verdict"]["change"]:
+            blind.append(decoding)
+    if hacked:
+        fell = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
+        warned["reward hacking"] = f"{fell}. Raise init_kl_coef, lower learning_rate or stop earlier."
+    if blind:
+        says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
+        way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
+        warned["judge"] = f"{says}. {way}"
     return results
 
 
@@ -1857,12 +1842,11 @@ def toxicities(results: dict) -> dict[str, dict]:
     return blocks | {"with dialogue": results["toxicity"]}
 
 
-def in_words(results: dict) -> str:
+def in_words(blocks: dict[str, dict]) -> str:
     """The result in one sentence: shares of the summaries that are toxic, sampled and greedy."""
-    blocks = toxicities(results)
     shares = [f"{100 * block[when]['share']:.1f}%" for block in blocks.values() for when in ("before", "after")]
     text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
-    if "judge" in results:
+    if "judge, sampled" in blocks:
         text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
     sampled = blocks["sampled"]
     return f"{text}; {sampled['before']['n']} prompts, p = {sampled['paired_difference']['p_value']:.4f}"
@@ -1872,13 +1856,9 @@ def verdict_table(blocks: dict[str, dict]) -> pd.DataFrame:
     """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
     lines = {}
     for name, block in blocks.items():
-        changes = {"mean": "was 0", "std": "was 0"}
-        changes |= {
-            key: f"{0 - percent:+.1f}%" for key, percent in block["reduction_percent"].items() if percent is not None
-        }
-        paired, verdict = block["paired_difference"], block["verdict"]
+        paired, verdict, reduced = block["paired_difference"], block["verdict"], block["reduction_percent"]
         lines[name] = {
-            **changes,
+            **{key: "was 0" if percent is None else f"{0 - percent:+.1f}%" for key, percent in reduced.items()},
             "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
             "p": f"{paired['p_value']:.4f}",
             "fell": f"{verdict['better']:.0%}",
@@ -1950,9 +1930,9 @@ def print_results(results: dict, comparison: pd.DataFrame) -> None:
     for row in examples_of(comparison, 2).itertuples():
         print(f"{row.before[:42]:<42}  {row.after[:42]:<42}  {row.reward_diff:+.3f}")
     if len(comparison) == 1:
-        for prefix, when in itertools.product(("", "greedy_"), ("before", "after")):
-            summary, toxicity = (comparison[f"{prefix}{name}_{when}"][0] for name in ("response", "summary_toxicity"))
-            tell(f"{prefix.replace('_', ' ')}{when} (toxicity {toxicity:.4f}): {summary}")
+        for name in comparison.filter(like="response_"):
+            toxicity = comparison[name.replace("response", "summary_toxicity")][0]
+            tell(f"{name.replace('response_', '').replace('_', ' ')} (toxicity {toxicity:.4f}): {comparison[name][0]}")
     for kind in ("reward hacking", "judge"):
         if kind in results["warnings"]:
             tell(f"warning: {results['warnings'][kind]}")
@@ -1984,7 +1964,7 @@ def draw_training(history: list[dict]) -> Figure:
         axes.set_title(title, fontsize=11, loc="left")
         axes.grid(alpha=0.3)
         axes.set_xlabel("PPO step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     price = grid[0, 1].twinx()
     price.plot(table["objective/kl_coef"], color=ORANGE, linestyle="--", linewidth=2)
@@ -2105,9 +2085,9 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def card_name(name: str) -> str:
-    """A hub id as it is; a local path as its last part, spelt so that it is a valid repository name."""
+    """A hub id without its revision; a local path as its last part, spelt so that it is a valid repository name."""
     if not Path(name).exists():
-        return name
+        return name.partition("@")[0]
     return re.sub(r"[^0-9A-Za-z]+", "-", Path(name).resolve().name)[:96].strip("-") or "local"
 
 
@@ -2201,18 +2181,17 @@ def start_tracker(config: DetoxConfig) -> Accelerator | None:
         return tracker
 
 
-def end_tracker(tracker: Accelerator | None, results: dict, step: int) -> None:
+def end_tracker(tracker: Accelerator, measured: dict, step: int) -> None:
     """Tell a tracker what was measured, on one level: summary_toxicity/after/mean and so on, under final/."""
-    if tracker is None:
-        return
-    measured = pd.json_normalize({key: results[key] for key in results if key not in UNMEASURED}, sep="/").iloc[0]
-    tracker.log({f"final/{name}": value for name, value in measured.items() if isinstance(value, float)}, step=step)
+    flat = pd.json_normalize(measured, sep="/").iloc[0]
+    tracker.log({f"final/{name}": value for name, value in flat.items() if isinstance(value, float)}, step=step)
     tracker.end_training()
 
 
 def publish(config: DetoxConfig, model_dir: Path) -> None:
     """Put the adapter at the root of a repository of the hub, beside it card, pictures and what it started from."""
-    names = ["README.md", "training.png", "toxicity.png", "start_adapter/*", "sft_adapter/*"]
+    names = ["README.md", "training.png", "toxicity.png"]
+    names += [f"{start}/*"] if (start := start_directory(config)) else []
     try:
         repo_id = HfApi().create_repo(config.hub_model_id, exist_ok=True).repo_id
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir / "adapter")
@@ -2269,8 +2248,7 @@ class Stopped(BaseException):
 class StopSignals:
     """Handler of SIGTERM, SIGHUP and Ctrl-C: stops the run at once, but a step in hand only when asked twice."""
 
-    def __init__(self):
-        self.in_step, self.received = False, None
+    in_step, received = False, None
 
     def __call__(self, number, frame):
         again, self.received = self.received, number
@@ -2283,12 +2261,6 @@ class StopSignals:
         received = next(filter(None, gather_object([self.received])), None)
         self.received = self.received or received  # a signal may just have come here, for the next time to tell
         return received is not None
-
-    def end_of_steps(self) -> None:
-        """What comes next may be stopped at any point."""
-        agreed, self.in_step = self.agreed(), False
-        if agreed:
-            raise Stopped
 
 
 @dataclasses.dataclass
@@ -2379,7 +2351,7 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
-        elif config.evaluates_only and (Path(config.output_dir) / "adapter").exists():
+        elif config.evaluates_only and (Path(config.output_dir) / "training.png").exists():
             raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
@@ -2473,32 +2445,32 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
     bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
     for step in bar:
         yield step, bar
-    stop.end_of_steps()
+    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    if agreed:
+        raise Stopped
 
 
 def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
     """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
     history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    metrics, step, last, texts = history[-1], state.step, config.max_ppo_steps, []
+    metrics, step, last = history[-1], state.step, config.max_ppo_steps
     names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
     bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
     if step % config.logging_steps == 0 or step == last:
         names["advantages_mean"] = "ppo/policy/advantages_mean"
         values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
-        texts.append(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
+        tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
     if (words := step_in_words(history, config)) != state.words:
         state.words = words
-        texts.append(f"  {words}")
+        tell(f"  {words}")
     for kind, text in step_warnings(history, config).items():
         if kind not in state.warnings:
             state.warnings[kind] = f"step {step}: {text}"
-            texts.append(f"  warning, {state.warnings[kind]}")
+            tell(f"  warning, {state.warnings[kind]}")
     if first:
         left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
         left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
-        texts.append(f"  about {left / 60:.1f} minutes to go, the evaluation included")
-    for text in texts:
-        tell(text)
+        tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
 
 
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
@@ -2514,7 +2486,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
     _locks = claim(config) if writes else []
-    checkpoint = checkpoints.load() if config.resume else None
+    checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
     checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
@@ -2534,6 +2506,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
             tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
+        if config.evaluates_only:  # without its adapters the base has no reference
+            del tables["sampled"]["kl"]
         state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
 
     def keep(due):
@@ -2552,7 +2526,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             evaluate_now("base" if config.sft_steps else "before")
         if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
-    if writes and state.step < config.max_ppo_steps:
+    if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
         (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
 
     # Tune
@@ -2620,12 +2594,13 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Report
     tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
-    results = {"config": state.config, "environment": environment(config, device, dtype, origin)}
-    results |= build_results(tables, human, evaluated, state, config)
+    measured = build_results(tables, human, evaluated, state, config)
+    results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
         write_report(config, results, state.history, evaluated, tables)
-        end_tracker(tracker, results, state.step)
+        if tracker:
+            end_tracker(tracker, measured, state.step)
         if config.hub_model_id and not config.evaluates_only:
             publish(config, model_dir)
         if config.dynamodb_table:
@@ -2663,16 +2638,18 @@ def main(args: list[str] | None = None) -> None:
         for setting, way in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
             if (value := os.environ.get(f"ACCELERATE_{setting}", "no")).lower() not in ("", "no"):
                 raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {way}")
-        if in_main_thread:  # Python would not hear Ctrl-C while PyTorch waits for the other processes
-            handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # What is ignored stays so, as nohup has it with a hangup, and a shell with Ctrl-C for what runs behind it.
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if in_main_thread else ()
+        handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
+        if signal.SIGINT in handlers:  # Python would not hear Ctrl-C while PyTorch waits for the other processes
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if (count := os.environ.get("WORLD_SIZE", "1")) != "1" and os.environ.get("RANK") == "0":
             print(f"waiting for all of the {count} processes that WORLD_SIZE promises", file=sys.stderr)
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         if not processes.is_main_process:  # one process speaks, but for the last words below
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if in_main_thread and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has a hangup ignored
-                handlers.setdefault(number, signal.signal(number, stop))
+        for number in handlers:
+            signal.signal(number, stop)
         run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# A shell that runs the tests in the background has Ctrl-C ignored, which every run would take over.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the modules under test are single files in the repository root
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -138,9 +138,9 @@ def sagemaker(root):
     detox_ppo.SAGEMAKER = Path(root)
 
 
-def nohup():
-    """Prepare a run: it is to live on when its terminal is closed."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def ignore(name):
+    """Prepare a run: it is to live on when it gets this signal."""
+    signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def short_of_memory():

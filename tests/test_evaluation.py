@@ -257,7 +257,13 @@ def test_a_hacked_reward_is_called_so(small, capsys, few):
     before = table_of([f"The stupid {text}" for text in summaries], np.linspace(0.5, 0.9, 20))
     kept, hacked = table_of(summaries, 0.1), table_of(["Fine, fine, fine."] * 20, 0.1)
     human = {"toxicity": [0.1] * 20, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
-    for after, greedy, warned in ((kept, kept, None), (hacked, kept, "sampled"), (kept, hacked, "greedy")):
+    both = ("sampled", "greedy")
+    for after, greedy, warned in (
+        (kept, kept, ()),
+        (hacked, kept, both[:1]),
+        (kept, hacked, both[1:]),
+        (hacked, hacked, both),
+    ):
         tables, others = {"before": before, "after": after}, {"before": before, "after": greedy}
         results = results_of(tables, human, summaries, small.config, others)
         assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
@@ -265,7 +271,9 @@ def test_a_hacked_reward_is_called_so(small, capsys, few):
         sides = ({"sampled": before, "greedy": before}, {"sampled": after, "greedy": greedy})
         print_results(results, build_comparison(rows, *sides))
         printed = " ".join(capsys.readouterr().out.split())
-        assert (f"warning: reward hacking: toxicity fell, but the summaries ({warned})" in printed) == bool(warned)
+        warning = results["warnings"].get("reward hacking", "")
+        assert f"warning: {warning}" in printed if warned else "reward hacking" not in printed
+        assert [decoding for decoding in both if f" ({decoding})" in warning] == list(warned)
     assert "ROUGE-L fell from" in printed and results["warnings"]["reward hacking"] in printed
     # No reward was hacked where the summaries got worse and more toxic.
     assert not results_of({"before": kept, "after": before}, human, summaries, small.config)["warnings"]
@@ -288,6 +296,13 @@ def test_a_judge_that_sees_no_change_is_heard(small, capsys, few, after, warned)
     assert results["verdict"] in printed and f"by the judge 100.0% and {100 * (after > 0.5):.1f}%" in printed
     assert results["judge"]["greedy"]["summary_toxicity"]["after"]["mean"] == pytest.approx(after)
     assert ("blind spots" in printed.splitlines()[-1]) == bool(warned)
+    assert ("that the summaries (sampled and greedy) are less toxic" in printed) == bool(warned)
+
+
+@pytest.mark.parametrize("texts, told", [(["", ""], 2), (["He leaves.", ""], 2)])
+def test_means_of_empty_summaries_are_printed(capsys, texts, told):
+    detox_ppo.print_means("after", table_of(texts, 0.25))
+    assert len(capsys.readouterr().out.splitlines()) == told
 
 
 def test_results_by_hand(small, few):

@@ -164,8 +164,9 @@ def test_an_empty_text_is_not_given_for_what_is_optional(small_arguments, name):
     assert getattr(parse_config([*small_arguments(), f"--{name}", ""]), name) is None
 
 
-def test_none_is_said_as_the_messages_say_it(small_arguments):
-    assert parse_config([*small_arguments(), "--reward_label", "None"]).reward_label is None
+@pytest.mark.parametrize("name", ["reward_label", "score_clip", "max_grad_norm"])
+def test_none_is_said_as_the_messages_say_it(small_arguments, name):
+    assert getattr(parse_config([*small_arguments(), f"--{name}", "None"]), name) is None
 
 
 def test_an_empty_text_for_what_is_needed_is_one_line(small_arguments):
@@ -278,8 +279,10 @@ def test_a_closed_terminal_stops_as_sigterm_does(undisturbed, forked, tmp_path):
     assert (tmp_path / "run" / "checkpoint-2.pt").is_file()
 
 
-def test_nohup_is_heard(undisturbed, forked, tmp_path):
-    done = forked.run(undisturbed.args, tmp_path, [["forks:nohup", {}], strike("sampling", 10, "SIGHUP")])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_nohup_is_heard(undisturbed, forked, tmp_path, name):
+    """And so is a shell that has Ctrl-C ignored by what it starts in the background."""
+    done = forked.run(undisturbed.args, tmp_path, [["forks:ignore", {"name": name}], strike("sampling", 10, name)])
     assert done.code == 0 and "stopped by" not in done.output
     assert differences(undisturbed.left, left(tmp_path / "run")) == []
 

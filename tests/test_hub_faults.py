@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_faults import BASE, FAULTS, OPTIONS, PASSWORD, PROGRAM, UNKNOWN
 
-from detox_ppo import UserError
+from detox_ppo import UserError, explain
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
 
@@ -80,6 +80,11 @@ def test_hub_that_is_gone(ended):
 def test_masking(text):
     masked = str(UserError(f"before {text.format('s3cret')} after"))
     assert "s3cret" not in masked and "***" in masked and masked.startswith("before ") and masked.endswith(" after")
+
+
+def test_masking_of_a_failure_that_libraries_tell():
+    told = explain(OSError("Permission denied: https://me:s3cret@host/x?token=s3cret"))
+    assert "Permission denied" in told and "s3cret" not in told
 
 
 def test_what_is_no_secret_is_told():

@@ -171,6 +171,7 @@ def test_card_metadata(finished):
 
 def test_names_in_the_metadata(tmp_path):
     assert card_name("google/flan-t5-base") == "google/flan-t5-base"
+    assert card_name("knkarthick/dialogsum@main") == "knkarthick/dialogsum"
     for name in ("a b..c--d", "-x-", "---", "n" * 200, "train.csv", "a: [b] # c"):
         (tmp_path / name).mkdir()
         found = card_name(str(tmp_path / name))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -202,17 +203,39 @@ def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):
     assert comparison["dialogue"].tolist() == [text]
 
 
-def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, capsys):
-    ran(max_ppo_steps=1)
+@pytest.mark.parametrize("resume", ["false", "true"])
+@pytest.mark.parametrize("model_dir", ["out", "elsewhere"])
+def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, capsys, model_dir, resume):
+    ran(max_ppo_steps=1, model_dir=tmp_path / model_dir)
     before = (tmp_path / "out" / "results.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        ran(max_ppo_steps=0, adapter_name=tmp_path / "out")
+        ran(max_ppo_steps=0, adapter_name=tmp_path / model_dir, resume=resume)
     assert stop.value.code == 2 and (tmp_path / "out" / "results.json").read_bytes() == before
     told = f"--output_dir {tmp_path / 'out'}: a run that trained lies there; name another directory"
     assert told in capsys.readouterr().err
 
 
 # Names
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [({"hub_model_id": "clean"}, "OWNER/NAME"), ({"hub_model_id": "me/it", "max_ppo_steps": 0}, "nothing is trained")],
+)
+def test_what_could_not_be_published_is_refused_at_once(small_config, options, why):
+    with pytest.raises(UserError, match=f"^--hub_model_id {options['hub_model_id']}: .*{why}"):
+        small_config(**options)
+
+
+def test_a_model_s_contents_are_the_files_beside_its_config(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "model")
+    before = detox_ppo.contents_of(str(tmp_path / "model"), "model_name")
+    for later in (".cache/huggingface/download/config.json.metadata", "run/results.json"):
+        (tmp_path / "model" / later).parent.mkdir(parents=True)
+        (tmp_path / "model" / later).write_text("of a download, of a run")
+    assert detox_ppo.contents_of(str(tmp_path / "model"), "model_name") == before
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert detox_ppo.contents_of(str(tmp_path / "model"), "model_name") != before
 
 
 def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, monkeypatch):
@@ -262,11 +285,15 @@ def test_published(ran, monkeypatch, dialogues, tmp_path):
         monkeypatch.setattr(detox_ppo.huggingface_hub.constants, "ENDPOINT", hub.url)
         api = HfApi(endpoint=hub.url, token="hf_" + "a" * 30)
         monkeypatch.setattr(detox_ppo, "HfApi", lambda: api)
+        other = tmp_path / "out" / "sft_adapter"  # of another run
+        other.mkdir(parents=True)
+        (other / "adapter_config.json").write_text("{}")
         _, printed, _ = ran(hub_model_id="example/clean", dataset_name=dialogues, max_ppo_steps=1)
     assert f"adapter and card are at {hub.url}/example/clean" in printed
     expected = {f"{place}{file}" for place in ("", "start_adapter/") for file in ADAPTER_FILES}
     assert set(hub.files["example/clean"]) >= expected | {"README.md", "training.png", "toxicity.png"}
     assert not [name for name in hub.files["example/clean"] if name.endswith((".pt", ".csv", ".json~"))]
+    assert not [name for name in hub.files["example/clean"] if name.startswith("sft_adapter")]
     for name, content in hub.files["example/clean"].items():  # PEFT looks for an adapter at the root
         at_root = name in (*ADAPTER_FILES, "value_head.safetensors")
         assert content == (tmp_path / "out" / ("adapter" if at_root else "") / name).read_bytes()

@@ -215,6 +215,14 @@ def test_more_steps_by_a_resume_are_the_longer_run(undisturbed, forked, tmp_path
     assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-2.pt"]
 
 
+def test_a_tuning_that_is_done_anew_counts_as_unfinished(undisturbed, forked, tmp_path):
+    args = [*undisturbed.args, "--max_ppo_steps", "0", "--eval_samples", "1"]
+    assert forked.run(args, tmp_path, [FAST]).code == 0
+    assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
+    refused = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
+    assert refused.code == 2 and "run holds an unfinished run (checkpoint-sft-" in refused.error
+
+
 # What is kept
 
 

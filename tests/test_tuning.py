@@ -63,6 +63,15 @@ def tune(small, rows):
     return losses
 
 
+def test_gradients_that_are_not_finite_reach_no_weight(load_small, splits, monkeypatch):
+    small = load_small(sft_steps=2, sft_batch_size=4)
+    before, forward = adapter_of(small.policy), detox_ppo.Policy.forward
+    monkeypatch.setattr(detox_ppo.Policy, "forward", lambda *args: tuple(math.nan * x for x in forward(*args)))
+    with pytest.raises(UserError, match="tuning step 1: the gradients are not finite numbers. .* sft_learning_rate"):
+        tune(small, splits["train"])
+    assert same(before, adapter_of(small.policy))
+
+
 def adapter_weights(directory):
     return load_file(directory / "adapter_model.safetensors")
 
