@@ -2004,11 +2004,12 @@ CARD = """---
 
 # {{ e(name) }}: a LoRA adapter for summaries that are not toxic
 
-**{{ verdict }}.** PPO trained it to raise the score of {{ e(reward_model) }}, {{ reward }}; toxic means
-that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
-{%- if judge %}. The judge is {{ e(judge) }} by its "{{ e(config.judge_label) }}"; it took no part in the training
-{%- endif %}. The adapter started from {{ e(start or "a new LoRA") }} on {{ e(base) }}. The same held-out prompts
-before and after:
+**{{ verdict }}.** PPO trained it to raise the score of {{ named(config.reward_model_name) }}, {{ reward }}; toxic
+means that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
+{%- if config.judge_model_name %}. The judge is {{ named(config.judge_model_name) }} by its
+"{{ e(config.judge_label) }}"; it took no part in the training
+{%- endif %}. The adapter started from {{ named(config.adapter_name) or "a new LoRA" }} on {{ e(base_model) }}. The
+same held-out prompts before and after:
 
 {{ verdicts }}
 {% for text in warnings %}
@@ -2038,8 +2039,8 @@ The prompts whose reward rose most, rose as much as the median, and fell most or
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({{ base.__repr__() }})
-model = AutoModelForSeq2SeqLM.from_pretrained({{ base.__repr__() }})
+tokenizer = AutoTokenizer.from_pretrained({{ base_model.__repr__() }})
+model = AutoModelForSeq2SeqLM.from_pretrained({{ base_model.__repr__() }})
 dialogue = {{ dialogue.__repr__() }}
 prompt = {{ config.prompt.__repr__() }}.replace("{dialogue}", dialogue)
 
@@ -2098,14 +2099,13 @@ def start_directory(config: DetoxConfig) -> str | None:
 
 def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
-    dataset, base = card_name(config.dataset_name), card_name(config.model_name)
-    start = config.adapter_name and card_name(config.adapter_name)
+    dataset = card_name(config.dataset_name)
     hub, begun = config.hub_model_id, start_directory(config)
     scored = "dialogue and summary" if config.score_text == "query_response" else "the summary"
     label = f'"{config.reward_label}" logit' if config.reward_label else f'"{config.toxic_label}" logit, negated,'
     data = ModelCardData(
         model_name=config.hub_model_id or card_name(config.output_dir),
-        base_model=base,
+        base_model=card_name(config.model_name),
         library_name="peft",
         license="apache-2.0",
         language="en",
@@ -2127,15 +2127,12 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         template_str=CARD,
         name=data.model_name,
         e=escape,
+        named=lambda name: name and escape(card_name(name)),
         config=config,
         verdict=results["verdict"],
         reward=f"the {escape(label)} of {scored}",
-        reward_model=card_name(config.reward_model_name),
-        judge=config.judge_model_name and card_name(config.judge_model_name),
         limit=TOXIC,
-        start=start,
         start_directory=begun,
-        base=base,
         verdicts=markdown_table(verdict_table(toxicities(results)).rename_axis("toxicity").reset_index()),
         warnings=results["warnings"].values(),
         figures=markdown_table(figures_of(results).rename_axis("mean").reset_index()),
