@@ -1,6 +1,6 @@
 """How the cost of a PPO step grows with the batch and with the prompts: a table, a fit and a picture.
 
-    python benchmarks/growth.py              # true shapes, about ten minutes on 2 cores
+    python benchmarks/growth.py              # true shapes, ten to thirty minutes on 2 cores
     python benchmarks/growth.py --short      # narrow models, two points a line, in this process: does it start?
 
 Each point is a process of its own, with one step to warm up and one that is timed, at FLAN-T5-base shapes with random
