@@ -178,6 +178,7 @@ def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, t
         dataset_name="nowhere", eval_dataset_name=tmp_path / "rows.csv", max_ppo_steps=0, eval_samples=-1
     )
     assert results["summary_toxicity"]["before"]["n"] == 25
+    assert "empty" in results["quality"]["before"] and "kl" not in results["quality"]["before"]  # of no reference
     with small.policy.model.disable_adapter():
         base = detox_ppo.generate(
             small.policy,
