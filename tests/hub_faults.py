@@ -47,6 +47,11 @@ def write_program(directory, trap):
     return directory
 
 
+def hurried(question):
+    """The same question to the hub, with half a second for its answer."""
+    return lambda *args, **kwargs: question(*args, **kwargs | {"timeout": 0.5})
+
+
 def main(directory):
     models, datasets = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
     make_dialogues(datasets[DIALOGUES])  # as many as are read forty times in no time
@@ -64,10 +69,8 @@ def main(directory):
         constants = huggingface_hub.constants
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
-        repo_info = huggingface_hub.HfApi.repo_info
-        huggingface_hub.HfApi.repo_info = lambda *args, **kwargs: repo_info(*args, **kwargs | {"timeout": 0.5})
-        metadata = huggingface_hub.get_hf_file_metadata
-        huggingface_hub.get_hf_file_metadata = lambda *args, **kwargs: metadata(*args, **kwargs | {"timeout": 0.5})
+        for place, name in ((huggingface_hub.HfApi, "repo_info"), (huggingface_hub, "get_hf_file_metadata")):
+            setattr(place, name, hurried(getattr(place, name)))
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
         def tell(name, repo_id, *more):

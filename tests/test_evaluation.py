@@ -299,10 +299,10 @@ def test_a_judge_that_sees_no_change_is_heard(small, capsys, few, after, warned)
     assert ("that the summaries (sampled and greedy) are less toxic" in printed) == bool(warned)
 
 
-@pytest.mark.parametrize("texts, told", [(["", ""], 2), (["He leaves.", ""], 2)])
-def test_means_of_empty_summaries_are_printed(capsys, texts, told):
+@pytest.mark.parametrize("texts", [["", ""], ["He leaves.", ""]])
+def test_means_of_empty_summaries_are_printed(capsys, texts):
     detox_ppo.print_means("after", table_of(texts, 0.25))
-    assert len(capsys.readouterr().out.splitlines()) == told
+    assert len(capsys.readouterr().out.splitlines()) == 2  # with dialogue, and alone
 
 
 def test_results_by_hand(small, few):
