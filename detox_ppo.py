@@ -745,7 +745,7 @@ class OneDnnLinear(torch.autograd.Function):
     """x (..., in) times a frozen weight (out, in), by oneDNN in float32; the gradient goes to x alone, by MKL.
 
     PyTorch takes MKL for float32. On AMD processors oneDNN is faster up to some 500 rows, but not with the transposed
-    weight of the gradient. There is no public way to oneDNN for float32.
+    weight of the gradient; on Intel ones they are equals. There is no public way to oneDNN for float32.
     """
 
     @staticmethod
@@ -763,6 +763,9 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             return OneDnnLinear.apply(x, self.weight, self.bias)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
+            # As W x^T, because oneDNN reorders the second factor at each call, which for W takes as long as the rest.
+            return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
         return super().forward(x)
 
 
@@ -788,9 +791,10 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model) -> list[list[i
     """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
 
     Similar lengths waste little on padding, and the size bounds what a pass keeps in memory. The bound is in bytes of
-    a hidden state, so that small models get large groups; a GPU wants larger groups still.
+    a hidden state, so that small models get large groups; a GPU wants larger groups still. Without gradients little
+    is kept.
     """
-    bound = 3 * 2**18 if model.device.type == "cpu" else 2**27
+    bound = (3 * 2**18 if model.device.type == "cpu" else 2**27) * (1 if torch.is_grad_enabled() else 2)
     largest = bound // (model.config.hidden_size * model.dtype.itemsize)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
@@ -1188,15 +1192,20 @@ class HateClassifier:
         return joined(max(0, bisect.bisect_right(range(len(dialogue)), self.max_length, key=tokens) - 1))
 
     @torch.no_grad()
-    def logits(self, texts: list[str]) -> torch.Tensor:
-        """Raw logits (texts, labels) in float32 on the CPU, batched by length to save padding."""
+    def logits(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Raw logits (texts, labels) in float32 on the CPU, batched by length to save padding.
+
+        bfloat16 takes a CPU with units for it half the time: the products are of bfloat16, their sums in float32. It
+        moves P(toxic) by less than 0.01 (benchmarks/reward_precision.py), which rewards can bear and results need not.
+        """
         encoded = token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
         logits = torch.empty(len(texts), len(self.labels))
-        for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
-            batch = {"input_ids": [encoded[i] for i in rows]}
-            width = min(padded_width(map(len, batch["input_ids"])), self.max_length)
-            batch = self.tokenizer.pad(batch, padding="max_length", max_length=width, return_tensors="pt")
-            logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
+        with torch.backends.mkldnn.flags(None, None, None, "bf16" if dtype == torch.bfloat16 else None):
+            for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
+                batch = {"input_ids": [encoded[i] for i in rows]}
+                width = min(padded_width(map(len, batch["input_ids"])), self.max_length)
+                batch = self.tokenizer.pad(batch, padding="max_length", max_length=width, return_tensors="pt")
+                logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
         return logits
 
     def toxicity(self, logits: torch.Tensor, toxic_label: str | None = None) -> list[float]:
@@ -1209,8 +1218,8 @@ class HateClassifier:
         """What PPO raises, (texts,): the raw logit of the reward label, or minus that of the toxic one."""
         return -logits[:, self.toxic_index] if self.reward_index is None else logits[:, self.reward_index]
 
-    def scores(self, texts: list[str]) -> torch.Tensor:
-        return self.score(self.logits(texts))
+    def scores(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.score(self.logits(texts, dtype))
 
 
 class Toxicity(evaluate.Measurement):
@@ -1338,7 +1347,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/reward"):
         if config.score_text == "query_response":
             texts = [classifier.join(dialogues[i], text) for i, text in zip(rows, texts, strict=True)]
-        scores = classifier.scores(texts).to(policy.device)
+        scores = classifier.scores(texts, policy.base.dtype).to(policy.device)
     with timed(seconds, "time/gather"):
         columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
         columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}

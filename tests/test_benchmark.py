@@ -297,6 +297,33 @@ def test_published_logits_are_compared(tiny, monkeypatch, call, capsys):
     assert end.value.code == 0 and "they agree" in capsys.readouterr().out
 
 
+# Rewards in bfloat16
+
+
+@pytest.mark.parametrize("largest, code", [(0.01, 0), (-1.0, 1)])
+def test_reward_precision_compares_both_dtypes(tiny, tmp_path, monkeypatch, call, capsys, largest, code):
+    import reward_precision
+
+    rows = [
+        {"id": f"row_{i}", "dialogue": f"#Person1#: You are number {i}.", "summary": "What a fool."} for i in range(3)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.csv").write_text('summary\n"Nice, that is."\n')
+    monkeypatch.setattr(reward_precision, "LARGEST", largest)
+    with pytest.raises(SystemExit) as end:
+        call(
+            reward_precision,
+            "--reward_model_name",
+            tiny / "classifier",
+            "--texts",
+            tmp_path / "a.jsonl",
+            tmp_path / "b.csv",
+        )
+    assert end.value.code == code
+    printed = capsys.readouterr().out
+    assert printed.startswith("7 texts,") and "P(hate): mean 0." in printed and "in bfloat16" in printed
+
+
 # Step time
 
 

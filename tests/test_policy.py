@@ -141,14 +141,15 @@ def test_new_lora_starts_as_the_identity(load_small, tiny):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_layers_compute_what_linear_does():
+@pytest.mark.parametrize("dtype, bias", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_frozen_layers_compute_what_linear_does(dtype, bias):
     torch.manual_seed(0)
-    plain = torch.nn.Linear(48, 32)
-    frozen = FrozenLinear(48, 32)
+    plain = torch.nn.Linear(48, 32, bias=bias, dtype=dtype)
+    frozen = FrozenLinear(48, 32, bias=bias, dtype=dtype)
     frozen.load_state_dict(plain.state_dict())
     frozen.requires_grad_(False)
-    for shape in ((5, 48), (2, 3, 48)):
-        x = torch.randn(shape)
+    for shape in ((5, 48), (2, 3, 48), (64, 1, 48), (65, 48)):  # up to 64 rows bfloat16 goes a way of its own
+        x = torch.randn(shape, dtype=dtype)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         outputs = [layer(value) for layer, value in zip((plain, frozen), inputs, strict=True)]
         torch.testing.assert_close(outputs[1], outputs[0])

@@ -188,3 +188,18 @@ def test_real_classifiers_say_what_they_were_measured_to_say(name, judge):
     else:
         probes = {probe["text"]: probe["p_hate"] for probe in probes}
     assert classifier.toxicity(classifier.logits(list(probes))) == pytest.approx(list(probes.values()), abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "name, labels", [("hate-minilm", {}), ("toxic-minilm", {"reward_label": "", "toxic_label": "toxic"})]
+)
+def test_rewards_in_bfloat16_are_those_in_float32_but_for_a_hundredth(name, labels):
+    """Nothing moves where the processor has no units for bfloat16."""
+    classifier = detox_ppo.HateClassifier(
+        detox_ppo.DetoxConfig(reward_model_name=str(REAL / name), **labels), torch.device("cpu")
+    )
+    texts = list(pd.read_csv(REAL / "lab-summaries.csv")["peft_model_summaries"].astype(str)[:200])
+    exact, rounded = (
+        classifier.toxicity(classifier.logits(texts, dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert max(exact) > 0.3 and rounded == pytest.approx(exact, abs=0.01)

@@ -360,6 +360,18 @@ def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
     assert found[:2] == found[2:] and found[0]["ppo/skipped_steps"] == 0 and found[0] != found[1]
 
 
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "none"), (torch.bfloat16, "bf16")])
+def test_rewards_are_products_of_the_policys_dtype(load_small, splits, classifier, dtype, precision):
+    small, products, seen = load_small(dtype), torch.backends.mkldnn.matmul, []
+    hook = classifier.model.register_forward_pre_hook(lambda *_: seen.append(products.fp32_precision))
+    step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
+    assert set(seen) == {precision}
+    seen.clear()
+    evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
+    assert set(seen) == {"none"}  # results are in float32 in any case
+    hook.remove()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_first_ratio_is_one_and_first_kl_zero(load_small, splits, classifier, dtype, tolerance):
     small = load_small(dtype, adapter_name="")
@@ -384,7 +396,8 @@ def test_micro_batches_hold_every_row_once_and_bound_the_pass(small):
     token = small.policy.base.config.hidden_size * 4  # bytes, in float32
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[row] for row in group) * token <= 3 * 2**18
-    assert len(groups) < len(rows)
+    with torch.no_grad():
+        assert len(detox_ppo.micro_batches(lengths, rows, small.policy.base)) < len(groups) < len(rows)
 
 
 def test_parts_of_a_minibatch_add_up_to_its_gradient(load_small, splits, classifier, monkeypatch):
