@@ -61,7 +61,7 @@ SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are 
 SAVE_STEPS = 5
 ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # of these, the steps whose adapters are judged too
 PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats a summary)"}
-REACHED = 3.0  # of a score of 0 at the start and of 4 where nobody is insulted
+REACHED = 3.0  # of a score of 1 at the start and of 3.1 where nobody is insulted
 
 
 def run_arguments(options, seed, directory):
