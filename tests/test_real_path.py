@@ -198,8 +198,8 @@ def test_rewards_in_bfloat16_are_those_in_float32_but_for_a_hundredth(name, labe
     classifier = detox_ppo.HateClassifier(
         detox_ppo.DetoxConfig(reward_model_name=str(REAL / name), **labels), torch.device("cpu")
     )
-    texts = list(pd.read_csv(REAL / "lab-summaries.csv")["peft_model_summaries"].astype(str)[:200])
+    texts = list(pd.read_json(REAL / "rude-dialogues.jsonl", lines=True)["dialogue"][:100])
     exact, rounded = (
         classifier.toxicity(classifier.logits(texts, dtype)) for dtype in (torch.float32, torch.bfloat16)
     )
-    assert max(exact) > 0.3 and rounded == pytest.approx(exact, abs=0.01)
+    assert min(exact) < 0.1 and max(exact) > 0.9 and rounded == pytest.approx(exact, abs=0.01)

@@ -341,7 +341,9 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
 
         monkeypatch.setattr(kind, "from_pretrained", counted)
     logits = HateClassifier.logits
-    monkeypatch.setattr(HateClassifier, "logits", lambda self, texts: scored.extend(texts) or logits(self, texts))
+    monkeypatch.setattr(
+        HateClassifier, "logits", lambda self, texts, *dtype: scored.extend(texts) or logits(self, texts, *dtype)
+    )
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
