@@ -22,7 +22,10 @@ def texts_of(path: Path, rows: int) -> list[str]:
     """The texts of each column in the first rows of a file."""
     import pandas as pd
 
-    table = (pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_csv(path)).head(rows)
+    import detox_ppo
+
+    with detox_ppo.loading(str(path), "texts"):
+        table = (pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_csv(path)).head(rows)
     return [value for name in table for value in table[name] if isinstance(value, str) and " " in value]
 
 

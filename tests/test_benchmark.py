@@ -321,6 +321,10 @@ def test_reward_precision_compares_both_dtypes(tiny, tmp_path, monkeypatch, call
         )
     assert end.value.code == code
     printed = capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        call(reward_precision, "--reward_model_name", tiny / "classifier", "--texts", tmp_path / "none.csv")
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error: --texts " in refused and "none.csv" in refused
     assert printed.startswith("7 texts,") and "P(hate): mean 0." in printed and "in bfloat16" in printed
 
 
