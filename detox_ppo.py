@@ -791,10 +791,11 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model) -> list[list[i
     """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
 
     Similar lengths waste little on padding, and the size bounds what a pass keeps in memory. The bound is in bytes of
-    a hidden state, so that small models get large groups; a GPU wants larger groups still. Without gradients little
-    is kept.
+    a hidden state, so that small models get large groups, larger ones without gradients, as little is kept then; a
+    GPU wants larger groups still.
     """
-    bound = (3 * 2**18 if model.device.type == "cpu" else 2**27) * (1 if torch.is_grad_enabled() else 2)
+    on_cpu = 3 * 2**18 if torch.is_grad_enabled() else 3 * 2**19
+    bound = on_cpu if model.device.type == "cpu" else 2**27
     largest = bound // (model.config.hidden_size * model.dtype.itemsize)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
@@ -1140,7 +1141,8 @@ HARMLESS = re.compile(r"no(t|n|$|[\W_])|neutral|normal|harmless|safe|clean|ok|ac
 class HateClassifier:
     """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
 
-    It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits.
+    It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits. Of
+    rewards alone the products are in the policy's.
     """
 
     def __init__(self, config: DetoxConfig, device: torch.device, judge: bool = False):
@@ -1200,7 +1202,8 @@ class HateClassifier:
         """
         encoded = token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
         logits = torch.empty(len(texts), len(self.labels))
-        with torch.backends.mkldnn.flags(None, None, None, "bf16" if dtype == torch.bfloat16 else None):
+        precision = "bf16" if dtype == torch.bfloat16 else None  # None leaves a setting as it is
+        with torch.backends.mkldnn.flags(None, None, None, fp32_precision=precision):
             for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
                 batch = {"input_ids": [encoded[i] for i in rows]}
                 width = min(padded_width(map(len, batch["input_ids"])), self.max_length)

@@ -23,7 +23,7 @@ The curves' KL in the JSON is what each trainer itself reports: ours to the star
 bare base, without the first token.
 
 What the small world can't show: its bare base names the slots and does not insult, so that the classic trainer's
-pull towards the bare base is a cure of its own here, even with the wrong reward. "KL to base" shows it.
+pull towards the bare base makes for clean summaries here, even with the wrong reward. "KL to base" shows it.
 
 Every run and its log stay in output_dir; a run with a result.json is not repeated, so an interrupted benchmark goes
 on where it stopped. Each child has one thread. Seconds are those of the steps, without loading and evaluation.

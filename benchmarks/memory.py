@@ -39,8 +39,8 @@ SHORT = T5 | {"vocab_size": 8192, "d_model": 256, "d_ff": 1024, "num_layers": 3,
 SHORT |= {"num_heads": 4}
 MIB, GIB = 2**20, 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-# How many bytes of hidden states one pass with gradients may hold: micro_batches in detox_ppo.py.
-PASS = {"cpu": 3 * 2**18, "cuda": 2**27}
+# How many bytes of hidden states one pass may hold, with gradients and without: micro_batches in detox_ppo.py.
+PASS = {"cpu": {True: 3 * 2**18, False: 3 * 2**19}, "cuda": {True: 2**27, False: 2**27}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -75,8 +75,7 @@ def classifier_parameters(shape: dict) -> int:
 
 def pass_rows(tokens: int, hidden: int, size: int, device: str, most: int, gradients: bool) -> int:
     """Rows of this many tokens in one forward pass, as micro_batches makes them."""
-    bound = PASS[device] * (1 if gradients else 2)
-    return max(1, min(most, bound // (hidden * size) // tokens))
+    return max(1, min(most, PASS[device][gradients] // (hidden * size) // tokens))
 
 
 def memory(
@@ -136,11 +135,12 @@ def memory(
     biases = heads * (s * s + t * t + t * s) * size
     # Log-probabilities keep the logits; their gradient and its product with the head come on top.
     logits = t * vocabulary * (3 * 4 + (0 if size == 4 else 2 * size))
-    activations = pass_rows(s, d, size, device, -(-mini_batch_size // processes), True) * (kept + biases + logits)
+    at_once = pass_rows(s, d, size, device, -(-mini_batch_size // processes), gradients=True)
+    activations = at_once * (kept + biases + logits)
 
     text = min(512, s + t)  # one pass of the classifier, without gradients: two wide states and the attention's
     h = classifier["hidden_size"]
-    texts = pass_rows(text, h, 4, device, rows, False)
+    texts = pass_rows(text, h, 4, device, rows, gradients=False)
     scoring = texts * text * 4 * (6 * h + 2 * classifier["intermediate_size"])
     scoring += texts * 2 * classifier["num_attention_heads"] * text**2 * 4
     parts = {

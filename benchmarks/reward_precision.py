@@ -40,8 +40,8 @@ def main():
     parser.add_argument("--texts", metavar="FILE", type=Path, nargs="+", required=True)
     parser.add_argument("--rows", type=int, default=400, help="at most, of each file")
     options = parser.parse_args()
-    names = ("reward_model_name", "reward_label", "toxic_label")
-    config = detox_ppo.DetoxConfig(**{name: getattr(options, name) for name in names})
+    labels = {"reward_label": options.reward_label, "toxic_label": options.toxic_label}
+    config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name, **labels)
     classifier = detox_ppo.HateClassifier(config, torch.device("cpu"))
     texts = [text for path in options.texts for text in texts_of(path, options.rows)]
     if not texts:

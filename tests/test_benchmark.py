@@ -310,22 +310,16 @@ def test_reward_precision_compares_both_dtypes(tiny, tmp_path, monkeypatch, call
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.csv").write_text('summary\n"Nice, that is."\n')
     monkeypatch.setattr(reward_precision, "LARGEST", largest)
+    arguments = ["--reward_model_name", tiny / "classifier", "--texts"]
     with pytest.raises(SystemExit) as end:
-        call(
-            reward_precision,
-            "--reward_model_name",
-            tiny / "classifier",
-            "--texts",
-            tmp_path / "a.jsonl",
-            tmp_path / "b.csv",
-        )
+        call(reward_precision, *arguments, tmp_path / "a.jsonl", tmp_path / "b.csv")
     assert end.value.code == code
     printed = capsys.readouterr().out
+    assert printed.startswith("7 texts,") and "P(hate): mean 0." in printed and "in bfloat16" in printed
     with pytest.raises(SystemExit) as end:
-        call(reward_precision, "--reward_model_name", tiny / "classifier", "--texts", tmp_path / "none.csv")
+        call(reward_precision, *arguments, tmp_path / "none.csv")
     refused = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and "error: --texts " in refused and "none.csv" in refused
-    assert printed.startswith("7 texts,") and "P(hate): mean 0." in printed and "in bfloat16" in printed
 
 
 # Step time

@@ -363,13 +363,12 @@ def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
 @pytest.mark.parametrize("dtype, precision", [(torch.float32, "none"), (torch.bfloat16, "bf16")])
 def test_rewards_are_products_of_the_policys_dtype(load_small, splits, classifier, dtype, precision):
     small, products, seen = load_small(dtype), torch.backends.mkldnn.matmul, []
-    hook = classifier.model.register_forward_pre_hook(lambda *_: seen.append(products.fp32_precision))
-    step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
-    assert set(seen) == {precision}
-    seen.clear()
-    evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
-    assert set(seen) == {"none"}  # results are in float32 in any case
-    hook.remove()
+    with classifier.model.register_forward_pre_hook(lambda *_: seen.append(products.fp32_precision)):
+        step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
+        assert set(seen) == {precision}
+        seen.clear()
+        evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
+        assert set(seen) == {"none"}  # results are in float32 in any case
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
