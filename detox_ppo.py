@@ -13,10 +13,13 @@ Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_s
 first. --resume goes on with a run that was stopped. Several processes share a run that is started by
 `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 
-To be read from top to bottom: errors, options, data, policy, classifier, rollout, PPO, tuning, evaluation, report,
-checkpoints, the run. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of a batch's
-responses, V tokens of the vocabulary, d the model's width.
+The front of the file is the algorithm, to be read from top to bottom: options, data, policy, classifier, rollout, PPO,
+SFT, evaluation, run. Behind it are the back rooms: reading files, loading checks, report, checkpoints, errors, command
+line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of a batch's responses, V tokens
+of the vocabulary, d the model's width.
 """
+
+from __future__ import annotations
 
 import bisect
 import copy
@@ -108,7 +111,6 @@ SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves i
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # None: where nobody watches, which a notebook seems to be
 SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
-
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
 # Streams of random numbers. Every draw is a function of the seed, the stream and what it is for: evaluating more often
@@ -119,115 +121,6 @@ ROLLOUT, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, TUNING = range(6)
 def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
     """A generator that depends on these numbers alone, not on what was drawn before."""
     return np.random.default_rng([seed, stream, *key])
-
-
-# --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
-
-# user:password of a URL, telling parameters of its query, and the hub's tokens
-TELLING = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
-SECRETS = re.compile(rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{TELLING})[^&\s]+|\bhf_\w{{20,}}")
-GO_ON = "When that is mended, --resume goes on from the newest checkpoint"
-MENDABLE = {  # what libraries say of faults that are none of the script's, and the way out
-    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
-    "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
-    r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
-    "No space left|quota|Read-only file|Input/output error|Permission denied|not permitted|Is a directory": GO_ON,
-}
-
-
-class UserError(Exception):
-    """What the user can mend. It may quote anything: secrets are masked, signs that move the cursor spelt out."""
-
-    def __init__(self, message: str):
-        text = SECRETS.sub("***", " ".join(message.split()))
-        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
-
-
-def one_line(what: Exception | str) -> str:
-    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}".removesuffix(": ")
-    return " ".join(text.split())[:400]
-
-
-def explain(error: Exception) -> str | None:
-    """A failure that the user can mend, in one line; None for a defect of the script."""
-    if isinstance(error, UserError):
-        return str(error)
-    if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
-        return None
-    ways = (way for words, way in MENDABLE.items() if re.search(words, one_line(error), re.IGNORECASE))
-    return next((str(UserError(f"{one_line(error)}. {way}.")) for way in ways), None)
-
-
-@contextmanager
-def loading(name: str, option_name: str):
-    """Whatever goes wrong while `name` is loaded becomes one line that says which option named it, and the cause."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of a dozen types, some of libraries behind those that are called here
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(error) if type(error) is ValueError else one_line(error)
-        reason += "" if cause is error else f" (because of {one_line(cause)})"
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
-        elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
-            reason = "its weights have another shape than its config.json says"
-        elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
-            asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
-            ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
-            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
-        elif isinstance(error, huggingface_hub.errors.HFValidationError):
-            reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
-        raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
-
-
-@contextmanager
-def written_whole(path: Path):
-    """Write a file under another name; it takes its own when all of it is on the disk. Till then the old one stays."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # Python's and torch's for a full disk
-        partial.unlink(missing_ok=True)  # half a file would keep the disk full
-        raise UserError(f"{path}: can't be written: {one_line(error)}. {GO_ON}.") from error
-
-
-def tell(text: str) -> None:
-    """Print a line above the progress bar, broken at 100 columns."""
-    tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
-
-
-class Told:
-    """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # what can't be shown is replaced; a line is out when it ends
-            stream.reconfigure(line_buffering=True, errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return len(text)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Add the seconds that a block takes to seconds[name]."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 # --- Options: type, range, default and help of each in one place -----------------------------------------------------
@@ -390,278 +283,9 @@ class DetoxConfig:
 
 
 OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
-# What a resumed run may change; another difference would make it another run. Of models and data the contents are
-# compared, not the names.
-MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
-    report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
-MAY_CHANGE += FROM_HUB
-# The headings of --help, by the first option under each.
-HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
-HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
-
-# What the Trainer and TRL call it, where that is not like our name.
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "beta": "init_kl_coef",
-    "max_completion_length": "output_max_length",
-    "response_length": "output_max_length",
-    "resume_from_checkpoint": "resume",
-    "bf16": "dtype",
-    "train_file": "dataset_name",
-    "validation_file": "eval_dataset_name",
-    "push_to_hub": "hub_model_id",
-}
-
-
-class OptionParser(trl.TrlParser):
-    """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
-
-    heading = None
-
-    def add_argument(self, *flags, **kwargs):
-        if title := HEADINGS.get(flags[0].removeprefix("--")):
-            self.heading = self.add_argument_group(title)
-        if kind := kwargs.get("type"):  # an empty text is not given, or one that the option's own type refuses
-            kwargs["type"] = functools.wraps(kind)(lambda text: kind(text) if text else text)
-        return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (see: python detox_ppo.py --help)")
-
-
-def read_options(path: str) -> dict:
-    """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
-    with loading(path, "config"):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        options = yaml.safe_load(text)
-        if not isinstance(options, dict):
-            raise ValueError("expected a YAML mapping, a line `option: value` for each option")
-        keys = Counter(str(key.value) for key, _ in yaml.compose(text).value)
-        if twice := [name for name, count in keys.items() if count > 1]:  # YAML takes the second in silence
-            raise ValueError(f"{twice[0]} stands twice")
-    if unknown := [str(name) for name in options if name not in OPTIONS]:
-        raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
-    return options
-
-
-def unknown_option(given: str) -> str:
-    """The complaint about what is no option, with the option that is meant or most like it."""
-    name = given.split("=")[0].strip("-").replace("-", "_")
-    close = difflib.get_close_matches(ALIASES.get(name, name), OPTIONS, n=1)
-    if given.endswith((".yaml", ".yml")):
-        close = ["config " + given]
-    hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"
-    return f"unknown option: {given} ({hint})"
-
-
-def options_of_the_job() -> dict:
-    """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
-    places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
-    options = {name: os.environ[variable] for name, variable in places.items() if variable in os.environ}
-    channels = [name for name in sorted(os.environ) if name.startswith("SM_CHANNEL_")]
-    if channels and channels not in (["SM_CHANNEL_TRAIN"], ["SM_CHANNEL_TRAINING"]):
-        raise UserError(f"{', '.join(channels)}: a job has one channel here, train or training, with the dialogues")
-    if channels:
-        options["dataset_name"] = os.environ[channels[0]]
-    if "model_dir" in options:
-        synced = SAGEMAKER / "checkpoints"
-        options |= {"resume": True, "checkpoint_dir": str(synced) if synced.is_dir() else None}
-    return options
-
-
-def parse_config(args: list[str]) -> DetoxConfig:
-    """Parse flags and `--config FILE.yaml` into a checked configuration.
-
-    What a SageMaker job says of its places wins over the file; a flag wins over both. A UserError names the first
-    option that is unknown, ill-typed or out of range, and what was expected.
-    """
-    parser = OptionParser(DetoxConfig, prog="detox_ppo.py", allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("--config", metavar="FILE.yaml", action="append", help="YAML file of these options.")
-    files = parser.parse_known_args(args)[0].config or []
-    if len(files) > 1:
-        raise UserError("--config takes one file, once: --config FILE.yaml")
-    parser.set_defaults_with_config(**(read_options(files[0]) if files else {}) | options_of_the_job())
-    given, unknown = parser.parse_known_args(args)
-    if unknown:
-        raise UserError(unknown_option(unknown[0]))
-    try:
-        return DetoxConfig(**{name: getattr(given, name) for name in OPTIONS})
-    except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        raise UserError(f"--{problem['loc'][0]} is {one_line(repr(problem['input']))}: {expected}") from error
-
-
-def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
-    """The device of this process and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
-    processes, name = PartialState(), config.device
-    for size in ("batch_size", "sft_batch_size"):
-        if getattr(config, size) % processes.num_processes:
-            raise UserError(f"--{size} {getattr(config, size)} is no multiple of {processes.num_processes} processes")
-    if processes.num_processes > 1 and name not in ("auto", processes.device.type):
-        raise UserError(f"--device {name}: each of several processes takes its own {processes.device.type}")
-    if name == "auto" or processes.num_processes > 1:
-        # accelerate numbers even the CPU, which safetensors refuses.
-        name = "cpu" if processes.device.type == "cpu" else str(processes.device)
-    with loading(name, "device"):
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise ValueError("use auto, cpu, cuda or cuda:N")
-        device = torch.empty(0, device=name).device
-    if config.dtype != "auto":
-        return device, getattr(torch, config.dtype)
-    if device.type == "cuda":
-        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast_bfloat16 = any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16"))
-    return device, torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
 # --- Data: dialogues to prompts --------------------------------------------------------------------------------------
-
-
-def contents_of(name: str, option_name: str) -> str | None:
-    """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
-
-    The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
-    """
-    repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
-    if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
-        raise UserError(f"--{option_name} {name}: no such file or directory")
-    with loading(name, option_name):
-        if os.path.exists(name):
-            digests = []
-            for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
-                with file.open("rb") as content:  # piece by piece, since weights may fill the memory
-                    digests.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-            return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
-        repo_id, _, revision = name.partition("@")
-        which = {"repo_type": repo_type, "revision": revision or None}
-        if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
-            return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        repository = HfApi().repo_info(repo_id, timeout=10, **which)
-        # Where a hub answers questions but sends no file, the libraries wait for many minutes.
-        first = repository.siblings[0].rfilename
-        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=repository.sha)
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        return repository.sha
-
-
-TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
-
-
-def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
-    """Read a file of rows, every value as it stands there; what is broken is named by its line.
-
-    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon and tab which its header has
-    most of.
-    """
-    kind, content = TABLE.search(path.name)[1].lower(), path.read_bytes()
-    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-    if kind == "parquet":
-        return pd.read_parquet(io.BytesIO(content))
-    text = content.decode("utf-8-sig", "surrogateescape")
-    if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
-        line = text[: broken.start()].count("\n") + 1
-        raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
-    if kind == "txt":
-        return pd.DataFrame({column: [text.strip()]})
-    if kind in ("csv", "tsv"):
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        try:
-            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
-        except pd.errors.ParserError as error:
-            raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
-        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
-    rows = []
-    as_list = text.lstrip().startswith("[")
-    for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
-        try:
-            parsed = json.loads(line) if line.strip() else []
-            rows += [{**row} for row in (parsed if isinstance(parsed, list) else [parsed])]
-        except (ValueError, TypeError, RecursionError) as error:
-            where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
-            raise ValueError(f"{where} with dialogue and summary: {error}") from error
-    return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
-
-
-def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
-    """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
-    left = [
-        part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
-    ]
-    if left and split == "train":
-        print(f"data: of {name} left aside: {', '.join(left)}")
-
-
-def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
-    """One split of a dataset, None if it has no such; a file is any split."""
-    path, splits = Path(name), None
-    if not os.path.exists(name):
-        name, _, revision = name.partition("@")
-        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
-    elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-        splits = datasets.load_from_disk(name)
-    if splits is not None:
-        splits = splits if isinstance(splits, dict) else {"train": splits}
-        tell_left_aside(name, split, splits)
-        return splits[split].to_pandas() if split in splits else None
-    tables = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
-    files = [file for file in tables if file.name.lower().startswith(split)]
-    if not path.is_dir() or (split == "train" and len(tables) == 1):
-        files = tables
-    if len(files) > 1 or (not files and split == "train"):
-        seen = ", ".join(file.name for file in tables) or "none"
-        expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
-        raise ValueError(f"{expected}, found {seen}")
-    tell_left_aside(name, split, [file.name for file in tables if file not in files])
-    with loading(str(files[0]) if files else name, option_name):
-        return read_table(files[0], config.dialogue_column) if files else None
-
-
-def load_dialogues(
-    name: str, config: DetoxConfig | None = None, option_name: str = "dataset_name", split: str = "train"
-) -> datasets.Dataset | None:
-    """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
-
-    Returns row (index in the file), dialogue and summary ("" where there is no such column and nothing needs it), or
-    None where a directory has no such split. Rows with an empty one are left out; a UserError names the file, and the
-    column or the row that is not as expected.
-    """
-    config = config or DetoxConfig()
-    with loading(name, option_name):
-        table = split_of(name, split, config, option_name)
-        if table is None and split == "train":
-            raise ValueError("it has no split train")
-        if table is None:
-            return None
-        columns, texts = list(map(str, table.columns)), {}
-        for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
-            if key == "summary" and column not in columns and not config.sft_steps:
-                print(f"data: {name} has no column {column!r}: no ROUGE")
-                texts[key] = [None] * len(table)
-                continue
-            if columns.count(column) != 1:
-                how_many = "more than one" if column in columns else "no"
-                names = one_line(", ".join(columns)) or "none"
-                raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
-            texts[key] = table[column].fillna("").tolist()
-            for row, text in enumerate(texts[key], start=1):
-                if not isinstance(text, str):
-                    raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text")
-                if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
-                    raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
-        rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
-        empty = [row + 1 for row, *pair in rows if "" in pair]
-        if empty:
-            note = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
-            if len(empty) > len(rows) / 10:
-                raise ValueError(note)
-            print(f"data: {name}: {note}: left out")
-        if not rows:
-            raise ValueError("there is no row in it")
-    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
-    return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
 
 
 def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
@@ -741,47 +365,6 @@ def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np
 # --- Policy: one frozen base, the adapters "default" (trained) and "reference" (frozen), and a value head ------------
 
 
-class OneDnnLinear(torch.autograd.Function):
-    """x (..., in) times a frozen weight (out, in), by oneDNN in float32; the gradient goes to x alone, by MKL.
-
-    PyTorch takes MKL for float32. On AMD processors oneDNN is faster up to some 500 rows, but not with the transposed
-    weight of the gradient; on Intel ones they are equals. There is no public way to oneDNN for float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        return grad @ weight, None, None
-
-
-class FrozenLinear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return OneDnnLinear.apply(x, self.weight, self.bias)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
-            # As W x^T, because oneDNN reorders the second factor at each call, which for W takes as long as the rest.
-            return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-        return super().forward(x)
-
-
-def use_fast_layers(model: nn.Module) -> None:
-    """Swap frozen layers for faster ones that compute the same function, in place."""
-    for module_name, module in list(model.named_modules()):
-        # Both LoRAs stay as they are, so that the frozen one rounds as the trained one does.
-        frozen = type(module) is nn.Linear and "lora_" not in module_name
-        # A call costs more than MKL's; the small world's layers, of 65,536 weights at most, are slower by a quarter.
-        if frozen and module.weight.numel() > 2**18 and torch.backends.mkldnn.is_available():
-            module.__class__ = FrozenLinear
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))  # one kernel instead of seven
-
-
 def padded_width(lengths: Iterable[int]) -> int:
     """The longest, rounded up to a multiple of 16: oneDNN generates code for every new width and never frees it."""
     return -(-max(map(int, lengths)) // 16) * 16
@@ -823,7 +406,7 @@ class Responses:
         """(B, T): every token of a response, EOS included, nothing after it."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
-    def select(self, rows: list[int]) -> "Responses":
+    def select(self, rows: list[int]) -> Responses:
         """Some of the responses to score, padded no wider than they need."""
         lengths, prompts, states = self.lengths[rows], [self.prompts[i] for i in rows], self.encoder_states
         states = None if states is None else states[rows, : padded_width(map(len, prompts))]
@@ -948,95 +531,9 @@ class Policy(nn.Module):
         return logprobs, values
 
 
-def load_model(kind, name: str, device: torch.device, **kwargs):
-    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence."""
-    # On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over. Elsewhere None
-    # leaves the choice to transformers, which knows the models that have no fused one.
-    kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
-    model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-    if hasattr(model, "peft_config"):  # transformers loads it unasked
-        raise ValueError(
-            "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
-        )
-    wrong = [f"{key[0]} has another shape" for key in info["mismatched_keys"]]
-    wrong += [f"{key} is missing" for key in info["missing_keys"]]
-    wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
-    if wrong:
-        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
-    return model
-
-
-def load_tokenizer(name: str, model, *needed: str):
-    """Load a model's tokenizer. Where a directory has none, transformers makes one up, which knows no word."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if missing := [token for token in needed if getattr(tokenizer, token) is None]:
-        raise ValueError(f"its tokenizer has no {missing[0]}")
-    if not re.search(r"\w", tokenizer.decode(tokenizer(build_prompt("Hello!")).input_ids, skip_special_tokens=True)):
-        raise ValueError("its tokenizer knows no word: its files (tokenizer.json or the like) are not there")
-    words, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
-    if words > rows:
-        raise ValueError(f"its tokenizer knows {words} words and its model {rows}: it is another model's tokenizer")
-    return tokenizer
-
-
-def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
-    return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-
-
 def copy_to_reference(model: peft.PeftModel) -> None:
     """Make the reference what the trained adapter is now."""
     peft.set_peft_model_state_dict(model, lora_weights(model), adapter_name="reference")
-
-
-def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
-    """Put a saved LoRA on its base, trainable, in float32, weights only."""
-    lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
-    # The reference shares the base: biases, whole layers and a start such as PiSSA's would change it too.
-    plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
-    starts = [True, False, "gaussian", "eva", "orthogonal"]
-    for key, known in (plain | {"init_lora_weights": starts}).items():
-        if (value := getattr(lora, key)) not in known:
-            raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
-    if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{wrong[0]} is not finite")
-    if Path(was := lora.base_model_name_or_path or base_name).name != Path(base_name).name:
-        print(f"warning: --adapter_name {name} was trained on {was}, not on {base_name}")
-    # PEFT falls back to the hub for an adapter's base unless told which it is. Its weights replace any start.
-    lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
-    try:
-        model = peft.get_peft_model(base, lora)
-        if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
-            fault = "unknown" if wrong[0] in weights else "missing"
-            raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
-        peft.set_peft_model_state_dict(model, weights)
-    except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
-        raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
-    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)", end="")
-    return model
-
-
-def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    if config.lora_r > (size := base.config.hidden_size):
-        raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
-    targets = config.lora_target_modules
-    if targets and len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
-        targets = targets[0]  # PEFT's "all-linear", or a regular expression
-    lora = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_2_SEQ_LM,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        base_model_name_or_path=config.model_name,
-    )
-    with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
-        model = peft.get_peft_model(base, lora)
-        adapted = {name.split(".")[-1] for name in model.targeted_module_names}
-        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
-            raise ValueError(f"{unknown[0]} is no layer of the model")
-    print("adapter: a new LoRA, which starts as the identity", end="")
-    return model
 
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -1084,55 +581,7 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     return policy, tokenizer
 
 
-def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Name the option to lower where the longest prompt or response that it allows is too long for a model or memory.
-
-    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
-    """
-    base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
-    with suppress(OSError, ValueError):  # a container's limit, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
-    longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
-    for name, tokens in longest.items():
-        part = "encoder" if name.startswith("input") else "decoder"
-        of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
-        positions = getattr(base, f"max_{part}_position_embeddings", of_both)
-        # At the least, the scores of one layer and their softmax have to fit.
-        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
-        limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
-        limits |= {config.reward_model_name: classifier_length} if name in responses else {}
-        least = min(limits, key=limits.get)
-        if tokens > limits[least]:
-            cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
-            raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
-
-
-def print_parameters(policy: Policy) -> None:
-    """Print trainable and all parameters of policy, policy with value head, and reference."""
-    print(policy.value_head)
-    head = sum(parameter.numel() for parameter in policy.value_head.parameters())
-    trained, both = policy.model.get_nb_trainable_parameters()
-    total = both - trained  # with one LoRA, not the reference's as well
-    with policy.as_adapter("reference"):
-        frozen, _ = policy.model.get_nb_trainable_parameters()
-    counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
-    for name, (part, whole) in (counts | {"reference": (frozen, total + head)}).items():
-        print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
-
-
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
-
-
-def positions_of(model) -> float:
-    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    for name, module in model.named_modules():
-        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # a RoBERTa counts from there
-    return positions if positions > 0 else math.inf  # an XLNet's -1
-
 
 # What labels of texts that harm nobody are called; of several that may hold together, no other can be the reward.
 HARMLESS = re.compile(r"no(t|n|$|[\W_])|neutral|normal|harmless|safe|clean|ok|acceptable|benign|civil", re.IGNORECASE)
@@ -1327,6 +776,14 @@ def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
     """A column (b, ...) of each process's rows, as many in each, to the whole batch's (B, ...), padded with 0."""
     order = gather(torch.tensor(rows, device=column.device))
     return gather(pad_across_processes(column, dim=1))[order.argsort()]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the seconds that a block takes to seconds[name]."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
@@ -1541,41 +998,6 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
     return metrics | seconds
 
 
-def step_in_words(history: list[dict], config: DetoxConfig) -> str:
-    """The newest of the steps' metrics in plain words."""
-    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
-    # The last ten steps against the ten before, beyond what samples and steps vary by.
-    half = max(1, min(10, len(score) // 2))
-    early, late = score[-2 * half : -half] or score[:1], score[-half:]
-    varied = max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size))
-    rise, noise, far = np.mean(late) - np.mean(early), 2 * varied**0.5, now["objective/kl"] / config.target_kl
-    trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
-    distance = "far from" if far > 3 else "moving away from" if far > 1 else "close to"
-    return f"score {trend}, {distance} the reference"
-
-
-def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
-    """What is wrong with the newest of the steps, by kind, each with its cause and the way out."""
-    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
-    kl, skipped, cut = now["objective/kl"], now["ppo/skipped_minibatches"], 1 - now["tokens/finished_share"]
-    at_first, entropy = (step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now))
-    # Against the first steps, so that a score that rose at once and stays where it is counts as risen.
-    early, late = np.mean(score[:5]), np.mean(score[-25:])
-    noise = 2 * (history[0]["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(score[-25:]) / 25) ** 0.5
-    flat = len(score) >= 50 and late - early <= noise
-    fell = f"entropy fell from {at_first:.3f} to {entropy:.3f} nats a token"
-    stay = "Raise init_kl_coef or lower learning_rate."
-    warned = {
-        "kl": (kl > 3 * config.target_kl, f"objective/kl {kl:.1f} is over three times target_kl. {stay}"),
-        "negative kl": (kl < -1, f"objective/kl {kl:.1f} is below 0, as only few samples make it. Raise batch_size."),
-        "skipped": (skipped, f"{skipped} minibatches were over ratio_threshold. Lower learning_rate or ppo_epochs."),
-        "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
-        "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
-        "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
-    }
-    return {kind: text for kind, (holds, text) in warned.items() if holds}
-
-
 # --- Tuning: the adapter learns the human summaries, before PPO ------------------------------------------------------
 
 
@@ -1679,13 +1101,6 @@ def measure_human(classifier: HateClassifier, rows, config: DetoxConfig) -> pd.D
     return table if any(rows["summary"]) else table[["dialogue_toxicity"]]
 
 
-def print_means(label: str, table: pd.DataFrame) -> None:
-    for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
-        if key in table:
-            mean, std = table[key].mean(), table[key].std(ddof=0)
-            print(f"{key.replace('_', ' ')} [mean, std] {label}: [{mean:.4f}, {std:.4f}]")
-
-
 def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
     """evaluate_policy's tables by decoding, sampled and greedy, with the judge's column; prints their means."""
     tables = {}
@@ -1786,7 +1201,626 @@ def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
     return faults
 
 
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunState:
+    """All that the next step depends on, but for the weights and the optimizer."""
+
+    config: dict
+    origin: dict  # of models and data: commits, dataset_fingerprint
+    sft_step: int = 0
+    step: int = 0  # of PPO
+    kl_coef: float = 0.0
+    skipped_in_row: int = 0
+    history: list = field(default_factory=list)  # a dict of metrics a PPO step
+    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
+    warnings: dict = field(default_factory=dict)
+    timings: dict = field(default_factory=dict)  # seconds of each part
+    words: str = ""  # that were told last
+    best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
+
+
+def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
+    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
+    with timed(state.timings, "choosing"):
+        table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
+    quality, toxicity = summary_quality(table, list(rows["summary"])), float(table["summary_toxicity"].mean())
+    rouge = quality.get("rougeL")  # None without summaries
+    start = state.best["start"] if state.best else quality
+    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
+        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
+        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
+        state.best = best | {"start": start, "weights": weights}
+    line = f"rows set aside: summary toxicity {toxicity:.4f}"
+    line += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
+    tell(f"  {line}; the best is that of step {state.best['step']}")
+    return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
+
+
+def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
+    """Load what a run needs, the quickest to fail first: policy, tokenizer, classifier, splits, and their origin."""
+    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
+    print(yaml.safe_dump(changed, sort_keys=False), end="")
+    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
+    trained_on = not (config.eval_dataset_name and config.evaluates_only)
+    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
+    commits = {name: contents_of(getattr(config, name), name) for name in named}
+    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
+    evaluated, held_out = None, config.eval_dataset_name
+    if held_out:
+        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
+        evaluated = next(filter(None, parts))
+    elif os.path.isdir(config.dataset_name):
+        evaluated = load_dialogues(config.dataset_name, config, split="test")
+    rows = load_dialogues(config.dataset_name, config) if trained_on else None
+    policy, tokenizer = load_policy(config, device, dtype)
+    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and policy.base.num_parameters() < 2e7:
+        torch.set_num_threads(1)  # a second thread gains a model of this size nothing, and waits for it at full speed
+    print_parameters(policy)
+    classifier = HateClassifier(config, device)
+    print_examples(classifier)
+    splits = build_dataset(rows, tokenizer, config, evaluated)
+    check_lengths(policy, splits, classifier.max_length, config)
+    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
+
+
+def steps_of(desc: str, done: int, last: int, stop: StopSignals):
+    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
+    stop.in_step = True
+    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
+    for step in bar:
+        yield step, bar
+    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    if agreed:
+        raise Stopped
+
+
+def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
+    """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
+
+    Returns the contents of results.json; "base" in it is the start before the tuning. After a tuning without PPO steps
+    "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
+    signal: what was done so far is then in a checkpoint.
+    """
+    # Load
+    started, stop, processes = time.perf_counter(), stop or StopSignals(), PartialState()
+    writes = processes.is_main_process  # one process writes, for all
+    output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
+    checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
+    _locks = claim(config) if writes else []
+    checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
+    checkpoints.check(checkpoint, config)
+    device, dtype = resolve_device(config)
+    tracker = start_tracker(config)
+    policy, tokenizer, classifier, splits, origin = load_all(config, device, dtype)
+    train, count = splits["train"], len(splits["test"])
+    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    state = begin(checkpoint, config, origin, policy)
+    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
+        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
+    if checkpoint and writes:  # all have read theirs
+        checkpoints.prune(config.save_total_limit)
+    human = measure_human(classifier, evaluated, config)
+    print_means("of the human summaries", human)
+    tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
+    state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
+
+    def evaluate_now(when):
+        with timed(state.timings, f"evaluate_{when}"):
+            tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
+        state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
+
+    def keep(due):
+        """Write a checkpoint where one is due or the run is to stop; then stop."""
+        stopping = stop.agreed()
+        if (due or stopping) and writes:
+            state.timings["total"] = earlier + time.perf_counter() - started
+            checkpoints.save(policy, optimizer, state)
+        if stopping:
+            raise Stopped
+
+    # Measure the start
+    if not state.evaluations:
+        # Where nothing is trained, the bare base is compared with the adapter.
+        with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
+            evaluate_now("base" if config.sft_steps else "before")
+        if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
+            checkpoints.prune(0)
+    if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
+        (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
+
+    # Tune
+    optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
+    if checkpoint and not tuned:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
+        with timed(state.timings, "tuning"):
+            batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, TUNING, step))
+            loss = tuning_step(policy, tokenizer, optimizer, batch, step, config)
+        if step % math.ceil(config.sft_steps / 10) == 0:
+            tell(f"tuning step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
+        state.sft_step = step
+        keep(step % config.save_steps == 0 or step == config.sft_steps)
+    if "before" not in state.evaluations:
+        copy_to_reference(policy.model)
+        evaluate_now("before")
+    if writes and not config.evaluates_only and (start := start_directory(config)):
+        save_adapter(policy, model_dir / start, "reference")
+
+    # Train
+    optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
+    if checkpoint and tuned:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
+        choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
+    if not state.step and not config.evaluates_only:
+        keep(True)
+    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
+    log.writelines(json.dumps(line) + "\n" for line in state.history)
+    for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
+        batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
+        metrics = ppo_step(policy, tokenizer, classifier, optimizer, batch, step, state.kl_coef, config)
+        state.step, skipped = step, metrics["ppo/skipped_steps"]
+        state.history.append(metrics)
+        state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+        state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
+        if not skipped:
+            state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
+            if config.eval_every and step % config.eval_every == 0:
+                metrics |= choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
+            tell_step(state, config, bar, first=step == begun + 1)
+        log.write(json.dumps(metrics) + "\n")
+        if tracker:
+            tracker.log(metrics, step=step)
+        if state.skipped_in_row == 3:
+            raise UserError(f"step {step}: three steps in a row gave numbers that are not finite. {NOT_FINITE}.")
+        if not skipped:
+            keep(step % config.save_steps == 0 or step == config.max_ppo_steps)
+    log.close()
+
+    # Measure what a user will load: the files on disk, not the weights in memory
+    if state.best:
+        policy.load_state_dict(state.best["weights"], strict=False)
+    if writes and not config.evaluates_only:
+        save_adapter(policy, model_dir / "adapter")
+    processes.wait_for_everyone()
+    state.evaluations["after"] = state.evaluations["before"]
+    if config.evaluates_only and config.adapter_name:
+        evaluate_now("after")
+    if config.max_ppo_steps:
+        policy.model.load_adapter(model_dir / "adapter", adapter_name="saved", torch_device=str(device))
+        with policy.as_adapter("saved"):
+            evaluate_now("after")
+
+    # Report
+    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
+    measured = build_results(tables, human, evaluated, state, config)
+    results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
+    results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
+    if writes:
+        write_report(config, results, state.history, evaluated, tables)
+        end_tracker(tracker, measured, state.step)
+        if config.hub_model_id:
+            publish(config, model_dir)
+        if config.dynamodb_table:
+            upload_comparison(config.dynamodb_table, output_dir, config.prompt)
+    return results
+
+
+# === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
+
+
+# --- Reading files and datasets --------------------------------------------------------------------------------------
+
+
+def contents_of(name: str, option_name: str) -> str | None:
+    """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
+
+    The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
+    """
+    repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
+    if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
+        raise UserError(f"--{option_name} {name}: no such file or directory")
+    with loading(name, option_name):
+        if os.path.exists(name):
+            digests = []
+            for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
+                with file.open("rb") as content:  # piece by piece, since weights may fill the memory
+                    digests.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+            return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
+        repo_id, _, revision = name.partition("@")
+        which = {"repo_type": repo_type, "revision": revision or None}
+        if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
+            return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
+        repository = HfApi().repo_info(repo_id, timeout=10, **which)
+        # Where a hub answers questions but sends no file, the libraries wait for many minutes.
+        first = repository.siblings[0].rfilename
+        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=repository.sha)
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        return repository.sha
+
+
+TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
+
+
+def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
+    """Read a file of rows, every value as it stands there; what is broken is named by its line.
+
+    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon and tab which its header has
+    most of.
+    """
+    kind, content = TABLE.search(path.name)[1].lower(), path.read_bytes()
+    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    if kind == "parquet":
+        return pd.read_parquet(io.BytesIO(content))
+    text = content.decode("utf-8-sig", "surrogateescape")
+    if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
+        line = text[: broken.start()].count("\n") + 1
+        raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
+    if kind == "txt":
+        return pd.DataFrame({column: [text.strip()]})
+    if kind in ("csv", "tsv"):
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        try:
+            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
+            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
+        except pd.errors.ParserError as error:
+            raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
+        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+    rows = []
+    as_list = text.lstrip().startswith("[")
+    for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
+        try:
+            parsed = json.loads(line) if line.strip() else []
+            rows += [{**row} for row in (parsed if isinstance(parsed, list) else [parsed])]
+        except (ValueError, TypeError, RecursionError) as error:
+            where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
+            raise ValueError(f"{where} with dialogue and summary: {error}") from error
+    return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
+
+
+def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
+    """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
+    left = [
+        part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
+    ]
+    if left and split == "train":
+        print(f"data: of {name} left aside: {', '.join(left)}")
+
+
+def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
+    """One split of a dataset, None if it has no such; a file is any split."""
+    path, splits = Path(name), None
+    if not os.path.exists(name):
+        name, _, revision = name.partition("@")
+        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
+    elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+        splits = datasets.load_from_disk(name)
+    if splits is not None:
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+        tell_left_aside(name, split, splits)
+        return splits[split].to_pandas() if split in splits else None
+    tables = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
+    files = [file for file in tables if file.name.lower().startswith(split)]
+    if not path.is_dir() or (split == "train" and len(tables) == 1):
+        files = tables
+    if len(files) > 1 or (not files and split == "train"):
+        seen = ", ".join(file.name for file in tables) or "none"
+        expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
+        raise ValueError(f"{expected}, found {seen}")
+    tell_left_aside(name, split, [file.name for file in tables if file not in files])
+    with loading(str(files[0]) if files else name, option_name):
+        return read_table(files[0], config.dialogue_column) if files else None
+
+
+def load_dialogues(
+    name: str, config: DetoxConfig | None = None, option_name: str = "dataset_name", split: str = "train"
+) -> datasets.Dataset | None:
+    """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
+
+    Returns row (index in the file), dialogue and summary ("" where there is no such column and nothing needs it), or
+    None where a directory has no such split. Rows with an empty one are left out; a UserError names the file, and the
+    column or the row that is not as expected.
+    """
+    config = config or DetoxConfig()
+    with loading(name, option_name):
+        table = split_of(name, split, config, option_name)
+        if table is None and split == "train":
+            raise ValueError("it has no split train")
+        if table is None:
+            return None
+        columns, texts = list(map(str, table.columns)), {}
+        for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
+            if key == "summary" and column not in columns and not config.sft_steps:
+                print(f"data: {name} has no column {column!r}: no ROUGE")
+                texts[key] = [None] * len(table)
+                continue
+            if columns.count(column) != 1:
+                how_many = "more than one" if column in columns else "no"
+                names = one_line(", ".join(columns)) or "none"
+                raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
+            texts[key] = table[column].fillna("").tolist()
+            for row, text in enumerate(texts[key], start=1):
+                if not isinstance(text, str):
+                    raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text")
+                if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
+                    raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
+        rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
+        empty = [row + 1 for row, *pair in rows if "" in pair]
+        if empty:
+            note = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
+            if len(empty) > len(rows) / 10:
+                raise ValueError(note)
+            print(f"data: {name}: {note}: left out")
+        if not rows:
+            raise ValueError("there is no row in it")
+    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
+    return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
+
+
+# --- Loading and checking models and adapters ------------------------------------------------------------------------
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """x (..., in) times a frozen weight (out, in), by oneDNN in float32; the gradient goes to x alone, by MKL.
+
+    PyTorch takes MKL for float32. On AMD processors oneDNN is faster up to some 500 rows, but not with the transposed
+    weight of the gradient; on Intel ones they are equals. There is no public way to oneDNN for float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None, None
+
+
+class FrozenLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            return OneDnnLinear.apply(x, self.weight, self.bias)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
+            # As W x^T, because oneDNN reorders the second factor at each call, which for W takes as long as the rest.
+            return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+        return super().forward(x)
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Swap frozen layers for faster ones that compute the same function, in place."""
+    for module_name, module in list(model.named_modules()):
+        # Both LoRAs stay as they are, so that the frozen one rounds as the trained one does.
+        frozen = type(module) is nn.Linear and "lora_" not in module_name
+        # A call costs more than MKL's; the small world's layers, of 65,536 weights at most, are slower by a quarter.
+        if frozen and module.weight.numel() > 2**18 and torch.backends.mkldnn.is_available():
+            module.__class__ = FrozenLinear
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))  # one kernel instead of seven
+
+
+def load_model(kind, name: str, device: torch.device, **kwargs):
+    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence."""
+    # On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over. Elsewhere None
+    # leaves the choice to transformers, which knows the models that have no fused one.
+    kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
+    model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+    if hasattr(model, "peft_config"):  # transformers loads it unasked
+        raise ValueError(
+            "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
+        )
+    wrong = [f"{key[0]} has another shape" for key in info["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in info["missing_keys"]]
+    wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
+    return model
+
+
+def load_tokenizer(name: str, model, *needed: str):
+    """Load a model's tokenizer. Where a directory has none, transformers makes one up, which knows no word."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if missing := [token for token in needed if getattr(tokenizer, token) is None]:
+        raise ValueError(f"its tokenizer has no {missing[0]}")
+    if not re.search(r"\w", tokenizer.decode(tokenizer(build_prompt("Hello!")).input_ids, skip_special_tokens=True)):
+        raise ValueError("its tokenizer knows no word: its files (tokenizer.json or the like) are not there")
+    words, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if words > rows:
+        raise ValueError(f"its tokenizer knows {words} words and its model {rows}: it is another model's tokenizer")
+    return tokenizer
+
+
+def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
+    return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
+    """Put a saved LoRA on its base, trainable, in float32, weights only."""
+    lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
+    # The reference shares the base: biases, whole layers and a start such as PiSSA's would change it too.
+    plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
+    starts = [True, False, "gaussian", "eva", "orthogonal"]
+    for key, known in (plain | {"init_lora_weights": starts}).items():
+        if (value := getattr(lora, key)) not in known:
+            raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
+    if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{wrong[0]} is not finite")
+    if Path(was := lora.base_model_name_or_path or base_name).name != Path(base_name).name:
+        print(f"warning: --adapter_name {name} was trained on {was}, not on {base_name}")
+    # PEFT falls back to the hub for an adapter's base unless told which it is. Its weights replace any start.
+    lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
+    try:
+        model = peft.get_peft_model(base, lora)
+        if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
+            fault = "unknown" if wrong[0] in weights else "missing"
+            raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
+        peft.set_peft_model_state_dict(model, weights)
+    except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
+        raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
+    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)", end="")
+    return model
+
+
+def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
+    if config.lora_r > (size := base.config.hidden_size):
+        raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
+    targets = config.lora_target_modules
+    if targets and len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+        targets = targets[0]  # PEFT's "all-linear", or a regular expression
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_2_SEQ_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        base_model_name_or_path=config.model_name,
+    )
+    with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
+        model = peft.get_peft_model(base, lora)
+        adapted = {name.split(".")[-1] for name in model.targeted_module_names}
+        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
+            raise ValueError(f"{unknown[0]} is no layer of the model")
+    print("adapter: a new LoRA, which starts as the identity", end="")
+    return model
+
+
+def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
+    """Name the option to lower where the longest prompt or response that it allows is too long for a model or memory.
+
+    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
+    """
+    base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
+    with suppress(OSError, ValueError):  # a container's limit, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
+    longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
+    for name, tokens in longest.items():
+        part = "encoder" if name.startswith("input") else "decoder"
+        of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(base, f"max_{part}_position_embeddings", of_both)
+        # At the least, the scores of one layer and their softmax have to fit.
+        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
+        limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
+        limits |= {config.reward_model_name: classifier_length} if name in responses else {}
+        least = min(limits, key=limits.get)
+        if tokens > limits[least]:
+            cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
+            raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
+
+
+def positions_of(model) -> float:
+    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # a RoBERTa counts from there
+    return positions if positions > 0 else math.inf  # an XLNet's -1
+
+
+def print_parameters(policy: Policy) -> None:
+    """Print trainable and all parameters of policy, policy with value head, and reference."""
+    print(policy.value_head)
+    head = sum(parameter.numel() for parameter in policy.value_head.parameters())
+    trained, both = policy.model.get_nb_trainable_parameters()
+    total = both - trained  # with one LoRA, not the reference's as well
+    with policy.as_adapter("reference"):
+        frozen, _ = policy.model.get_nb_trainable_parameters()
+    counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
+    for name, (part, whole) in (counts | {"reference": (frozen, total + head)}).items():
+        print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
+
+
+def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:
+    """Write an adapter in PEFT's format, and beside the trained one the value head under TRL's key names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = copy.copy(policy.model.peft_config[adapter])
+    lora.inference_mode = True
+    if isinstance(lora.target_modules, set):
+        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
+    lora.save_pretrained(directory)
+    files = {"adapter_model": lora_weights(policy.model, adapter)}
+    files |= {"value_head": policy.value_head.state_dict(prefix="v_head.")} if adapter == "default" else {}
+    for name, weights in files.items():
+        weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+        save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
+
+
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
+
+
+def step_in_words(history: list[dict], config: DetoxConfig) -> str:
+    """The newest of the steps' metrics in plain words."""
+    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
+    # The last ten steps against the ten before, beyond what samples and steps vary by.
+    half = max(1, min(10, len(score) // 2))
+    early, late = score[-2 * half : -half] or score[:1], score[-half:]
+    varied = max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size))
+    rise, noise, far = np.mean(late) - np.mean(early), 2 * varied**0.5, now["objective/kl"] / config.target_kl
+    trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
+    distance = "far from" if far > 3 else "moving away from" if far > 1 else "close to"
+    return f"score {trend}, {distance} the reference"
+
+
+def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
+    """What is wrong with the newest of the steps, by kind, each with its cause and the way out."""
+    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
+    kl, skipped, cut = now["objective/kl"], now["ppo/skipped_minibatches"], 1 - now["tokens/finished_share"]
+    at_first, entropy = (step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now))
+    # Against the first steps, so that a score that rose at once and stays where it is counts as risen.
+    early, late = np.mean(score[:5]), np.mean(score[-25:])
+    noise = 2 * (history[0]["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(score[-25:]) / 25) ** 0.5
+    flat = len(score) >= 50 and late - early <= noise
+    fell = f"entropy fell from {at_first:.3f} to {entropy:.3f} nats a token"
+    stay = "Raise init_kl_coef or lower learning_rate."
+    warned = {
+        "kl": (kl > 3 * config.target_kl, f"objective/kl {kl:.1f} is over three times target_kl. {stay}"),
+        "negative kl": (kl < -1, f"objective/kl {kl:.1f} is below 0, as only few samples make it. Raise batch_size."),
+        "skipped": (skipped, f"{skipped} minibatches were over ratio_threshold. Lower learning_rate or ppo_epochs."),
+        "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
+        "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
+        "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
+    }
+    return {kind: text for kind, (holds, text) in warned.items() if holds}
+
+
+def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
+    """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
+    history = [line for line in state.history if not line["ppo/skipped_steps"]]
+    metrics, step, last = history[-1], state.step, config.max_ppo_steps
+    names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
+    bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
+    if step % config.logging_steps == 0 or step == last:
+        names["advantages_mean"] = "ppo/policy/advantages_mean"
+        values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
+        tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
+    if (words := step_in_words(history, config)) != state.words:
+        state.words = words
+        tell(f"  {words}")
+    for kind, text in step_warnings(history, config).items():
+        if kind not in state.warnings:
+            state.warnings[kind] = f"step {step}: {text}"
+            tell(f"  warning, {state.warnings[kind]}")
+    if first:
+        left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
+        left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
+        tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
+
+
+def print_means(label: str, table: pd.DataFrame) -> None:
+    for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
+        if key in table:
+            mean, std = table[key].mean(), table[key].std(ddof=0)
+            print(f"{key.replace('_', ' ')} [mean, std] {label}: [{mean:.4f}, {std:.4f}]")
+
 
 PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
 NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
@@ -2253,6 +2287,12 @@ def environment(config: DetoxConfig, device, dtype, origin: dict) -> dict:
 
 # --- Checkpoints: a run goes on from one as if it had never stopped --------------------------------------------------
 
+# What a resumed run may change; another difference would make it another run. Of models and data the contents are
+# compared, not the names.
+MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
+    report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
+MAY_CHANGE += FROM_HUB
+
 
 class Stopped(BaseException):
     """SIGTERM, SIGHUP or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
@@ -2274,24 +2314,6 @@ class StopSignals:
         received = next(filter(None, gather_object([self.received])), None)
         self.received = self.received or received  # a signal may just have come here, for the next time to tell
         return received is not None
-
-
-@dataclasses.dataclass
-class RunState:
-    """All that the next step depends on, but for the weights and the optimizer."""
-
-    config: dict
-    origin: dict  # of models and data: commits, dataset_fingerprint
-    sft_step: int = 0
-    step: int = 0  # of PPO
-    kl_coef: float = 0.0
-    skipped_in_row: int = 0
-    history: list = field(default_factory=list)  # a dict of metrics a PPO step
-    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
-    warnings: dict = field(default_factory=dict)
-    timings: dict = field(default_factory=dict)  # seconds of each part
-    words: str = ""  # that were told last
-    best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
 
 
 def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
@@ -2371,21 +2393,6 @@ class Checkpoints:
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
 
 
-def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:
-    """Write an adapter in PEFT's format, and beside the trained one the value head under TRL's key names."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lora = copy.copy(policy.model.peft_config[adapter])
-    lora.inference_mode = True
-    if isinstance(lora.target_modules, set):
-        lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
-    lora.save_pretrained(directory)
-    files = {"adapter_model": lora_weights(policy.model, adapter)}
-    files |= {"value_head": policy.value_head.state_dict(prefix="v_head.")} if adapter == "default" else {}
-    for name, weights in files.items():
-        weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-        save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
-
-
 def claim(config: DetoxConfig) -> list[FileLock]:
     """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
     locks = []
@@ -2403,219 +2410,228 @@ def claim(config: DetoxConfig) -> list[FileLock]:
     return locks
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
+# --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
+
+# user:password of a URL, telling parameters of its query, and the hub's tokens
+TELLING = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
+SECRETS = re.compile(rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{TELLING})[^&\s]+|\bhf_\w{{20,}}")
+GO_ON = "When that is mended, --resume goes on from the newest checkpoint"
+MENDABLE = {  # what libraries say of faults that are none of the script's, and the way out
+    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
+    "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
+    r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
+    "No space left|quota|Read-only file|Input/output error|Permission denied|not permitted|Is a directory": GO_ON,
+}
 
 
-def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
-    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
-    with timed(state.timings, "choosing"):
-        table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality, toxicity = summary_quality(table, list(rows["summary"])), float(table["summary_toxicity"].mean())
-    rouge = quality.get("rougeL")  # None without summaries
-    start = state.best["start"] if state.best else quality
-    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
-        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
-        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
-        state.best = best | {"start": start, "weights": weights}
-    line = f"rows set aside: summary toxicity {toxicity:.4f}"
-    line += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
-    tell(f"  {line}; the best is that of step {state.best['step']}")
-    return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
+class UserError(Exception):
+    """What the user can mend. It may quote anything: secrets are masked, signs that move the cursor spelt out."""
+
+    def __init__(self, message: str):
+        text = SECRETS.sub("***", " ".join(message.split()))
+        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
 
 
-def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
-    """Load what a run needs, the quickest to fail first: policy, tokenizer, classifier, splits, and their origin."""
-    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
-    print(yaml.safe_dump(changed, sort_keys=False), end="")
-    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
-    trained_on = not (config.eval_dataset_name and config.evaluates_only)
-    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
-    commits = {name: contents_of(getattr(config, name), name) for name in named}
-    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
-    evaluated, held_out = None, config.eval_dataset_name
-    if held_out:
-        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, parts))
-    elif os.path.isdir(config.dataset_name):
-        evaluated = load_dialogues(config.dataset_name, config, split="test")
-    rows = load_dialogues(config.dataset_name, config) if trained_on else None
-    policy, tokenizer = load_policy(config, device, dtype)
-    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and policy.base.num_parameters() < 2e7:
-        torch.set_num_threads(1)  # a second thread gains a model of this size nothing, and waits for it at full speed
-    print_parameters(policy)
-    classifier = HateClassifier(config, device)
-    print_examples(classifier)
-    splits = build_dataset(rows, tokenizer, config, evaluated)
-    check_lengths(policy, splits, classifier.max_length, config)
-    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
-    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
+def one_line(what: Exception | str) -> str:
+    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}".removesuffix(": ")
+    return " ".join(text.split())[:400]
 
 
-def steps_of(desc: str, done: int, last: int, stop: StopSignals):
-    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
-    stop.in_step = True
-    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
-    for step in bar:
-        yield step, bar
-    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
-    if agreed:
-        raise Stopped
+def explain(error: Exception) -> str | None:
+    """A failure that the user can mend, in one line; None for a defect of the script."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
+        return None
+    ways = (way for words, way in MENDABLE.items() if re.search(words, one_line(error), re.IGNORECASE))
+    return next((str(UserError(f"{one_line(error)}. {way}.")) for way in ways), None)
 
 
-def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
-    """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
-    history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    metrics, step, last = history[-1], state.step, config.max_ppo_steps
-    names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
-    bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
-    if step % config.logging_steps == 0 or step == last:
-        names["advantages_mean"] = "ppo/policy/advantages_mean"
-        values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
-        tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
-    if (words := step_in_words(history, config)) != state.words:
-        state.words = words
-        tell(f"  {words}")
-    for kind, text in step_warnings(history, config).items():
-        if kind not in state.warnings:
-            state.warnings[kind] = f"step {step}: {text}"
-            tell(f"  warning, {state.warnings[kind]}")
-    if first:
-        left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
-        left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
-        tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
+@contextmanager
+def loading(name: str, option_name: str):
+    """Whatever goes wrong while `name` is loaded becomes one line that says which option named it, and the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen types, some of libraries behind those that are called here
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(error) if type(error) is ValueError else one_line(error)
+        reason += "" if cause is error else f" (because of {one_line(cause)})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
+        elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
+            reason = "its weights have another shape than its config.json says"
+        elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
+            asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
+            ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
+            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
+        elif isinstance(error, huggingface_hub.errors.HFValidationError):
+            reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
+        raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
 
 
-def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
-    """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
+@contextmanager
+def written_whole(path: Path):
+    """Write a file under another name; it takes its own when all of it is on the disk. Till then the old one stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # Python's and torch's for a full disk
+        partial.unlink(missing_ok=True)  # half a file would keep the disk full
+        raise UserError(f"{path}: can't be written: {one_line(error)}. {GO_ON}.") from error
 
-    Returns the contents of results.json; "base" in it is the start before the tuning. After a tuning without PPO steps
-    "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
-    signal: what was done so far is then in a checkpoint.
+
+def tell(text: str) -> None:
+    """Print a line above the progress bar, broken at 100 columns."""
+    tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
+
+
+class Told:
+    """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # what can't be shown is replaced; a line is out when it ends
+            stream.reconfigure(line_buffering=True, errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+# The headings of --help, by the first option under each.
+HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
+HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
+
+# What the Trainer and TRL call it, where that is not like our name.
+ALIASES = {
+    "per_device_train_batch_size": "batch_size",
+    "beta": "init_kl_coef",
+    "max_completion_length": "output_max_length",
+    "response_length": "output_max_length",
+    "resume_from_checkpoint": "resume",
+    "bf16": "dtype",
+    "train_file": "dataset_name",
+    "validation_file": "eval_dataset_name",
+    "push_to_hub": "hub_model_id",
+}
+
+
+class OptionParser(trl.TrlParser):
+    """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
+
+    heading = None
+
+    def add_argument(self, *flags, **kwargs):
+        if title := HEADINGS.get(flags[0].removeprefix("--")):
+            self.heading = self.add_argument_group(title)
+        if kind := kwargs.get("type"):  # an empty text is not given, or one that the option's own type refuses
+            kwargs["type"] = functools.wraps(kind)(lambda text: kind(text) if text else text)
+        return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see: python detox_ppo.py --help)")
+
+
+def read_options(path: str) -> dict:
+    """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
+    with loading(path, "config"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        options = yaml.safe_load(text)
+        if not isinstance(options, dict):
+            raise ValueError("expected a YAML mapping, a line `option: value` for each option")
+        keys = Counter(str(key.value) for key, _ in yaml.compose(text).value)
+        if twice := [name for name, count in keys.items() if count > 1]:  # YAML takes the second in silence
+            raise ValueError(f"{twice[0]} stands twice")
+    if unknown := [str(name) for name in options if name not in OPTIONS]:
+        raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
+    return options
+
+
+def unknown_option(given: str) -> str:
+    """The complaint about what is no option, with the option that is meant or most like it."""
+    name = given.split("=")[0].strip("-").replace("-", "_")
+    close = difflib.get_close_matches(ALIASES.get(name, name), OPTIONS, n=1)
+    if given.endswith((".yaml", ".yml")):
+        close = ["config " + given]
+    hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"
+    return f"unknown option: {given} ({hint})"
+
+
+def options_of_the_job() -> dict:
+    """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
+    places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
+    options = {name: os.environ[variable] for name, variable in places.items() if variable in os.environ}
+    channels = [name for name in sorted(os.environ) if name.startswith("SM_CHANNEL_")]
+    if channels and channels not in (["SM_CHANNEL_TRAIN"], ["SM_CHANNEL_TRAINING"]):
+        raise UserError(f"{', '.join(channels)}: a job has one channel here, train or training, with the dialogues")
+    if channels:
+        options["dataset_name"] = os.environ[channels[0]]
+    if "model_dir" in options:
+        synced = SAGEMAKER / "checkpoints"
+        options |= {"resume": True, "checkpoint_dir": str(synced) if synced.is_dir() else None}
+    return options
+
+
+def parse_config(args: list[str]) -> DetoxConfig:
+    """Parse flags and `--config FILE.yaml` into a checked configuration.
+
+    What a SageMaker job says of its places wins over the file; a flag wins over both. A UserError names the first
+    option that is unknown, ill-typed or out of range, and what was expected.
     """
-    # Load
-    started, stop, processes = time.perf_counter(), stop or StopSignals(), PartialState()
-    writes = processes.is_main_process  # one process writes, for all
-    output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
-    checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
-    _locks = claim(config) if writes else []
-    checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
-    checkpoints.check(checkpoint, config)
-    device, dtype = resolve_device(config)
-    tracker = start_tracker(config)
-    policy, tokenizer, classifier, splits, origin = load_all(config, device, dtype)
-    train, count = splits["train"], len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
-    state = begin(checkpoint, config, origin, policy)
-    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
-        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
-    if checkpoint and writes:  # all have read theirs
-        checkpoints.prune(config.save_total_limit)
-    human = measure_human(classifier, evaluated, config)
-    print_means("of the human summaries", human)
-    tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
-    state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
+    parser = OptionParser(DetoxConfig, prog="detox_ppo.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("--config", metavar="FILE.yaml", action="append", help="YAML file of these options.")
+    files = parser.parse_known_args(args)[0].config or []
+    if len(files) > 1:
+        raise UserError("--config takes one file, once: --config FILE.yaml")
+    parser.set_defaults_with_config(**(read_options(files[0]) if files else {}) | options_of_the_job())
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        raise UserError(unknown_option(unknown[0]))
+    try:
+        return DetoxConfig(**{name: getattr(given, name) for name in OPTIONS})
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        raise UserError(f"--{problem['loc'][0]} is {one_line(repr(problem['input']))}: {expected}") from error
 
-    def evaluate_now(when):
-        with timed(state.timings, f"evaluate_{when}"):
-            tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
-        state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
 
-    def keep(due):
-        """Write a checkpoint where one is due or the run is to stop; then stop."""
-        stopping = stop.agreed()
-        if (due or stopping) and writes:
-            state.timings["total"] = earlier + time.perf_counter() - started
-            checkpoints.save(policy, optimizer, state)
-        if stopping:
-            raise Stopped
-
-    # Measure the start
-    if not state.evaluations:
-        # Where nothing is trained, the bare base is compared with the adapter.
-        with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
-            evaluate_now("base" if config.sft_steps else "before")
-        if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
-            checkpoints.prune(0)
-    if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
-        (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
-
-    # Tune
-    optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
-    if checkpoint and not tuned:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
-        with timed(state.timings, "tuning"):
-            batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, TUNING, step))
-            loss = tuning_step(policy, tokenizer, optimizer, batch, step, config)
-        if step % math.ceil(config.sft_steps / 10) == 0:
-            tell(f"tuning step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
-        state.sft_step = step
-        keep(step % config.save_steps == 0 or step == config.sft_steps)
-    if "before" not in state.evaluations:
-        copy_to_reference(policy.model)
-        evaluate_now("before")
-    if writes and not config.evaluates_only and (start := start_directory(config)):
-        save_adapter(policy, model_dir / start, "reference")
-
-    # Train
-    optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
-    if checkpoint and tuned:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
-        choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
-    if not state.step and not config.evaluates_only:
-        keep(True)
-    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
-    log.writelines(json.dumps(line) + "\n" for line in state.history)
-    for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
-        batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
-        metrics = ppo_step(policy, tokenizer, classifier, optimizer, batch, step, state.kl_coef, config)
-        state.step, skipped = step, metrics["ppo/skipped_steps"]
-        state.history.append(metrics)
-        state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
-        state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
-        if not skipped:
-            state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            if config.eval_every and step % config.eval_every == 0:
-                metrics |= choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
-            tell_step(state, config, bar, first=step == begun + 1)
-        log.write(json.dumps(metrics) + "\n")
-        if tracker:
-            tracker.log(metrics, step=step)
-        if state.skipped_in_row == 3:
-            raise UserError(f"step {step}: three steps in a row gave numbers that are not finite. {NOT_FINITE}.")
-        if not skipped:
-            keep(step % config.save_steps == 0 or step == config.max_ppo_steps)
-    log.close()
-
-    # Measure what a user will load: the files on disk, not the weights in memory
-    if state.best:
-        policy.load_state_dict(state.best["weights"], strict=False)
-    if writes and not config.evaluates_only:
-        save_adapter(policy, model_dir / "adapter")
-    processes.wait_for_everyone()
-    state.evaluations["after"] = state.evaluations["before"]
-    if config.evaluates_only and config.adapter_name:
-        evaluate_now("after")
-    if config.max_ppo_steps:
-        policy.model.load_adapter(model_dir / "adapter", adapter_name="saved", torch_device=str(device))
-        with policy.as_adapter("saved"):
-            evaluate_now("after")
-
-    # Report
-    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
-    measured = build_results(tables, human, evaluated, state, config)
-    results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
-    results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
-    if writes:
-        write_report(config, results, state.history, evaluated, tables)
-        end_tracker(tracker, measured, state.step)
-        if config.hub_model_id:
-            publish(config, model_dir)
-        if config.dynamodb_table:
-            upload_comparison(config.dynamodb_table, output_dir, config.prompt)
-    return results
+def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of this process and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
+    processes, name = PartialState(), config.device
+    for size in ("batch_size", "sft_batch_size"):
+        if getattr(config, size) % processes.num_processes:
+            raise UserError(f"--{size} {getattr(config, size)} is no multiple of {processes.num_processes} processes")
+    if processes.num_processes > 1 and name not in ("auto", processes.device.type):
+        raise UserError(f"--device {name}: each of several processes takes its own {processes.device.type}")
+    if name == "auto" or processes.num_processes > 1:
+        # accelerate numbers even the CPU, which safetensors refuses.
+        name = "cpu" if processes.device.type == "cpu" else str(processes.device)
+    with loading(name, "device"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise ValueError("use auto, cpu, cuda or cuda:N")
+        device = torch.empty(0, device=name).device
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    if device.type == "cuda":
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bfloat16 = any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    return device, torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
 def first_to_end() -> bool:
