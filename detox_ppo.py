@@ -15,8 +15,8 @@ first. --resume goes on with a run that was stopped. Several processes share a r
 
 The front of the file is the algorithm, to be read from top to bottom: options, data, policy, classifier, rollout, PPO,
 SFT, evaluation, run. Behind it are the back rooms: reading files, loading checks, report, checkpoints, errors, command
-line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of a batch's responses, V tokens
-of the vocabulary, d the model's width.
+line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of a batch's responses, V
+tokens of the vocabulary, d the model's width.
 """
 
 from __future__ import annotations
@@ -226,6 +226,8 @@ class DetoxConfig:
     vf_coef: NotNegative = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
     ratio_threshold: Annotated[float, Field(gt=1)] = option(10.0, "Skip minibatches whose mean ratio is above this.")
     max_grad_norm: PositiveOrNone = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
+    freeze_encoder: bool = option(False, "Train the decoder's LoRA alone in PPO: the encoder runs once a step.")
+    ptx_coef: NotNegative = option(0.0, "Weight in PPO of the loss on clean human summaries. Raise to keep content.")
     # responses
     output_min_length: PositiveInt = option(100, "Least new-token cap of a response in PPO; caps are drawn uniformly.")
     output_max_length: PositiveInt = option(400, "Greatest new-token cap of a response in PPO. Lower is faster.")
@@ -370,19 +372,22 @@ def padded_width(lengths: Iterable[int]) -> int:
     return -(-max(map(int, lengths)) // 16) * 16
 
 
-def micro_batches(lengths: list[int], rows: Iterable[int], model) -> list[list[int]]:
+def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
     """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
 
-    Similar lengths waste little on padding, and the size bounds what a pass keeps in memory. The bound is in bytes of
-    a hidden state, so that small models get large groups, larger ones without gradients, as little is kept then; a
-    GPU wants larger groups still.
+    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of a hidden state, so
+    that small models get large groups, and those of the logits, which are given by row. Both bounds are larger
+    without gradients, as little is kept then, and on a GPU, which needs large groups.
     """
-    on_cpu = 3 * 2**18 if torch.is_grad_enabled() else 3 * 2**19
-    bound = on_cpu if model.device.type == "cpu" else 2**27
+    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
+    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
     largest = bound // (model.config.hidden_size * model.dtype.itemsize)
+    logits = logits or [0] * len(lengths)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
-        if not groups or (len(groups[-1]) + 1) * lengths[row] > largest:
+        group = [*groups[-1], row] if groups else []
+        most_logits = max((logits[i] for i in group), default=0)
+        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
             groups.append([])
         groups[-1].append(row)
     return groups
@@ -440,6 +445,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        self.encoder_is_frozen = False
         self.eval()
 
     @property
@@ -458,6 +464,16 @@ class Policy(nn.Module):
         """The weights of both adapters and of the value head, by name: all that a run may change."""
         return {name: p for name, p in self.state_dict().items() if "lora_" in name or name.startswith("value_head.")}
 
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Freeze the encoder's part of the LoRA "default", or train it again.
+
+        As long as PPO leaves it as it is, policy and reference have the same encoder states.
+        """
+        self.encoder_is_frozen = frozen
+        for name, parameter in self.base.get_encoder().named_parameters():
+            if ".default." in name:
+                parameter.requires_grad_(not frozen)
+
     @contextmanager
     def as_adapter(self, name: str):
         """Run with another adapter, frozen; the one before is active again afterwards, trainable if it was."""
@@ -467,6 +483,8 @@ class Policy(nn.Module):
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
+            if before == "default":  # PEFT made all of it trainable
+                self.freeze_encoder(self.encoder_is_frozen)
 
     @contextmanager
     def learning(self, dropout: bool):
@@ -496,6 +514,13 @@ class Policy(nn.Module):
             states[rows, : encoded.shape[1]] = encoded
         return states
 
+    def passes(self, responses: Responses, rows: Iterable[int]) -> list[list[int]]:
+        """Groups of responses for a forward pass each, by the length of what it computes: prompts or responses."""
+        lengths = responses.lengths.tolist()
+        logits = [4 * self.base.get_output_embeddings().weight.shape[0] * length for length in lengths]
+        prompts = [len(prompt) for prompt in responses.prompts]
+        return micro_batches(lengths if self.encoder_is_frozen else prompts, rows, self.base, logits)
+
     def decode(self, input_ids: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
         """The model's own outputs, whatever its family, for (B, T) decoder inputs and (B, S, d) encoder states."""
         states = BaseModelOutput(last_hidden_state=states)
@@ -523,8 +548,7 @@ class Policy(nn.Module):
     def score(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """forward of a whole batch, a micro-batch at a time and without gradients."""
         logprobs, values = torch.zeros(2, *responses.tokens.shape, device=self.device)
-        lengths = [len(prompt) for prompt in responses.prompts]
-        for rows in micro_batches(lengths, range(len(lengths)), self.base):
+        for rows in self.passes(responses, range(len(responses.prompts))):
             part = responses.select(rows)
             width = part.tokens.shape[1]
             logprobs[rows, :width], values[rows, :width] = self(part)
@@ -569,6 +593,9 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
+    policy.freeze_encoder(config.freeze_encoder)
+    if not any("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad):
+        raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
     with loading(name, "model_name"):  # does a model of this family make its logits as others do?
         end = torch.tensor([[special.eos_token_id]], device=device)
         logprobs, values = policy(Responses([[special.eos_token_id]], end, torch.ones_like(end[0])))
@@ -802,7 +829,8 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/logprobs"):
         logprobs, values = policy.score(responses)
     with timed(seconds, "time/reference"), policy.as_adapter("reference"):
-        responses.encoder_states = None  # the reference has its own, and the update's need gradients
+        if not config.freeze_encoder:
+            responses.encoder_states = None  # the reference has its own, and the update's need gradients
         ref_logprobs, _ = policy.score(responses)
     with timed(seconds, "time/reward"):
         if config.score_text == "query_response":
@@ -812,8 +840,12 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
         columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
         columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}
         rollout = {name: gather_rows(rows, column) for name, column in columns.items()}
+        states = None
+        if config.freeze_encoder:  # those of the other processes' rows stay there, and 0 here
+            states = responses.encoder_states.new_zeros(len(batch), *responses.encoder_states.shape[1:])
+            states[rows] = responses.encoder_states
     seconds["time/rollout"] = sum(seconds[f"time/{stage}"] for stage in ("sample", "logprobs", "reference"))
-    return Responses(prompts, *(rollout.pop(name) for name in ("tokens", "lengths", "finished"))), rollout
+    return Responses(prompts, *(rollout.pop(name) for name in ("tokens", "lengths", "finished")), states), rollout
 
 
 # --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
@@ -919,33 +951,47 @@ def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
         group["lr"] = learning_rate * (1 - (step - 1) / last)
 
 
-def update(policy: Policy, optimizer, responses: Responses, rollout: dict, step: int, config: DetoxConfig) -> dict:
+def update(
+    policy: Policy, optimizer, responses: Responses, summaries: Responses | None, rollout: dict, step: int, config
+) -> dict:
     """Learn from a batch, minibatch by minibatch; one whose mean ratio is above ratio_threshold is skipped.
 
-    rollout has logprobs, values, advantages and returns, all (B, T). A minibatch goes through the model some rows at a
-    time, shared by the processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the
-    means of the minibatches' stats; nothing where a gradient is not finite, at which the update ends.
+    rollout has logprobs, values, advantages and returns, all (B, T); summaries are the human ones to learn as well
+    (ptx_coef), of length 0 where there is none. A minibatch goes through the model some rows at a time, shared by the
+    processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the means of the
+    minibatches' stats; nothing where a gradient is not finite, at which the update ends.
     """
     parameters, mask = policy.trained(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
+    sampled_here = set(my_rows(range(config.batch_size), lengths))
     every, skipped = [], 0
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
         for mb in order.reshape(-1, config.mini_batch_size):
             optimizer.zero_grad()
             stats = Counter()
-            for rows in micro_batches(lengths, my_rows(mb, lengths), policy.base):
+            # With the encoder frozen a process trains on the rows whose encoder states it has.
+            local = [row for row in mb if row in sampled_here] if config.freeze_encoder else my_rows(mb, lengths)
+            for rows in policy.passes(responses, local):
                 part = responses.select(rows)
                 columns = (rollout[name] for name in ("logprobs", "values", "advantages", "returns"))
                 mb_logprobs, mb_values, mb_advantages, mb_returns = (c[rows, : part.tokens.shape[1]] for c in columns)
+                if part.encoder_states is None:
+                    part.encoder_states = policy.encode(part.prompts)
                 logprobs, values = policy(part)
                 pg_loss, pg_stats = policy_loss(logprobs, mb_logprobs, mb_advantages, part.mask, config.cliprange)
                 vf_loss, vf_stats = value_loss(values, mb_values, mb_returns, part.mask, config.cliprange_value)
                 loss = pg_loss + config.vf_coef * vf_loss
                 weight = part.mask.sum() / mask[mb].sum()
-                (weight * loss).backward()
                 losses = {"ppo/loss/total": loss, "ppo/loss/policy": pg_loss, "ppo/loss/value": vf_loss}
                 stats.update({name: (weight * value).item() for name, value in (losses | pg_stats | vf_stats).items()})
+                loss = weight * loss
+                if summaries is not None:
+                    ptx_loss = summary_loss(policy, summaries, rows, summaries.lengths[mb].sum(), part.encoder_states)
+                    loss = loss + config.ptx_coef * ptx_loss
+                    stats["ppo/loss/ptx"] += ptx_loss.item()
+                    stats["ppo/loss/total"] += config.ptx_coef * ptx_loss.item()
+                loss.backward()
             every.append(sum_over_processes(parameters, stats))
             if every[-1]["ppo/policy/ratio"] > config.ratio_threshold:
                 skipped += 1
@@ -975,8 +1021,10 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
         rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
         rollout |= {"advantages": advantages, "returns": returns}
+        with timed(seconds, "time/reward"):
+            summaries = clean_summaries(policy, tokenizer, classifier, batch, config) if config.ptx_coef else None
         with timed(seconds, "time/optimize"), policy.learning(dropout=False):
-            stats = {} if broken else update(policy, optimizer, responses, rollout, step, config)
+            stats = {} if broken else update(policy, optimizer, responses, summaries, rollout, step, config)
         if stats:
             metrics |= {
                 "ppo/skipped_steps": 0,
@@ -998,27 +1046,71 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
     return metrics | seconds
 
 
-# --- Tuning: the adapter learns the human summaries, before PPO ------------------------------------------------------
+# --- Human summaries: SFT before PPO, and their loss within PPO (ptx_coef) -------------------------------------------
+
+
+def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) -> Responses:
+    """A batch's human summaries, as responses to its prompts.
+
+    One over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
+    """
+    texts = token_ids(tokenizer, list(batch["summary"]))
+    tokens, mask = policy.pad([ids[: config.sft_max_target_length] for ids in texts])
+    return Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
+
+
+def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxConfig) -> Responses:
+    """As tokenize_summaries, with length 0 where a row has no summary or the classifier calls it toxic (P > TOXIC)."""
+    summaries = tokenize_summaries(policy, tokenizer, batch, config)
+    rows = my_rows(range(len(batch)), [len(prompt) for prompt in summaries.prompts])
+    texts = [batch["summary"][i] for i in rows]
+    toxicity = torch.tensor(classifier.toxicity(classifier.logits(texts, policy.base.dtype)))
+    clean = (toxicity <= TOXIC) & torch.tensor([bool(text) for text in texts])
+    summaries.lengths *= gather_rows(rows, clean.to(policy.device))
+    return summaries
+
+
+def check_summaries(classifier, train, config: DetoxConfig) -> None:
+    """End with a UserError before the first step if ptx_coef has no clean human summary to learn."""
+    texts = [text for text in train["summary"] if text]
+    for start in range(0, len(texts), config.batch_size):
+        if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
+            return
+    fault = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
+    way = "Set it to 0, or name other dialogues with --dataset_name"
+    raise UserError(f"--ptx_coef {config.ptx_coef} learns the clean human summaries, but {fault}. {way}.")
+
+
+def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_states=None) -> torch.Tensor:
+    """Minus the log-probabilities of some rows' human summaries, in nats, summed and divided by a count of tokens.
+
+    encoder_states (rows, S, d) are computed unless they are given; summaries of length 0 take no part. In PPO this is
+    the pretraining loss of PPO-ptx (Ouyang et al., 2022, section 3.5), on the task's own summaries.
+    """
+    with_summary = [i for i, row in enumerate(rows) if summaries.lengths[row] > 0]
+    if not with_summary:
+        return torch.zeros((), device=policy.device)
+    part = summaries.select([rows[i] for i in with_summary])
+    if encoder_states is not None:
+        part.encoder_states = encoder_states[with_summary, : padded_width(map(len, part.prompts))]
+    logprobs, _ = policy(part)
+    return -logprobs.sum() / tokens
 
 
 def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
     """Learn a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
 
-    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. A summary over
-    sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence. Several processes
-    share the rows; each has dropout of its own, so their number shows in the result.
+    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. Several processes share
+    the rows; each has dropout of its own, so their number shows in the result.
     """
-    texts = token_ids(tokenizer, list(batch["summary"]))
-    tokens, mask = policy.pad([ids[: config.sft_max_target_length] for ids in texts])
-    summaries = Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
+    summaries = tokenize_summaries(policy, tokenizer, batch, config)
     prompt_lengths, stats = [len(prompt) for prompt in summaries.prompts], Counter()
     dropout = random_stream(config.seed, TUNING, step, PartialState().process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
     with policy.learning(dropout=True):
-        for rows in micro_batches(prompt_lengths, my_rows(range(len(batch)), prompt_lengths), policy.base):
-            logprobs, _ = policy(summaries.select(rows))
-            loss = -logprobs.sum() / mask.sum()
+        for rows in policy.passes(summaries, my_rows(range(len(batch)), prompt_lengths)):
+            loss = summary_loss(policy, summaries, rows, summaries.lengths.sum())
             loss.backward()
             stats["loss"] += loss.item()
     loss = sum_over_processes(policy.trained(), stats)["loss"]
@@ -1054,7 +1146,8 @@ def evaluate_policy(
             responses = generate(policy, [prompts[i] for i in batch], generators, caps)
             if not greedy:
                 logprobs, _ = policy.score(responses)
-                responses.encoder_states = None  # the reference has its own
+                if not config.freeze_encoder:
+                    responses.encoder_states = None  # the reference has its own
                 with policy.as_adapter("reference"):
                     columns["kl"] = (logprobs - policy.score(responses)[0]).sum(dim=1).tolist()
             texts = plain_texts(tokenizer, responses)
@@ -1166,21 +1259,59 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
     }
 
 
-def summary_quality(table: pd.DataFrame, summaries: list[str]) -> dict[str, float]:
+def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
+    """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
+    counts = np.zeros((len(texts), buckets), dtype=np.float32)
+    for row, text in enumerate(texts):
+        codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+        grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
+        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
+        hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
+        hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
+        found, times = np.unique(hashed, return_counts=True)
+        counts[row, found] = 1 + np.log(times)
+    return counts
+
+
+def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
+    """R@1: the share of summaries that are more similar to their own dialogue than to any other of the dialogues.
+
+    The similarity is the cosine of tf-idf vectors of character 4-grams, tf = 1 + log(count) and
+    idf = 1 + log((1 + n) / (1 + df)) over the n dialogues (Manning et al., 2008, chapter 6), so it needs no words of
+    any language. 1 is perfect; random or interchangeable summaries reach 1 / n, empty ones 0.
+    """
+    own, others = np.zeros(len(summaries)), np.full(len(summaries), -1.0)
+    found = [character_counts(dialogues[i : i + 512]) for i in range(0, len(dialogues), 512)]
+    idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((part > 0).sum(axis=0) for part in found)))
+    found = [part * idf / np.linalg.norm(part * idf, axis=1, keepdims=True) for part in found]
+    for first in range(0, len(summaries), 512):
+        told = character_counts(summaries[first : first + 512]) * idf
+        similarity = np.concatenate([told @ part.T for part in found], axis=1)  # (512 at most, dialogues)
+        rows = np.arange(first, first + len(told))
+        own[rows] = similarity[rows - first, rows]
+        similarity[rows - first, rows] = -1
+        others[rows] = similarity.max(axis=1)
+    return float(np.mean(own > others))
+
+
+def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[str]) -> dict[str, float]:
     """What toxicity can't see of an evaluation's summaries: are they still summaries?
 
-    Returns ROUGE-1, -2 and -L F-measures against the human summaries, if there are any (means, 0 to 1, stemmed);
+    Returns retrieval_at_1, from 20 dialogues on; ROUGE-1, -2 and -L F-measures against the human summaries, if there
+    are any (means, 0 to 1, stemmed);
     distinct_2, the share of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the
     mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
     summaries; of what was sampled kl, to the reference in nats a summary.
     """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(*pair) for pair in zip(summaries, table["response"], strict=True)] if any(summaries) else []
+    referenced = [pair for pair in zip(summaries, table["response"], strict=True) if pair[0]]
+    scores = [scorer.score(*pair) for pair in referenced]
     words = [text.lower().split() for text in table["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
     return {
         **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scores and scorer.rouge_types},
+        **({"retrieval_at_1": retrieval_at_1(dialogues, list(table["response"]))} if len(dialogues) >= 20 else {}),
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
         "empty": float(np.mean([not text for text in words])),
@@ -1192,7 +1323,8 @@ def summary_quality(table: pd.DataFrame, summaries: list[str]) -> dict[str, floa
 def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
     """What got worse in the summaries, in words, from two results of summary_quality; empty if they are still good."""
     faults = []
-    for name, wording, least in (("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5)):
+    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
+    for name, wording, least in leasts:
         if name in before and after[name] < least * before[name]:
             faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
     for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
@@ -1226,7 +1358,8 @@ def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, co
     """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
     with timed(state.timings, "choosing"):
         table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality, toxicity = summary_quality(table, list(rows["summary"])), float(table["summary_toxicity"].mean())
+    quality = summary_quality(table, list(rows["summary"]), list(rows["dialogue"]))
+    toxicity = float(table["summary_toxicity"].mean())
     rouge = quality.get("rougeL")  # None without summaries
     start = state.best["start"] if state.best else quality
     if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
@@ -1263,6 +1396,8 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     print_examples(classifier)
     splits = build_dataset(rows, tokenizer, config, evaluated)
     check_lengths(policy, splits, classifier.max_length, config)
+    if config.ptx_coef and config.max_ppo_steps:
+        check_summaries(classifier, splits["train"], config)
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
@@ -1334,6 +1469,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
 
     # Tune
+    policy.freeze_encoder(False)
     optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
     if checkpoint and not tuned:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1352,6 +1488,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         save_adapter(policy, model_dir / start, "reference")
 
     # Train
+    policy.freeze_encoder(config.freeze_encoder)
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
     if checkpoint and tuned:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1535,7 +1672,7 @@ def load_dialogues(
             return None
         columns, texts = list(map(str, table.columns)), {}
         for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
-            if key == "summary" and column not in columns and not config.sft_steps:
+            if key == "summary" and column not in columns and not (config.sft_steps or config.ptx_coef):
                 print(f"data: {name} has no column {column!r}: no ROUGE")
                 texts[key] = [None] * len(table)
                 continue
@@ -1550,7 +1687,8 @@ def load_dialogues(
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
         rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
-        empty = [row + 1 for row, *pair in rows if "" in pair]
+        needed = 2 if config.sft_steps else 1  # of dialogue and summary
+        empty = [row + 1 for row, *pair in rows if "" in pair[:needed]]
         if empty:
             note = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
             if len(empty) > len(rows) / 10:
@@ -1558,7 +1696,9 @@ def load_dialogues(
             print(f"data: {name}: {note}: left out")
         if not rows:
             raise ValueError("there is no row in it")
-    kept = [(row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)]
+    kept = [
+        (row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)[:needed]
+    ]
     return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
 
 
@@ -1832,7 +1972,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     tables are evaluate_policy's of the rows, by when ("base" with tuning, "before", "after") and decoding ("sampled",
     "greedy"); human is measure_human's.
     """
-    summaries, history = list(rows["summary"]), state.history
+    summaries, dialogues, history = list(rows["summary"]), list(rows["dialogue"]), state.history
     keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > TOXIC
 
     def compare(decoding, key, chosen=slice(None)):
@@ -1841,7 +1981,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         return base | paired_statistics(values["before"], values["after"], config.seed)
 
     def measured(decoding):
-        quality = {when: summary_quality(both[decoding], summaries) for when, both in tables.items()}
+        quality = {when: summary_quality(both[decoding], summaries, dialogues) for when, both in tables.items()}
         block = {key: compare(decoding, key) for key in keys}
         for key in ("length", "reward"):
             block[key] = {when: {"mean": float(both[decoding][key].mean())} for when, both in tables.items()}
