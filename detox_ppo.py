@@ -234,7 +234,6 @@ class DetoxConfig:
     )
     # evaluation
     eval_samples: Annotated[int, Field(ge=-1, lt=2**31)] = option(100, "Test prompts to evaluate, exactly; -1: all.")
-    eval_every: NaturalInt = option(0, "PPO steps between evaluations that choose the best adapter. 0: keep the last.")
     eval_max_new_tokens: PositiveInt = option(100, "Longest summary in the evaluation, in tokens.")
     # run
     seed: Annotated[int, Field(ge=0, lt=2**64)] = option(0, "Seed of everything random. Others show what is luck.")
@@ -272,10 +271,9 @@ class DetoxConfig:
             low, high = kind.format("min"), kind.format("max")
             if getattr(self, low) >= getattr(self, high):
                 raise UserError(f"--{low} {getattr(self, low)} must be below --{high} {getattr(self, high)}")
-        for whole, part in (("batch_size", "mini_batch_size"), ("max_ppo_steps", "eval_every")):
-            total, size = getattr(self, whole), getattr(self, part)
-            if size and total % size:
-                raise UserError(f"--{whole} {total} is not a multiple of --{part} {size}")
+        if self.batch_size % self.mini_batch_size:
+            sizes = f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
+            raise UserError(sizes)
 
     @property
     def evaluates_only(self) -> bool:
@@ -310,9 +308,7 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     """Filter by length, build and tokenize the prompts, and split in file order.
 
     rows are load_dialogues', or None where nothing is trained; evaluated are those to evaluate on, of all lengths, if
-    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids;
-    with eval_every also `selection`, from the end of the training rows: the adapter is chosen by other rows than it is
-    judged by.
+    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids.
     """
 
     template = config.prompt  # alone, since datasets makes a fingerprint of all that the function uses
@@ -342,13 +338,6 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
         print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     else:
         splits["train"] = kept
-    if config.eval_every:
-        count = config.eval_samples if config.eval_samples > 0 else len(splits["test"])
-        aside = max(1, min(count, len(splits["train"]) // 10))
-        left = len(splits["train"]) - aside
-        splits["selection"] = splits["train"].select(range(left, left + aside))
-        splits["train"] = splits["train"].select(range(left))
-        print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
     needs = [("batch_size", "train", config.max_ppo_steps), ("sft_batch_size", "train", config.sft_steps)]
     for name, split, needed in [*needs, ("eval_samples", "test", evaluated is None)]:
         if needed and len(splits[split]) < getattr(config, name):
@@ -1219,24 +1208,6 @@ class RunState:
     warnings: dict = field(default_factory=dict)
     timings: dict = field(default_factory=dict)  # seconds of each part
     words: str = ""  # that were told last
-    best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
-
-
-def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
-    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
-    with timed(state.timings, "choosing"):
-        table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality, toxicity = summary_quality(table, list(rows["summary"])), float(table["summary_toxicity"].mean())
-    rouge = quality.get("rougeL")  # None without summaries
-    start = state.best["start"] if state.best else quality
-    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
-        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
-        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
-        state.best = best | {"start": start, "weights": weights}
-    line = f"rows set aside: summary toxicity {toxicity:.4f}"
-    line += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
-    tell(f"  {line}; the best is that of step {state.best['step']}")
-    return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
 
 
 def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -1355,8 +1326,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
     if checkpoint and tuned:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
-        choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
     if not state.step and not config.evaluates_only:
         keep(True)
     log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
@@ -1370,8 +1339,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            if config.eval_every and step % config.eval_every == 0:
-                metrics |= choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
             tell_step(state, config, bar, first=step == begun + 1)
         log.write(json.dumps(metrics) + "\n")
         if tracker:
@@ -1383,8 +1350,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     log.close()
 
     # Measure what a user will load: the files on disk, not the weights in memory
-    if state.best:
-        policy.load_state_dict(state.best["weights"], strict=False)
     if writes and not config.evaluates_only:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
@@ -1811,7 +1776,6 @@ def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> N
             tell(f"  warning, {state.warnings[kind]}")
     if first:
         left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
-        left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
         tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
 
 
@@ -1856,8 +1820,6 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
-    if state.best:
-        results["best"] = {name: state.best[name] for name in ("step", "summary_toxicity", "rougeL")}
     blocks, less = toxicities(results), "less toxic"
     results["verdict"] = in_words(blocks)
     warned = results["warnings"] = dict(state.warnings)

@@ -78,7 +78,6 @@ DEFAULTS = {
     "output_max_length": 400,
     "score_text": "query_response",
     "eval_samples": 100,
-    "eval_every": 0,
     "eval_max_new_tokens": 100,
     "seed": 0,
     "device": "auto",
@@ -126,7 +125,6 @@ RANGES = {
     "output_min_length": ([0, -1], [1]),
     "output_max_length": ([100, 0], [101]),
     "eval_samples": ([0, -2], [1, -1]),
-    "eval_every": ([-1], [0, 1]),
     "eval_max_new_tokens": ([0], [1]),
     "seed": ([-1, 2**64], [0, 2**32]),
     "save_steps": ([0, -1], [1]),
@@ -165,11 +163,6 @@ def test_defaults():
 def test_sizes_that_do_not_divide():
     told = complaint(["--batch_size", 8, "--mini_batch_size", 3])
     assert told == "--batch_size 8 is not a multiple of --mini_batch_size 3"
-    # Else the adapters of the last steps could not be chosen.
-    for steps in (3, 20):
-        told = complaint(["--max_ppo_steps", 10, "--eval_every", steps])
-        assert told == f"--max_ppo_steps 10 is not a multiple of --eval_every {steps}"
-    assert parse_config(["--max_ppo_steps", "0", "--eval_every", "3"]).eval_every == 3
 
 
 def test_every_option_is_used():
