@@ -1207,7 +1207,6 @@ class RunState:
     evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
     warnings: dict = field(default_factory=dict)
     timings: dict = field(default_factory=dict)  # seconds of each part
-    words: str = ""  # that were told last
 
 
 def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -1339,7 +1338,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            tell_step(state, config, bar, first=step == begun + 1)
+            print_step(metrics, config, bar)
+            for kind, text in new_warnings(state, config).items():
+                state.warnings[kind] = text
+                tell(f"  warning, {text}")
+            if step == begun + 1:
+                tell(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
         if tracker:
             tracker.log(metrics, step=step)
@@ -1722,19 +1726,6 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
 
 
-def step_in_words(history: list[dict], config: DetoxConfig) -> str:
-    """The newest of the steps' metrics in plain words."""
-    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
-    # The last ten steps against the ten before, beyond what samples and steps vary by.
-    half = max(1, min(10, len(score) // 2))
-    early, late = score[-2 * half : -half] or score[:1], score[-half:]
-    varied = max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size))
-    rise, noise, far = np.mean(late) - np.mean(early), 2 * varied**0.5, now["objective/kl"] / config.target_kl
-    trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
-    distance = "far from" if far > 3 else "moving away from" if far > 1 else "close to"
-    return f"score {trend}, {distance} the reference"
-
-
 def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     """What is wrong with the newest of the steps, by kind, each with its cause and the way out."""
     now, score = history[-1], [step["ppo/mean_scores"] for step in history]
@@ -1757,26 +1748,28 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
 
-def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
-    """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
-    history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    metrics, step, last = history[-1], state.step, config.max_ppo_steps
+def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
+    """Show a step on the progress bar and, every logging_steps, print it in at most 100 columns, the score first."""
+    step, last = metrics["step"], config.max_ppo_steps
     names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
     bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
     if step % config.logging_steps == 0 or step == last:
         names["advantages_mean"] = "ppo/policy/advantages_mean"
         values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
         tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
-    if (words := step_in_words(history, config)) != state.words:
-        state.words = words
-        tell(f"  {words}")
-    for kind, text in step_warnings(history, config).items():
-        if kind not in state.warnings:
-            state.warnings[kind] = f"step {step}: {text}"
-            tell(f"  warning, {state.warnings[kind]}")
-    if first:
-        left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
-        tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
+
+
+def new_warnings(state: RunState, config: DetoxConfig) -> dict[str, str]:
+    """The newest step's warnings of kinds that the run has not had yet, each with the step's number."""
+    history = [line for line in state.history if not line["ppo/skipped_steps"]]
+    warned = step_warnings(history, config)
+    return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
+
+
+def minutes_left(state: RunState, config: DetoxConfig) -> float:
+    """An estimate for the remaining steps and the last evaluation, from the newest step and the first evaluation."""
+    steps = config.max_ppo_steps - state.step
+    return (steps * state.history[-1]["time/step"] + state.timings["evaluate_before"]) / 60
 
 
 def print_means(label: str, table: pd.DataFrame) -> None:
