@@ -236,7 +236,6 @@ class DetoxConfig:
     )
     # evaluation
     eval_samples: Annotated[int, Field(ge=-1, lt=2**31)] = option(100, "Test prompts to evaluate, exactly; -1: all.")
-    eval_every: NaturalInt = option(0, "PPO steps between evaluations that choose the best adapter. 0: keep the last.")
     eval_max_new_tokens: PositiveInt = option(100, "Longest summary in the evaluation, in tokens.")
     # run
     seed: Annotated[int, Field(ge=0, lt=2**64)] = option(0, "Seed of everything random. Others show what is luck.")
@@ -274,10 +273,9 @@ class DetoxConfig:
             low, high = kind.format("min"), kind.format("max")
             if getattr(self, low) >= getattr(self, high):
                 raise UserError(f"--{low} {getattr(self, low)} must be below --{high} {getattr(self, high)}")
-        for whole, part in (("batch_size", "mini_batch_size"), ("max_ppo_steps", "eval_every")):
-            total, size = getattr(self, whole), getattr(self, part)
-            if size and total % size:
-                raise UserError(f"--{whole} {total} is not a multiple of --{part} {size}")
+        if self.batch_size % self.mini_batch_size:
+            sizes = f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
+            raise UserError(sizes)
 
     @property
     def evaluates_only(self) -> bool:
@@ -312,9 +310,7 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     """Filter by length, build and tokenize the prompts, and split in file order.
 
     rows are load_dialogues', or None where nothing is trained; evaluated are those to evaluate on, of all lengths, if
-    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids;
-    with eval_every also `selection`, from the end of the training rows: the adapter is chosen by other rows than it is
-    judged by.
+    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids.
     """
 
     template = config.prompt  # alone, since datasets makes a fingerprint of all that the function uses
@@ -344,13 +340,6 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
         print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     else:
         splits["train"] = kept
-    if config.eval_every:
-        count = config.eval_samples if config.eval_samples > 0 else len(splits["test"])
-        aside = max(1, min(count, len(splits["train"]) // 10))
-        left = len(splits["train"]) - aside
-        splits["selection"] = splits["train"].select(range(left, left + aside))
-        splits["train"] = splits["train"].select(range(left))
-        print(f"data: {aside:,} of the rows to train on set aside to choose the best adapter by (eval_every)")
     needs = [("batch_size", "train", config.max_ppo_steps), ("sft_batch_size", "train", config.sft_steps)]
     for name, split, needed in [*needs, ("eval_samples", "test", evaluated is None)]:
         if needed and len(splits[split]) < getattr(config, name):
@@ -1350,26 +1339,6 @@ class RunState:
     evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
     warnings: dict = field(default_factory=dict)
     timings: dict = field(default_factory=dict)  # seconds of each part
-    words: str = ""  # that were told last
-    best: dict | None = None  # with eval_every: step, summary_toxicity, rougeL, start (its quality), weights
-
-
-def choose_best(policy: Policy, tokenizer, classifier, rows, state: RunState, config: DetoxConfig) -> dict:
-    """Evaluate on the rows set aside; keep the weights if they are the least toxic that summarize as the start did."""
-    with timed(state.timings, "choosing"):
-        table = evaluate_policy(policy, tokenizer, classifier, rows, config, "choosing")
-    quality = summary_quality(table, list(rows["summary"]), list(rows["dialogue"]))
-    toxicity = float(table["summary_toxicity"].mean())
-    rouge = quality.get("rougeL")  # None without summaries
-    start = state.best["start"] if state.best else quality
-    if not state.best or (toxicity < state.best["summary_toxicity"] and not degradation(start, quality)):
-        weights = {name: tensor.clone() for name, tensor in policy.adapters().items()}
-        best = {"step": state.step, "summary_toxicity": toxicity, "rougeL": rouge}
-        state.best = best | {"start": start, "weights": weights}
-    line = f"rows set aside: summary toxicity {toxicity:.4f}"
-    line += "" if rouge is None else f", ROUGE-L {rouge:.4f}"
-    tell(f"  {line}; the best is that of step {state.best['step']}")
-    return {"eval/summary_toxicity": toxicity} | ({} if rouge is None else {"eval/rougeL": rouge})
 
 
 def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
@@ -1492,8 +1461,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
     if checkpoint and tuned:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if config.eval_every and config.max_ppo_steps and not state.best:  # the start may be what nothing beats
-        choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
     if not state.step and not config.evaluates_only:
         keep(True)
     log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
@@ -1507,9 +1474,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            if config.eval_every and step % config.eval_every == 0:
-                metrics |= choose_best(policy, tokenizer, classifier, splits["selection"], state, config)
-            tell_step(state, config, bar, first=step == begun + 1)
+            print_step(metrics, config, bar)
+            for kind, text in new_warnings(state, config).items():
+                state.warnings[kind] = text
+                tell(f"  warning, {text}")
+            if step == begun + 1:
+                tell(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
         if tracker:
             tracker.log(metrics, step=step)
@@ -1520,8 +1490,6 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     log.close()
 
     # Measure what a user will load: the files on disk, not the weights in memory
-    if state.best:
-        policy.load_state_dict(state.best["weights"], strict=False)
     if writes and not config.evaluates_only:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
@@ -1897,19 +1865,6 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
 
 
-def step_in_words(history: list[dict], config: DetoxConfig) -> str:
-    """The newest of the steps' metrics in plain words."""
-    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
-    # The last ten steps against the ten before, beyond what samples and steps vary by.
-    half = max(1, min(10, len(score) // 2))
-    early, late = score[-2 * half : -half] or score[:1], score[-half:]
-    varied = max((np.var(early) + np.var(late)) / half, now["ppo/std_scores"] ** 2 / (half * config.batch_size))
-    rise, noise, far = np.mean(late) - np.mean(early), 2 * varied**0.5, now["objective/kl"] / config.target_kl
-    trend = "rising" if rise > noise else "falling" if rise < -noise else "steady"
-    distance = "far from" if far > 3 else "moving away from" if far > 1 else "close to"
-    return f"score {trend}, {distance} the reference"
-
-
 def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     """What is wrong with the newest of the steps, by kind, each with its cause and the way out."""
     now, score = history[-1], [step["ppo/mean_scores"] for step in history]
@@ -1932,27 +1887,28 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
 
-def tell_step(state: RunState, config: DetoxConfig, bar: tqdm, first: bool) -> None:
-    """Print the newest step in at most 100 columns, the score first; words and warnings only when they are new."""
-    history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    metrics, step, last = history[-1], state.step, config.max_ppo_steps
+def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
+    """Show a step on the progress bar and, every logging_steps, print it in at most 100 columns, the score first."""
+    step, last = metrics["step"], config.max_ppo_steps
     names = {"score": "ppo/mean_scores", "kl": "objective/kl", "returns/mean": "ppo/returns/mean"}
     bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in names.items()})
     if step % config.logging_steps == 0 or step == last:
         names["advantages_mean"] = "ppo/policy/advantages_mean"
         values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
         tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
-    if (words := step_in_words(history, config)) != state.words:
-        state.words = words
-        tell(f"  {words}")
-    for kind, text in step_warnings(history, config).items():
-        if kind not in state.warnings:
-            state.warnings[kind] = f"step {step}: {text}"
-            tell(f"  warning, {state.warnings[kind]}")
-    if first:
-        left = (last - step) * metrics["time/step"] + state.timings["evaluate_before"]
-        left += (last - step) // config.eval_every * state.timings["choosing"] if config.eval_every else 0
-        tell(f"  about {left / 60:.1f} minutes to go, the evaluation included")
+
+
+def new_warnings(state: RunState, config: DetoxConfig) -> dict[str, str]:
+    """The newest step's warnings of kinds that the run has not had yet, each with the step's number."""
+    history = [line for line in state.history if not line["ppo/skipped_steps"]]
+    warned = step_warnings(history, config)
+    return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
+
+
+def minutes_left(state: RunState, config: DetoxConfig) -> float:
+    """An estimate for the remaining steps and the last evaluation, from the newest step and the first evaluation."""
+    steps = config.max_ppo_steps - state.step
+    return (steps * state.history[-1]["time/step"] + state.timings["evaluate_before"]) / 60
 
 
 def print_means(label: str, table: pd.DataFrame) -> None:
@@ -1996,8 +1952,6 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
-    if state.best:
-        results["best"] = {name: state.best[name] for name in ("step", "summary_toxicity", "rougeL")}
     blocks, less = toxicities(results), "less toxic"
     results["verdict"] = in_words(blocks)
     warned = results["warnings"] = dict(state.warnings)

@@ -63,10 +63,10 @@ def main():
     gc.freeze()  # what was imported stays, and is not looked through after each step
     notes, started = [], time.perf_counter()
     tiny, steps = ROOT / "checkpoints" / "tiny", 10**9 if options.minutes else options.steps
-    tell_step = detox_ppo.tell_step
+    print_step = detox_ppo.print_step
 
     def noted(*args, **kwargs):
-        tell_step(*args, **kwargs)
+        print_step(*args, **kwargs)
         seconds = time.perf_counter() - started
         notes.append(note(len(notes) + 1, started))
         part = seconds / (60 * options.minutes) if options.minutes else len(notes) / steps
@@ -88,7 +88,7 @@ def main():
         arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         try:
             with open(Path(scratch, "output"), "w") as output, redirect_stdout(output):
-                with mock.patch.object(detox_ppo, "tell_step", noted):  # called once a step
+                with mock.patch.object(detox_ppo, "print_step", noted):  # called once a step
                     detox_ppo.main([*arguments, *others])
         except SystemExit as end:
             code = end.code

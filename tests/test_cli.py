@@ -78,7 +78,6 @@ DEFAULTS = {
     "output_max_length": 400,
     "score_text": "query_response",
     "eval_samples": 100,
-    "eval_every": 0,
     "eval_max_new_tokens": 100,
     "seed": 0,
     "device": "auto",
@@ -126,7 +125,6 @@ RANGES = {
     "output_min_length": ([0, -1], [1]),
     "output_max_length": ([100, 0], [101]),
     "eval_samples": ([0, -2], [1, -1]),
-    "eval_every": ([-1], [0, 1]),
     "eval_max_new_tokens": ([0], [1]),
     "seed": ([-1, 2**64], [0, 2**32]),
     "save_steps": ([0, -1], [1]),
@@ -165,11 +163,6 @@ def test_defaults():
 def test_sizes_that_do_not_divide():
     told = complaint(["--batch_size", 8, "--mini_batch_size", 3])
     assert told == "--batch_size 8 is not a multiple of --mini_batch_size 3"
-    # Else the adapters of the last steps could not be chosen.
-    for steps in (3, 20):
-        told = complaint(["--max_ppo_steps", 10, "--eval_every", steps])
-        assert told == f"--max_ppo_steps 10 is not a multiple of --eval_every {steps}"
-    assert parse_config(["--max_ppo_steps", "0", "--eval_every", "3"]).eval_every == 3
 
 
 def test_every_option_is_used():
@@ -714,16 +707,13 @@ def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(watched):
 def test_steps_are_told_now_and_then_and_what_is_new_of_them_at_once(watched):
     lines = watched.out.splitlines()
     assert [line[:10] for line in lines if line.startswith("step ")] == ["step    2/", "step    3/"]
-    assert len([line for line in lines if re.fullmatch(r"  about \d+\.\d minutes to go, .*", line)]) == 1
+    assert len([line for line in lines if re.fullmatch(r"  about \d+\.\d minutes left, .*", line)]) == 1
     # Half sentences were scored in every step; that is told once, at the first.
     assert all(line["tokens/finished_share"] < 0.5 for line in watched.metrics)
     (warning,) = re.findall(
         r"^  warning, (step \d): .* cut(?:.*\n    )?.*output_max_length", watched.out, re.MULTILINE
     )
     assert warning == "step 1"
-    words = [line for line in lines if re.fullmatch(r"  score .*, .* the reference", line)]
-    assert words and all(now != before for before, now in zip(words, words[1:], strict=False))
-    assert lines.index(words[0]) < lines.index(next(line for line in lines if line.startswith("step ")))
 
 
 def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, updates, monkeypatch):
