@@ -217,20 +217,20 @@ class DetoxConfig:
     score_clip: PositiveOrNone = option(None, "Clip scores to plus or minus this: what is clean enough earns no more.")
     init_kl_coef: NotNegative = option(0.2, "Price of a nat of KL to the reference, in score. Raise to stay closer.")
     adaptive_kl: bool = option(True, "Steer the KL coefficient towards target_kl; off keeps init_kl_coef.")
-    target_kl: Positive = option(6.0, "Where the adaptive coefficient steers objective/kl, in nats a response.")
+    target_kl: Positive = option(6.0, "Target of adaptive_kl, in nats a response. Warnings use it in any case.")
     kl_horizon: PositiveInt = option(10000, "Responses over which the adaptive coefficient reacts. Lower: faster.")
     gamma: Share = option(1.0, "Discount a token, 0 to 1. 1 credits every token with the final score.")
     lam: Share = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
     cliprange: Positive = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
     cliprange_value: Positive = option(0.2, "Clip of the value's move in a step, in score.")
-    vf_coef: NotNegative = option(0.1, "Weight of the value loss. Raise it to let values shape the shared LoRA more.")
+    vf_coef: NotNegative = option(0.1, "Weight of the value loss. Raising it costs content; 0.003 did better.")
     ratio_threshold: Annotated[float, Field(gt=1)] = option(10.0, "Skip minibatches whose mean ratio is above this.")
     max_grad_norm: PositiveOrNone = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
     freeze_encoder: bool = option(False, "Train the decoder's LoRA alone in PPO: the encoder runs once a step.")
     ptx_coef: NotNegative = option(0.0, "Weight in PPO of the loss on clean human summaries. Raise to keep content.")
     # responses
-    output_min_length: PositiveInt = option(100, "Least new-token cap of a response in PPO; caps are drawn uniformly.")
-    output_max_length: PositiveInt = option(400, "Greatest new-token cap of a response in PPO. Lower is faster.")
+    output_min_length: PositiveInt = option(100, "Smallest max_new_tokens drawn for a response in PPO; not a minimum.")
+    output_max_length: PositiveInt = option(400, "Largest max_new_tokens drawn for a response. Lower is faster.")
     score_text: Literal["query_response", "response"] = option(
         "query_response", "What is scored: dialogue + summary, or summary alone (sharper where dialogues are toxic)."
     )
@@ -943,17 +943,20 @@ def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
 def update(
     policy: Policy, optimizer, responses: Responses, summaries: Responses | None, rollout: dict, step: int, config
 ) -> dict:
-    """Learn from a batch, minibatch by minibatch; one whose mean ratio is above ratio_threshold is skipped.
+    """Learn from a batch, minibatch by minibatch.
+
+    A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped.
 
     rollout has logprobs, values, advantages and returns, all (B, T); summaries are the human ones to learn as well
     (ptx_coef), of length 0 where there is none. A minibatch goes through the model some rows at a time, shared by the
     processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the means of the
-    minibatches' stats; nothing where a gradient is not finite, at which the update ends.
+    applied minibatches' stats (of all, if the ratio skipped all), without numbers that are not finite; nothing if no
+    minibatch was applied because of gradients that are not finite.
     """
     parameters, mask = policy.trained(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
     sampled_here = set(my_rows(range(config.batch_size), lengths))
-    every, skipped = [], 0
+    minibatches, applied, not_finite = [], [], False
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
         for mb in order.reshape(-1, config.mini_batch_size):
@@ -981,22 +984,29 @@ def update(
                     stats["ppo/loss/ptx"] += ptx_loss.item()
                     stats["ppo/loss/total"] += config.ptx_coef * ptx_loss.item()
                 loss.backward()
-            every.append(sum_over_processes(parameters, stats))
-            if every[-1]["ppo/policy/ratio"] > config.ratio_threshold:
-                skipped += 1
+            stats = sum_over_processes(parameters, stats)
+            minibatches.append(stats)
+            if stats["ppo/policy/ratio"] > config.ratio_threshold:
                 continue
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             if not norm.isfinite():
-                return {}
+                not_finite = True
+                continue
             optimizer.step()
-    means = {name: float(np.mean([stats[name] for stats in every])) for name in every[0]}
-    return means | {"ppo/policy/first_ratio": every[0]["ppo/policy/ratio"], "ppo/skipped_minibatches": skipped}
+            applied.append(stats)
+    if not_finite and not applied:
+        return {}
+    means = {name: float(np.mean([stats[name] for stats in applied or minibatches])) for name in minibatches[0]}
+    means["ppo/policy/first_ratio"] = minibatches[0]["ppo/policy/ratio"]
+    means["ppo/skipped_minibatches"] = len(minibatches) - len(applied)
+    return {name: value for name, value in means.items() if math.isfinite(value)}  # JSON has no infinity
 
 
 def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int, kl_coef: float, config) -> dict:
     """Sample responses to a batch of prompts, score them, and learn from them; returns the step's metrics.
 
-    Numbers that are not finite never reach a weight: the step ends where they are met, as ppo/skipped_steps counts.
+    Numbers that are not finite never reach a weight. ppo/skipped_steps is 1 if the rollout has any, or if no minibatch
+    was applied because of gradients that are not finite; ppo/skipped_minibatches counts single ones.
     """
     if config.lr_scheduler_type == "linear":
         decay(optimizer, config.learning_rate, step, config.max_ppo_steps)
@@ -1879,7 +1889,10 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     warned = {
         "kl": (kl > 3 * config.target_kl, f"objective/kl {kl:.1f} is over three times target_kl. {stay}"),
         "negative kl": (kl < -1, f"objective/kl {kl:.1f} is below 0, as only few samples make it. Raise batch_size."),
-        "skipped": (skipped, f"{skipped} minibatches were over ratio_threshold. Lower learning_rate or ppo_epochs."),
+        "skipped": (
+            skipped,
+            f"{skipped} minibatches were over ratio_threshold or not finite. Lower learning_rate or ppo_epochs.",
+        ),
         "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
         "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
         "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
@@ -2506,15 +2519,16 @@ def claim(config: DetoxConfig) -> list[FileLock]:
 
 # --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
 
-# user:password of a URL, telling parameters of its query, and the hub's tokens
+# user:password of a URL, telling parameters of its query, and the hub's tokens: hf_ and 34 letters and digits
 TELLING = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
-SECRETS = re.compile(rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{TELLING})[^&\s]+|\bhf_\w{{20,}}")
+SECRETS = re.compile(rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{TELLING})[^&\s]+|\bhf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9])")
 GO_ON = "When that is mended, --resume goes on from the newest checkpoint"
 MENDABLE = {  # what libraries say of faults that are none of the script's, and the way out
     "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
     "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
     r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
-    "No space left|quota|Read-only file|Input/output error|Permission denied|not permitted|Is a directory": GO_ON,
+    r"^(?!RuntimeError|AcceleratorError).*(No space left|quota|Read-only file|Input/output error|Permission denied|"
+    "not permitted|Is a directory)": GO_ON,
 }
 
 

@@ -74,6 +74,8 @@ DEFAULTS = {
     "vf_coef": 0.1,
     "ratio_threshold": 10,
     "max_grad_norm": None,
+    "freeze_encoder": False,
+    "ptx_coef": 0,
     "output_min_length": 100,
     "output_max_length": 400,
     "score_text": "query_response",
@@ -122,6 +124,7 @@ RANGES = {
     "vf_coef": ([-0.1], [0]),
     "ratio_threshold": ([1, 0, -10], [1.1]),
     "max_grad_norm": ([0, -1], [0.1]),
+    "ptx_coef": ([-0.1], [0]),
     "output_min_length": ([0, -1], [1]),
     "output_max_length": ([100, 0], [101]),
     "eval_samples": ([0, -2], [1, -1]),
@@ -728,3 +731,24 @@ def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, upd
     detox_ppo.run(small_config(ratio_threshold=1.9, **options))
     assert read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 1
     assert len(updates.norms) == 1 and updates.norms[0] > 0.01  # and it is not clipped unless asked for
+
+
+def test_a_ratio_of_infinity_is_not_written(small_config, tmp_path, updates, monkeypatch):
+    """metrics.jsonl is strict JSON: its means are those of the minibatches that were applied."""
+    loss, ratios = detox_ppo.policy_loss, iter([1.0, math.inf])
+
+    def broken(*args):
+        value, stats = loss(*args)
+        return value, stats | {"ppo/policy/ratio": torch.tensor(next(ratios))}
+
+    monkeypatch.setattr(detox_ppo, "policy_loss", broken)
+    detox_ppo.run(small_config(eval_samples=1, max_ppo_steps=1, output_dir=tmp_path))
+    (line,) = read_metrics(tmp_path)
+    assert (line["ppo/policy/ratio"], line["ppo/skipped_minibatches"]) == (1.0, 1)
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_name_like_a_token_is_no_token():
+    name = "data/hf_dialogsum_filtered_v2_final"
+    assert parse_config(["--dataset_name", name]).dataset_name == name
+    assert "token" in complaint(["--dataset_name", "hf_" + "aB3" * 11 + "x"])

@@ -148,6 +148,8 @@ def test_every_kind_of_out_of_memory(allocate):
 
 def test_a_defect_is_shown_as_one():
     assert detox_ppo.explain(ValueError("a defect")) is None
+    assert detox_ppo.explain(RuntimeError("CUDA error: operation not permitted")) is None  # no disk is full
+    assert detox_ppo.explain(OSError(1, "Operation not permitted")) is not None
 
 
 # Numbers
@@ -211,8 +213,10 @@ def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(broken_s
     options |= {"learning_rate": 1e-3, "save_steps": 1, "save_total_limit": 99}
     results = detox_ppo.run(small_config(output_dir=tmp_path, **options))
     lines = metrics_of(tmp_path)
-    assert [line["ppo/skipped_steps"] for line in lines] == [step in faults for step in steps]
-    assert results["warnings"]["not finite"].startswith("8 of 13 steps were skipped")
+    skipped = [step for step in faults if not faults[step].startswith("late")]  # a late fault skips one minibatch
+    assert [line["ppo/skipped_steps"] for line in lines] == [step in skipped for step in steps]
+    assert lines[11]["ppo/skipped_minibatches"] == 1 and lines[12]["ppo/skipped_minibatches"] == 0
+    assert results["warnings"]["not finite"].startswith("7 of 13 steps were skipped")
     told = capsys.readouterr().out
     assert "step 2: skipped, not finite: scores\n" in told and "step 9: skipped, not finite: gradients\n" in told
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -222,7 +226,7 @@ def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(broken_s
         # A step learns from the minibatches before the broken one.
         learned = faults.get(step, "none").startswith(("none", "late"))
         assert same(weights[step], before[1]) != learned, (step, faults)
-        assert (coefficients[step - 1] == before[0]) == (step - 1 in faults)
+        assert (coefficients[step - 1] == before[0]) == (step - 1 in skipped)
     assert all(tensor.isfinite().all() for tensor in weights[13].values())
     # Nor does the optimizer remember them: two updates for each of the five other steps, one before a late fault.
     newest = content(tmp_path / "checkpoint-13.pt")
@@ -230,7 +234,7 @@ def test_steps_whose_numbers_are_not_finite_teach_nothing_from_there_on(broken_s
     for state in newest["optimizer"]["state"].values():
         assert state["exp_avg"].isfinite().all() and state["exp_avg_sq"].isfinite().all()
     kept = {int(re.search(r"\d+", name)[0]) for name in checkpoints_of(tmp_path)}
-    assert kept == {0, *steps} - faults.keys()
+    assert kept == {0, *steps} - set(skipped)
 
 
 def test_three_such_steps_in_a_row_stop_the_run_with_the_last_good_state(broken_steps, small_config, tmp_path):
