@@ -2563,6 +2563,10 @@ def loading(name: str, option_name: str):
     except UserError:
         raise
     except Exception as error:  # of a dozen types, some of libraries behind those that are called here
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        defects = AttributeError | NameError | TypeError | KeyError | AssertionError
+        if isinstance(error, defects) and innermost.filename == __file__:
+            raise  # a defect of this script
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -2798,6 +2802,8 @@ def main(args: list[str] | None = None) -> None:
                 (SAGEMAKER / "output" / "failure").write_text(reason or SECRETS.sub("***", traceback.format_exc()))
             if not reason:
                 raise
+            if os.environ.get("DETOX_DEBUG") == "1":
+                print(SECRETS.sub("***", traceback.format_exc()), file=streams[1])
             print(f"detox_ppo.py: error: {reason}", file=streams[1])
         sys.exit(2)
     finally:

@@ -152,6 +152,21 @@ def test_a_defect_is_shown_as_one():
     assert detox_ppo.explain(OSError(1, "Operation not permitted")) is not None
 
 
+def test_a_defect_while_loading_keeps_its_stack_trace():
+    with pytest.raises(AttributeError), detox_ppo.loading("x", "model_name"):
+        detox_ppo.plain_texts(None, None)
+    with pytest.raises(UserError, match="--config x: can't be loaded: KeyError"), detox_ppo.loading("x", "config"):
+        raise KeyError("of a library")
+
+
+def test_debug_shows_the_stack_trace_before_the_line(capsys, monkeypatch):
+    monkeypatch.setenv("DETOX_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        detox_ppo.main(["--seed", "x"])
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith("detox_ppo.py: error: --seed")
+
+
 # Numbers
 
 
