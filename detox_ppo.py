@@ -93,7 +93,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -141,14 +141,17 @@ def plain_name(value):
     return name
 
 
-def split_names(value):
-    """Names in one text, such as "q v", or "['q', 'v']" as a SageMaker job writes a list, become a list."""
-    texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, list) and len(texts) == 1 and re.search(r"[*()|+?\\]", str(texts[0])):
-        return texts  # a regular expression
-    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        return re.findall(r"[^][\s,'\"]+", " ".join(texts)) or None
-    return value
+def layer_names(value, validate_list):
+    """PEFT's rule: a list has names of layers; one text is a regular expression or "all-linear".
+
+    A flag gives even one text as a list. A text of names alone is a list of them: "q v", or "['q', 'v']" as a
+    SageMaker job writes it.
+    """
+    text = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(text, str):
+        return validate_list(value)
+    names_alone = re.fullmatch(r"[\w.,\s]*|\[['\"].*['\"]\]", text)
+    return validate_list(re.findall(r"[\w.]+", text) or None) if names_alone else text
 
 
 def option(default, help: str):
@@ -162,7 +165,7 @@ Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge
 PositiveOrNone, Share = Annotated[Positive | None, plain], Annotated[float, Field(ge=0, le=1)]
 PartOfOne = Annotated[float, Field(gt=0, lt=1)]
 Name, NameOrNone = Annotated[str, plain], Annotated[str | None, plain]
-Names = Annotated[list[str] | None, BeforeValidator(split_names)]
+LayerNames = Annotated[list[str] | None, WrapValidator(layer_names)]  # or a str, which TrlParser can't declare
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
@@ -175,7 +178,9 @@ class DetoxConfig:
     lora_r: PositiveInt = option(32, "Rank of a new LoRA. Lower saves memory; a loaded adapter keeps its own.")
     lora_alpha: PositiveInt = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "Dropout of a new LoRA while it is tuned.")
-    lora_target_modules: Names = option(None, "Layers a new LoRA adapts. None: PEFT's for the family, as q v of a T5.")
+    lora_target_modules: LayerNames = option(
+        None, "Layers a new LoRA adapts: names, a regular expression or all-linear. None: PEFT's, as q v of a T5."
+    )
     reward_model_name: Name = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
         "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
@@ -1791,8 +1796,6 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     if config.lora_r > (size := base.config.hidden_size):
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
     targets = config.lora_target_modules
-    if targets and len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
-        targets = targets[0]  # PEFT's "all-linear", or a regular expression
     lora = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_2_SEQ_LM,
         r=config.lora_r,
@@ -1801,7 +1804,7 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
         target_modules=targets,
         base_model_name_or_path=config.model_name,
     )
-    with loading(" ".join(config.lora_target_modules or ["None"]), "lora_target_modules"):
+    with loading(" ".join(targets) if isinstance(targets, list) else str(targets), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
         adapted = {name.split(".")[-1] for name in model.targeted_module_names}
         if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
@@ -2629,19 +2632,6 @@ class Told:
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
-# What the Trainer and TRL call it, where that is not like our name.
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "beta": "init_kl_coef",
-    "max_completion_length": "output_max_length",
-    "response_length": "output_max_length",
-    "resume_from_checkpoint": "resume",
-    "bf16": "dtype",
-    "train_file": "dataset_name",
-    "validation_file": "eval_dataset_name",
-    "push_to_hub": "hub_model_id",
-}
-
 
 class OptionParser(trl.TrlParser):
     """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
@@ -2677,7 +2667,7 @@ def read_options(path: str) -> dict:
 def unknown_option(given: str) -> str:
     """The complaint about what is no option, with the option that is meant or most like it."""
     name = given.split("=")[0].strip("-").replace("-", "_")
-    close = difflib.get_close_matches(ALIASES.get(name, name), OPTIONS, n=1)
+    close = difflib.get_close_matches(name, OPTIONS, n=1)
     if given.endswith((".yaml", ".yml")):
         close = ["config " + given]
     hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"

@@ -66,6 +66,7 @@ def test_target_modules_that_match_nothing_are_named(small_config, given):
     [
         ("q", "6 q"),
         (r".*decoder.*\.(q|v)", "4 q, 4 v"),
+        (r".*SelfAttention.[qv]", "4 q, 4 v"),
         ("all-linear", "6 k, 6 o, 6 q, 6 v, 4 wi_0, 4 wi_1, 4 wo"),
     ],
 )

@@ -252,9 +252,7 @@ def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, 
     "given, meant",
     [
         ("--max_steps", "--max_ppo_steps"),
-        ("--per-device-train-batch-size", "--batch_size"),
-        ("--beta=0.1", "--init_kl_coef"),
-        ("--bf16", "--dtype"),
+        ("--kl_coef=0.1", "--init_kl_coef"),
         ("--learning_rat", "--learning_rate"),
         ("config.yaml", "--config config.yaml"),
     ],
@@ -268,12 +266,6 @@ def test_the_name_that_was_meant_is_told(given, meant):
 def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(name):
     with pytest.raises(UserError, match=re.escape(f"--dataset_name {name}: no such file or directory")):
         detox_ppo.contents_of(name, "dataset_name")
-
-
-def test_every_alias_leads_to_an_option():
-    assert set(detox_ppo.ALIASES.values()) <= set(detox_ppo.OPTIONS) and not set(detox_ppo.ALIASES) & set(
-        detox_ppo.OPTIONS
-    )
 
 
 # Publishing
