@@ -163,26 +163,26 @@ def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_real_text_is_learned_tuned_trained_and_judged(started, quick, tmp_path, tiny, monkeypatch, call):
+def test_real_text_is_trained_and_judged(started, quick, tmp_path, tiny, monkeypatch, call):
     """A little of the small world stands in for DialogSum."""
     import real_text
 
     rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:140]
-    parts = {"train": rows[:110], "dev": rows[110:115], "rude": rows[120:]}
-    parts["test"] = rows[115:120].assign(summary1=rows["summary"], summary2="He leaves.").drop(columns="summary")
+    parts = {"train": rows[:110], "rude": rows[120:]}
     for name, part in parts.items():
         real_text.write_lines(part, tmp_path / f"{name}.jsonl")
-    arguments = ["--dialogsum", tmp_path, "--rude", tmp_path / "rude.jsonl", "--tokenizer", tiny / "base"]
+    arguments = ["--dialogsum", tmp_path, "--rude", tmp_path / "rude.jsonl", "--model_name", tiny / "base"]
     arguments += ["--reward_model", tiny / "classifier", "--judge_model", tiny / "judge", "--rude_held_out", 4]
     monkeypatch.chdir(ROOT)  # where it goes
-    arguments += ["--short", "--threads", 1, "--recipes", "notebooks", "--output_dir", tmp_path / "out"]
+    arguments += ["--short", "--recipes", "notebooks", "rude-frozen-ptx-0.1", "--output_dir", tmp_path / "out"]
     printed = call(real_text, *arguments)
-    base, held_out = (
-        real_text.read_lines(tmp_path / "out" / "data" / f"{name}.jsonl") for name in ("base", "held_out")
-    )
-    assert (len(base), len(held_out)) == (110 - 22 + 5 + 2 * 5, 22)
-    assert not set(base["dialogue"]) & set(held_out["dialogue"]) and "He leaves." in set(base["summary"])
-    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    data = tmp_path / "out" / "data"
+    mixed, held_out = (real_text.read_lines(data / name) for name in ("mixed/train.jsonl", "held_out.jsonl"))
+    assert (len(mixed), len(held_out)) == (2 * 16, 22) and (mixed["summary"] == "").sum() == 16
+    assert not set(mixed["dialogue"]) & set(held_out["dialogue"])
+    result, with_ptx = json.loads((tmp_path / "out" / "results.json").read_text())
+    steps = (tmp_path / "out" / "rude-frozen-ptx-0.1" / "seed-0" / "metrics.jsonl").read_text()
+    assert with_ptx["recipe"] == "rude-frozen-ptx-0.1" and "ppo/loss/ptx" in steps
     assert set(result["measured"]) == {
         f"{name} {how}" for name in ("held_out", "rude") for how in ("sampled", "greedy")
     }
@@ -194,8 +194,8 @@ def test_real_text_is_learned_tuned_trained_and_judged(started, quick, tmp_path,
     monkeypatch.setattr(real_text, "detox", None)
     monkeypatch.setattr(real_text, "child", None)
     again, printed = call(real_text, *arguments).splitlines(), printed.splitlines()
-    (data,) = (number for number, line in enumerate(printed, start=1) if line.startswith("base 103 pairs"))
-    assert again == printed[:data] + printed[data - len(again) :]
+    results = [[line for line in lines if line.startswith("| ")] for lines in (again, printed)]
+    assert results[0] == results[1] and len(results[0]) == 2 * (1 + 2)
 
 
 def test_learning_curves_are_summed_up_and_drawn(tmp_path):

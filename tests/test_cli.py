@@ -252,7 +252,7 @@ def test_the_full_size_configuration_is_the_recipe_that_was_tried(monkeypatch):
     import real_text
 
     config = parse_config(["--config", str(ROOT / "checkpoints" / "flan-t5-base.yaml")])
-    tried = parse_config(f"{real_text.COMMON} {real_text.RECIPES['lr-1e-3-steps-300']['options']}".split())
+    tried = parse_config(f"{real_text.COMMON} {real_text.RECIPES['steps-300']['options']}".split())
     differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(tried, name)}
     assert differ == {"sft_steps", "judge_model_name", "eval_samples", "save_steps", "device"}
 
