@@ -101,7 +101,7 @@ def count_classified(model):
     return lengths
 
 
-def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified):
+def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified, score_text):
     """One step of the notebooks' loop; returns its seconds by phase and its lengths in tokens."""
     prompts = [torch.tensor(prompt, device=trainer.accelerator.device) for prompt in step["prompts"]]
     queries = [tokenizer.decode(prompt) for prompt in prompts]
@@ -116,9 +116,11 @@ def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified):
         responses.append(response.squeeze()[-cap:])
     clock.append(time.perf_counter())
 
-    pairs = [query + tokenizer.decode(response) for query, response in zip(queries, responses)]  # noqa: B905
+    texts = [tokenizer.decode(response) for response in responses]
+    if score_text == "query_response":
+        texts = [query + text for query, text in zip(queries, texts)]  # noqa: B905
     scored = classifier(
-        pairs, top_k=None, function_to_apply="none", batch_size=len(pairs), truncation=True, max_length=512
+        texts, top_k=None, function_to_apply="none", batch_size=len(texts), truncation=True, max_length=512
     )
     scores = [torch.tensor(item["score"]) for result in scored for item in result if item["label"] == "nothate"]
     clock.append(time.perf_counter())
@@ -151,7 +153,8 @@ def main():
     trainer = load_trainer(plan, tokenizer)
     classifier = load_classifier(plan["classifier"], plan["device"])
     forward_seconds, classified = time_forward_passes(trainer), count_classified(classifier.model)
-    steps = [ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified) for step in plan["steps"]]
+    notes = (forward_seconds, classified, plan["score_text"])
+    steps = [ppo_step(trainer, tokenizer, classifier, step, *notes) for step in plan["steps"]]
     packages = (torch, transformers, trl, peft, accelerate, datasets, numpy)
     result = {
         "steps": steps,

@@ -3,6 +3,7 @@
     python benchmarks/step_time.py                              # true shapes, makes the classic environment first
     python benchmarks/step_time.py --classic_python ENV/bin/python --models DIR
     python benchmarks/step_time.py --device cuda --dtypes bfloat16 --batch_size 256 --mini_batch_size 64    # on a GPU
+    python benchmarks/step_time.py --recipe                     # the recommended options instead of the notebooks'
     python benchmarks/step_time.py --short                      # narrow models, one step: does it start?
 
 FLAN-T5-base and RoBERTa-base with random weights, batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
@@ -12,10 +13,15 @@ printed. For each dtype ours and the classic trainer run in turns (A B A B), eac
 step of a process warms it up and is not counted. The classic trainer is used as the published notebooks use it: see
 classic_trainer.py.
 
+With --recipe ours has RECIPE's options: a frozen encoder, the summary scored alone and the loss of the human
+summaries, which here are as long as DialogSum's. The classic trainer scores the summary alone too and has no match
+for the rest.
+
 Both children have the same threads. The share of the peak is the arithmetic of the step over its seconds and over the
 speed of a large square torch.mm that is measured beside each round. That arithmetic is what the step needs (see
 step_flop), counted from shapes and real tokens: neither padding nor a repeated pass of the encoder earns a share. A
-second row credits both sides with an encoder pass for sampling and another for the log-probabilities.
+second row credits both sides with an encoder pass for sampling and another for the log-probabilities. With --recipe
+the two sides need different arithmetic, and no share is printed.
 
 The last line of the output is one JSON object: ratio_DTYPE (their seconds a step / ours, of the medians),
 memory_ratio_DTYPE (our peak resident memory / theirs), peak_share_DTYPE (ours), null where nothing was measured,
@@ -54,6 +60,8 @@ ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size
 ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
 CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
+SUMMARY_WORDS = 19  # the mean of DialogSum's human summaries
+RECIPE = {"freeze_encoder": "true", "ptx_coef": 0.1, "score_text": "response"}
 # Least, deciles and greatest of DialogSum's prompts (dialogues of 200 to 1000 characters), in tokens; mean 168.
 PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
 
@@ -140,6 +148,7 @@ def our_arguments(options, models, dataset, output_dir, dtype):
         "device": options.device,
         "dtype": dtype,
     }
+    values |= RECIPE if getattr(options, "recipe", False) else {}  # other benchmarks have no such option
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
@@ -164,7 +173,8 @@ def make_plan(options, models, scratch):
     else:
         dialogues = glued_dialogues(count, tokenizer, options.seed, options.prompt_tokens)
     dataset = scratch / "dialogues.jsonl"
-    rows = [json.dumps({"dialogue": dialogue, "summary": "-"}) for dialogue in dialogues]
+    summaries = [" ".join(dialogue.split(" ")[:SUMMARY_WORDS]) for dialogue in dialogues]
+    rows = [json.dumps({"dialogue": d, "summary": s}) for d, s in zip(dialogues, summaries, strict=True)]
     dataset.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
     config = detox_ppo.parse_config(our_arguments(options, models, dataset, scratch / "run", "float32"))
@@ -309,6 +319,7 @@ def ours(plan):
 
     with (
         mock.patch.object(detox_ppo, "generate", noted_sample),
+        mock.patch.object(detox_ppo, "TOXIC", 1.0),  # random weights call any summary clean or toxic: learn all
         mock.patch.object(transformers.RobertaForSequenceClassification, "forward", noted_classify),
     ):
         environment = run_without_report(config)["environment"]
@@ -477,7 +488,7 @@ def processor():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def summarize(runs, shapes, plan):
+def summarize(runs, shapes, plan, recipe):
     """Median and range of a side's figures, over the timed steps of all its processes."""
     timed = [(run, step, planned) for run in runs for step, planned in zip(run["steps"][1:], plan[1:], strict=True)]
     figures = {}
@@ -494,7 +505,8 @@ def summarize(runs, shapes, plan):
         for passes in (3, 4)
     )
     figures["tokens_per_second"] = [n / s for n, s in zip(tokens, seconds, strict=True)]
-    for key, counted in (("peak_share", flops), ("peak_share_four_encoder_passes", more_flops)):
+    shares = {} if recipe else {"peak_share": flops, "peak_share_four_encoder_passes": more_flops}
+    for key, counted in shares.items():
         figures[key] = [flop / s / run["peak"] for flop, s, (run, _, _) in zip(counted, seconds, timed, strict=True)]
     figures["peak_memory"] = [run["peak_memory"] for run in runs]
     summary = {
@@ -507,7 +519,7 @@ def summarize(runs, shapes, plan):
     caps = [cap for _, _, planned in timed for cap in planned["caps"]]
     lengths = [length for step in steps for length in step["responses"]]
     counts["shorter_than_cap"] = sum(n < cap for n, cap in zip(lengths, caps, strict=True))
-    return summary | {"tflop_a_step": statistics.mean(flops) / 1e12, "tokens": counts}
+    return summary | {"tflop_a_step": None if recipe else statistics.mean(flops) / 1e12, "tokens": counts}
 
 
 def print_table(dtype, sides, peaks):
@@ -520,6 +532,8 @@ def print_table(dtype, sides, peaks):
     rows += [("the same, 4 encoder passes", "peak_share_four_encoder_passes", 100, 1)]
     rows += [("peak memory, MiB", "peak_memory", 2**-20, 0)]
     for title, key, scale, digits in rows:
+        if not any(key in side for side in sides.values()):
+            continue
         line = f"{title:<28}"
         for name in names:
             cell = "-"
@@ -532,10 +546,11 @@ def print_table(dtype, sides, peaks):
         print(line)
     for name in names:
         tokens = sides[name]["tokens"]
+        flop = sides[name]["tflop_a_step"]
         print(
             f"{name}: {tokens['responses']} response tokens sampled, {tokens['shorter_than_cap']} responses ended "
-            f"before their cap, {tokens['classified']} tokens classified; "
-            f"{sides[name]['tflop_a_step']:.4g} TFLOP a step"
+            f"before their cap, {tokens['classified']} tokens classified"
+            + ("" if flop is None else f"; {flop:.4g} TFLOP a step")
         )
 
 
@@ -564,6 +579,9 @@ def parse_options():
         "--scratch",
         metavar="DIR",
         help="where environment and models are made and kept (default: in the system's temporary one)",
+    )
+    parser.add_argument(
+        "--recipe", action="store_true", help="with the recommended options (RECIPE) instead of the notebooks'"
     )
     parser.add_argument(
         "--short",
@@ -617,6 +635,7 @@ def main():
             runs, peaks = {"ours": [], "classic": []}, []
             plan = {"dtype": dtype, "device": options.device, "steps": steps, "lora_r": LORA_R, **models}
             plan |= {"batch_size": options.batch_size, "mini_batch_size": options.mini_batch_size}
+            plan["score_text"] = RECIPE["score_text"] if options.recipe else "query_response"
             plan["arguments"] = our_arguments(options, models, dataset, scratch / "run", dtype)
             for number in range(1, options.rounds + 1):
                 label = f"{dtype} round {number}/{options.rounds}"
@@ -629,7 +648,7 @@ def main():
                     run = run_child(command, plan, scratch, options, f"{label} {name}")
                     runs[name].append(run | {"peak": peak})
                     versions[name] = run["versions"]
-            sides = {name: summarize(done, shapes, steps) for name, done in runs.items() if done}
+            sides = {name: summarize(done, shapes, steps, options.recipe) for name, done in runs.items() if done}
             results[dtype] = {"peak_gflops": [peak / 1e9 for peak in peaks], **sides}
             print_table(dtype, sides, peaks)
 
@@ -641,11 +660,11 @@ def main():
     if len({packages["torch"] for packages in versions.values()}) > 1:
         print("warning: the two sides have different builds of torch")
 
-    last = {"short": options.short, "threads": options.threads, "processor": processor()}
+    last = {"short": options.short, "recipe": options.recipe, "threads": options.threads, "processor": processor()}
     for dtype in DTYPES:
         sides = results.get(dtype, {})
         seconds, memory, share = (
-            {name: sides[name][key]["median"] for name in versions if name in sides}
+            {name: sides[name][key]["median"] for name in versions if key in sides.get(name, {})}
             for key in ("step", "peak_memory", "peak_share")
         )
         both = len(seconds) == 2

@@ -342,6 +342,13 @@ def test_dialogues_and_tokenizer_are_read_where_they_are_given(tmp_path, monkeyp
     known = {tuple(base(detox_ppo.build_prompt(dialogue)).input_ids) for dialogue in rows["dialogue"]}
     prompts = {tuple(prompt) for step in steps for prompt in step["prompts"]}
     assert len(prompts) == 8 and prompts <= known
+    options.recipe = True
+    models = step_time.find_models(options, None)
+    config = detox_ppo.parse_config(
+        step_time.our_arguments(options, models, tmp_path / "dialogues.jsonl", "run", "float32")
+    )
+    assert config.freeze_encoder and config.ptx_coef > 0 and config.score_text == "response"
+    assert all(detox_ppo.load_dialogues(config.dataset_name)["summary"])
 
 
 def test_ours_alone_is_measured_and_the_ratios_are_null(started):
