@@ -200,7 +200,8 @@ def test_a_change_has_its_true_direction(few):
 
 
 def quality(texts, summaries, finished=True, kl=0.0):
-    return summary_quality(pd.DataFrame({"response": texts, "finished": finished, "kl": kl}), summaries)
+    table = pd.DataFrame({"response": texts, "finished": finished, "kl": kl, "length": 5})
+    return summary_quality(table, summaries, dialogues=texts)
 
 
 def rouge(texts, summaries):
@@ -247,9 +248,10 @@ def table_of(texts, toxicity, reward=0.0):
 
 
 def results_of(tables, human, summaries, config, greedy=None, **state):
-    """tables are of the sampled summaries; the greedy ones are the same unless told."""
+    """tables are of sampled summaries, and of greedy ones unless those are given; the summaries are the dialogues too."""
     both = {when: {"sampled": table, "greedy": (greedy or tables)[when]} for when, table in tables.items()}
-    return build_results(both, pd.DataFrame(human), {"summary": summaries}, RunState({}, {}, **state), config)
+    rows = {"dialogue": summaries, "summary": summaries}
+    return build_results(both, pd.DataFrame(human), rows, RunState({}, {}, **state), config)
 
 
 def test_a_hacked_reward_is_called_so(small, capsys, few):
