@@ -1184,18 +1184,24 @@ def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torc
             table["judge_toxicity"] = judge.toxicity(judge.logits(list(table["response"])))
 
 
-def measure_human(classifier: HateClassifier, rows, config: DetoxConfig) -> pd.DataFrame:
-    """Toxicity of each row's dialogue + human summary (response), of either alone, and what the judge says of it.
+def measure_human(classifier: HateClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
+    """Toxicity of each row's dialogue and, where it has a human summary (response), what evaluate_policy measures.
 
-    Where there are no human summaries, that of the dialogue is all.
+    Columns: dialogue_toxicity, and of the human summaries response, length (tokens of the policy's tokenizer),
+    toxicity, summary_toxicity and judge_toxicity, which are missing (NaN) in rows without one.
     """
-    joined = [classifier.join(*pair) for pair in zip(rows["dialogue"], rows["summary"], strict=True)]
-    texts = {"toxicity": joined, "summary_toxicity": rows["summary"], "dialogue_toxicity": rows["dialogue"]}
     measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
-    columns = {key: measure.compute(predictions=list(of), **how)["toxicity"] for key, of in texts.items()}
-    table = pd.DataFrame({"response": list(rows["summary"])} | columns)
-    add_judge({"human": table}, config, classifier.model.device)
-    return table if any(rows["summary"]) else table[["dialogue_toxicity"]]
+    dialogues = list(rows["dialogue"])
+    dialogue_toxicity = measure.compute(predictions=dialogues, **how)["toxicity"]
+    human = pd.DataFrame({"response": list(rows["summary"])}).query("response != ''")
+    if not human.empty:
+        texts = list(human["response"])
+        joined = [classifier.join(dialogues[i], text) for i, text in human["response"].items()]
+        human["length"] = [len(ids) for ids in token_ids(tokenizer, texts)]
+        human["toxicity"] = measure.compute(predictions=joined, **how)["toxicity"]
+        human["summary_toxicity"] = measure.compute(predictions=texts, **how)["toxicity"]
+        add_judge({"human": human}, config, classifier.model.device)
+    return pd.DataFrame({"dialogue_toxicity": dialogue_toxicity}).join(human)
 
 
 def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
@@ -1277,6 +1283,9 @@ def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
     return counts
 
 
+LEAST_RETRIEVED = 20  # among fewer dialogues R@1 means little, and is left out
+
+
 def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
     """R@1: the share of summaries that are more similar to their own dialogue than to any other of the dialogues.
 
@@ -1313,9 +1322,12 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
     words = [text.lower().split() for text in table["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
+    retrieved = {}
+    if len(dialogues) >= LEAST_RETRIEVED:
+        retrieved["retrieval_at_1"] = retrieval_at_1(dialogues, list(table["response"]))
     return {
         **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scores and scorer.rouge_types},
-        **({"retrieval_at_1": retrieval_at_1(dialogues, list(table["response"]))} if len(dialogues) >= 20 else {}),
+        **retrieved,
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
         "empty": float(np.mean([not text for text in words])),
@@ -1423,7 +1435,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
-    human = measure_human(classifier, evaluated, config)
+    human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
@@ -1964,7 +1976,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     if config.judge_model_name:
         sampled, greedy = ({"summary_toxicity": compare(name, "judge_toxicity")} for name in ("sampled", "greedy"))
         results["judge"] = sampled | {"greedy": greedy}
-    results["human"] = {key: mean_and_std(human[key]) for key in (*keys, "judge_toxicity") if key in human}
+    results["human"] = human_figures(human, dialogues)
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
@@ -1990,6 +2002,19 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
         warned["judge"] = f"{says}. {way}"
     return results
+
+
+def human_figures(human: pd.DataFrame, dialogues: list[str]) -> dict[str, dict | float]:
+    """The human summaries' block of results.json, from measure_human's table; empty where there are none."""
+    human = human.assign(dialogue=dialogues).dropna()
+    if human.empty:
+        return {}
+    keys = ("toxicity", "summary_toxicity", "judge_toxicity")
+    figures = {key: mean_and_std(human[key]) for key in keys if key in human}
+    figures["length"] = {"mean": float(human["length"].mean())}
+    if len(human) >= LEAST_RETRIEVED:
+        figures["retrieval_at_1"] = retrieval_at_1(list(human["dialogue"]), list(human["response"]))
+    return figures
 
 
 def toxicities(results: dict) -> dict[str, dict]:
@@ -2036,12 +2061,16 @@ def figures_of(results: dict) -> pd.DataFrame:
         for when in block["length"]:
             column = {"share toxic": measures["toxicity"][when]["share"]}
             column |= {name: statistics[when]["mean"] for name, statistics in measures.items()}
-            column |= {"ROUGE-L": block["rouge"][when].get("rougeL"), "length": block["length"][when]["mean"]}
+            quality = block["quality"][when]
+            column |= {"R@1": quality.get("retrieval_at_1"), "ROUGE-L": quality.get("rougeL")}
+            column |= {"length": block["length"][when]["mean"]}
             columns[label + when] = column | {"reward": block["reward"][when]["mean"]}
     columns["human"] = {"share toxic": human["summary_toxicity"]["share"]} if human else {}
     names = {"toxicity": "summary_toxicity", "with dialogue": "toxicity", "judge's toxicity": "judge_toxicity"}
+    names |= {"length": "length"}
     columns["human"] |= {name: human[key]["mean"] for name, key in names.items() if key in human}
-    return pd.DataFrame(columns, dtype=float)
+    columns["human"] |= {"R@1": human.get("retrieval_at_1")}
+    return pd.DataFrame(columns, dtype=float).dropna(how="all")  # a line only for what was measured
 
 
 def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -248,10 +248,11 @@ def table_of(texts, toxicity, reward=0.0):
 
 
 def results_of(tables, human, summaries, config, greedy=None, **state):
-    """tables are of sampled summaries, and of greedy ones unless those are given; the summaries are the dialogues too."""
+    """tables are of sampled summaries, and of greedy ones unless those are given; the human ones are the dialogues."""
     both = {when: {"sampled": table, "greedy": (greedy or tables)[when]} for when, table in tables.items()}
     rows = {"dialogue": summaries, "summary": summaries}
-    return build_results(both, pd.DataFrame(human), rows, RunState({}, {}, **state), config)
+    human = pd.DataFrame(human | {"response": summaries, "length": 6})
+    return build_results(both, human, rows, RunState({}, {}, **state), config)
 
 
 def test_a_hacked_reward_is_called_so(small, capsys, few):
@@ -338,7 +339,28 @@ def test_results_by_hand(small, few):
     greedy_columns = [f"greedy {when}" for when in toxicities]
     assert list(figures.columns) == [*toxicities, *greedy_columns, "human"]
     assert figures.loc["toxicity"].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.8, 0.8, 0.8, 0.1])
-    assert figures.loc["length"].tolist()[:6] == [5, 5, 5, 7, 7, 7] and np.isnan(figures.loc["length", "human"])
+    assert figures.loc["length"].tolist() == [5, 5, 5, 7, 7, 7, 6]
+    assert "R@1" not in figures.index  # of three dialogues
+
+
+def test_only_rows_with_a_human_summary_count(small, classifier):
+    dialogues = [f"#Person1#: You buy {count} tickets, idiot." for count in range(22)]
+    summaries = ["", *[f"#Person1# buys {count} tickets." for count in range(1, 21)], ""]
+    rows = {"dialogue": dialogues, "summary": summaries}
+    human = detox_ppo.measure_human(classifier, small.tokenizer, rows, small.config)
+    assert len(human) == 22 and human["dialogue_toxicity"].notna().all()
+    assert list(human.index[human["response"].isna()]) == [0, 21]
+    given = summaries[1:-1]
+    alone = classifier.toxicity(classifier.logits(given))
+    assert human["summary_toxicity"].dropna().tolist() == pytest.approx(alone, abs=1e-5)
+    figures = detox_ppo.human_figures(human, dialogues)
+    assert figures["summary_toxicity"]["n"] == 20
+    assert figures["retrieval_at_1"] == detox_ppo.retrieval_at_1(dialogues[1:-1], given)
+    ids = [small.tokenizer(text).input_ids for text in given]
+    assert figures["length"] == {"mean": pytest.approx(np.mean([len(of) for of in ids]))}
+    assert "retrieval_at_1" not in detox_ppo.human_figures(human[1:20], dialogues[1:20])
+    nothing = detox_ppo.measure_human(classifier, small.tokenizer, rows | {"summary": [""] * 22}, small.config)
+    assert detox_ppo.human_figures(nothing, dialogues) == {}
 
 
 # The health of a step

@@ -201,7 +201,7 @@ def test_card_tells_the_run(finished):
     blocks = (results, results["greedy"])
     for name, key in (("toxicity", "summary_toxicity"), ("length", "length"), ("reward", "reward")):
         means = [f"{block[key][when]['mean']:.4g}" for block in blocks for when in ("before", "after")]
-        human = f"{results['human'][key]['mean']:.4g}" if key == "summary_toxicity" else ""
+        human = "" if key == "reward" else f"{results['human'][key]['mean']:.4g}"
         assert rows[name] == [*means, human]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     shown = rows_of(examples)
