@@ -1314,7 +1314,7 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
     are any (means, 0 to 1, stemmed);
     distinct_2, the share of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the
     mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
-    summaries; of what was sampled kl, to the reference in nats a summary.
+    summaries; length, their mean in tokens; of what was sampled kl, to the reference in nats a summary.
     """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     referenced = [pair for pair in zip(summaries, table["response"], strict=True) if pair[0]]
@@ -1332,6 +1332,7 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
         "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
         "empty": float(np.mean([not text for text in words])),
         "unfinished": float(1 - np.mean(table["finished"])),
+        "length": float(np.mean(table["length"])),
         **({"kl": float(np.mean(table["kl"]))} if "kl" in table else {}),
     }
 
@@ -2035,6 +2036,14 @@ def in_words(blocks: dict[str, dict]) -> str:
     return f"{text}; {sampled['before']['n']} prompts, p = {sampled['paired_difference']['p_value']:.4f}"
 
 
+CONTENT = {"retrieval_at_1": "R@1", "rougeL": "ROUGE-L", "length": "length"}  # the first that a run has shows content
+
+
+def content_measure(results: dict) -> str:
+    """The key in CONTENT of the measure that shows how much of the content is kept: R@1, else ROUGE-L, else length."""
+    return next(key for key in CONTENT if key in results["quality"]["before"])
+
+
 def verdict_table(blocks: dict[str, dict]) -> pd.DataFrame:
     """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
     lines = {}
@@ -2161,11 +2170,18 @@ def draw_training(history: list[dict]) -> Figure:
 
 
 def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> Figure:
-    """The share of toxic summaries by decoding and by who says so, and each prompt's change; tables by decoding."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    shares, changes = figure.subplots(1, 2, width_ratios=(3, 2))
+    """The share of toxic summaries by decoding and classifier, each prompt's change, and how much content is kept.
+
+    before and after are evaluate_policy's tables by decoding.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    shares, changes, contents = figure.subplots(1, 3, width_ratios=(3, 2, 2))
     blocks = toxicities(results)
+    key, qualities = content_measure(results), [results["quality"], results["greedy"]["quality"]]
     for shift, when, colour in ((-0.2, "before", ORANGE), (0.2, "after", BLUE)):
+        heights = [quality[when][key] for quality in qualities]
+        bars = contents.bar(np.arange(2) + shift, heights, 0.38, color=colour, label=when)
+        contents.bar_label(bars, fmt="%.1f" if key == "length" else "%.3f", padding=2)
         heights = [100 * block[when]["share"] for block in blocks.values()]
         bars = shares.bar(np.arange(len(blocks)) + shift, heights, 0.38, color=colour, label=when)
         shares.bar_label(bars, fmt="%.1f", padding=2)
@@ -2180,8 +2196,16 @@ def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[st
     changes.axhline(0, color="black", linewidth=0.8)
     changes.set(xlim=(0, 100), ylim=(-1, 1), title="change of a summary's toxicity")
     changes.set_xlabel(f"% of the {count} prompts, by change")
-    for axes in (shares, changes):
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    human = results["human"].get(key)
+    if human is not None:
+        level = human["mean"] if key == "length" else human
+        contents.axhline(level, color="black", linestyle="--", linewidth=1.5, label="human")
+    contents.set_xticks(range(2), ["sampled", "greedy"])
+    contents.margins(y=0.15)
+    contents.set_ylabel("mean length (tokens)" if key == "length" else CONTENT[key])
+    contents.set_title("content kept", pad=14)
+    for axes in (shares, changes, contents):
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
 
@@ -2208,7 +2232,7 @@ same held-out prompts before and after:
 "with dialogue" is the toxicity of dialogue and summary as one text. results.json has all that was measured,
 comparison.csv every prompt.
 
-![Toxic summaries before and after, and the change of each prompt](toxicity.png)
+![Toxic summaries before and after, the change of each prompt, and the content kept](toxicity.png)
 
 ![Score, KL, returns, entropy, response length and value head over the steps](training.png)
 

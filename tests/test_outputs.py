@@ -91,12 +91,15 @@ def test_training_picture_of_hardly_a_run(steps, tmp_path):
     draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png", dpi=20)
 
 
-def toxicity_picture(before, after, judged=False):
+def toxicity_picture(before, after, judged=False, human=None, content="retrieval_at_1"):
     """The picture of a run whose greedy summaries were 0 and whose judge says 1 less the classifier's."""
     tables = [pd.DataFrame({"summary_toxicity": values}) for values in (before, after)]
     sampled = paired_statistics(before, after, 0, resamples=10)
     greedy = paired_statistics([0.0] * len(before), [0.0] * len(after), 0, resamples=10)
     results = {"summary_toxicity": sampled, "greedy": {"summary_toxicity": greedy}, "toxicity": sampled}
+    results["quality"] = {"before": {content: 0.75, "length": 20.0}, "after": {content: 0.5, "length": 10.0}}
+    results["greedy"]["quality"] = {when: {name: 1.0 for name in of} for when, of in results["quality"].items()}
+    results["human"] = human or {}
     if judged:
         inverted = paired_statistics(1 - np.array(before), 1 - np.array(after), 0, resamples=10)
         results["judge"] = {"summary_toxicity": inverted, "greedy": {"summary_toxicity": greedy}}
@@ -106,7 +109,7 @@ def toxicity_picture(before, after, judged=False):
 @pytest.mark.parametrize("judged", [False, True])
 def test_toxicity_picture_shows_the_pairs(judged):
     before, after = [0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.1, 0.7]
-    shares, changes = toxicity_picture(before, after, judged).axes
+    shares, changes, _ = toxicity_picture(before, after, judged).axes
     names = ["sampled", "greedy", *["judge, sampled", "judge, greedy"] * judged, "with dialogue"]
     assert [label.get_text().replace("\n", " ") for label in shares.get_xticklabels()] == names
     heights = [[bar.get_height() for bar in bars] for bars in shares.containers]
@@ -115,6 +118,24 @@ def test_toxicity_picture_shows_the_pairs(judged):
     np.testing.assert_allclose(sampled, [-0.8, -0.6, 0, 0.5], atol=1e-9)
     assert not greedy.any()
     assert shares.get_ylim() == (0, 100) and changes.get_ylim() == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    "content, human, label, level",
+    [
+        ("retrieval_at_1", {"retrieval_at_1": 0.9, "length": {"mean": 25.0}}, "R@1", [0.9, 0.9]),
+        ("rougeL", {"length": {"mean": 25.0}}, "ROUGE-L", None),
+        ("distinct_2", {"length": {"mean": 25.0}}, "mean length (tokens)", [25, 25]),
+        ("distinct_2", {}, "mean length (tokens)", None),
+    ],
+)
+def test_toxicity_picture_shows_the_content_kept(content, human, label, level):
+    *_, contents = toxicity_picture([0.9, 0.8], [0.1, 0.2], human=human, content=content).axes
+    assert contents.get_title() == "content kept" and contents.get_ylabel() == label
+    sampled = [20, 10] if "length" in label else [0.75, 0.5]
+    heights = [[bar.get_height() for bar in bars] for bars in contents.containers]
+    assert heights == [[sampled[0], 1], [sampled[1], 1]]
+    assert [list(line.get_ydata()) for line in contents.get_lines()] == ([level] if level else [])
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], list(np.linspace(0, 1, 2000))])
