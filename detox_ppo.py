@@ -1337,13 +1337,21 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
     }
 
 
-def degradation(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """What got worse in the summaries, in words, from two results of summary_quality; empty if they are still good."""
+SHORT = 0.6  # summaries have become too short below this share of their length before, if people write longer ones
+
+
+def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
+    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
+
+    human_length is the mean length of the human summaries in tokens, where there are any.
+    """
     faults = []
     leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
     for name, wording, least in leasts:
         if name in before and after[name] < least * before[name]:
             faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
+    if after["length"] < min(SHORT * before["length"], human_length):
+        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
     for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
         if after[name] > before[name] + 0.1:
             faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
@@ -1438,6 +1446,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         checkpoints.prune(config.save_total_limit)
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
+    human_length = human["length"].mean() if "length" in human else math.inf
     tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
 
@@ -1503,7 +1512,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             print_step(metrics, config, bar)
-            for kind, text in new_warnings(state, config).items():
+            for kind, text in new_warnings(state, config, human_length).items():
                 state.warnings[kind] = text
                 tell(f"  warning, {text}")
             if step == begun + 1:
@@ -1891,8 +1900,11 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
 
 
-def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
-    """What is wrong with the newest of the steps, by kind, each with its cause and the way out."""
+def step_warnings(history: list[dict], config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
+    """What is wrong with the newest of the steps, by kind, each with its cause and the way out.
+
+    human_length is the mean length of the human summaries in tokens, where there are any.
+    """
     now, score = history[-1], [step["ppo/mean_scores"] for step in history]
     kl, skipped, cut = now["objective/kl"], now["ppo/skipped_minibatches"], 1 - now["tokens/finished_share"]
     at_first, entropy = (step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now))
@@ -1900,6 +1912,10 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     early, late = np.mean(score[:5]), np.mean(score[-25:])
     noise = 2 * (history[0]["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(score[-25:]) / 25) ** 0.5
     flat = len(score) >= 50 and late - early <= noise
+    length_at_first = history[0]["tokens/responses_len_mean"]
+    length = np.mean([step["tokens/responses_len_mean"] for step in history[-5:]])
+    short = length < min(SHORT * length_at_first, human_length)
+    shrank = f"the mean response length fell from {length_at_first:.1f} to {length:.1f} tokens"
     fell = f"entropy fell from {at_first:.3f} to {entropy:.3f} nats a token"
     stay = "Raise init_kl_coef or lower learning_rate."
     warned = {
@@ -1910,6 +1926,7 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
             f"{skipped} minibatches were over ratio_threshold or not finite. Lower learning_rate or ppo_epochs.",
         ),
         "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
+        "short": (short, f"{shrank}: the policy says less and less. Raise ptx_coef or init_kl_coef."),
         "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
         "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
     }
@@ -1927,10 +1944,10 @@ def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
         tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
 
 
-def new_warnings(state: RunState, config: DetoxConfig) -> dict[str, str]:
+def new_warnings(state: RunState, config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
     """The newest step's warnings of kinds that the run has not had yet, each with the step's number."""
     history = [line for line in state.history if not line["ppo/skipped_steps"]]
-    warned = step_warnings(history, config)
+    warned = step_warnings(history, config, human_length)
     return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
 
 
@@ -1986,18 +2003,19 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
+    human_length = results["human"].get("length", {"mean": math.inf})["mean"]
     hacked, blind = [], []
     for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
         found = blocks[decoding]
         judged = blocks.get(f"judge, {decoding}", found)  # without a judge the classifier agrees with itself
-        worse = degradation(block["quality"]["before"], block["quality"]["after"])
+        worse = degradation(block["quality"]["before"], block["quality"]["after"], human_length)
         if worse and found["paired_difference"]["mean"] < 0:
             hacked.append(f"{'; '.join(worse)} ({decoding})")
         if found["verdict"]["change"] == less != judged["verdict"]["change"]:
             blind.append(decoding)
     if hacked:
         fell = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
-        warned["reward hacking"] = f"{fell}. Raise init_kl_coef, lower learning_rate or stop earlier."
+        warned["reward hacking"] = f"{fell}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
     if blind:
         says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
         way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."

@@ -232,13 +232,21 @@ def test_quality_by_hand():
 
 
 def test_degradation_is_named():
-    good = {"rougeL": 0.3, "distinct_2": 0.5, "repeated_3": 0.0, "empty": 0.0, "unfinished": 0.1}
+    good = {"rougeL": 0.3, "distinct_2": 0.5, "repeated_3": 0.0, "empty": 0.0, "unfinished": 0.1, "length": 30.0}
     assert degradation(good, good) == []
     assert degradation(good, good | {"rougeL": 0.28, "distinct_2": 0.3, "empty": 0.05, "unfinished": 0.15}) == []
     bad = {"rougeL": 0.26, "distinct_2": 0.2, "repeated_3": 0.3, "empty": 0.4, "unfinished": 0.3}
     for name, word in zip(bad, ("ROUGE-L", "distinct-2", "repeat", "empty", "never end"), strict=True):
         (named,) = degradation(good, good | {name: bad[name]})
         assert word in named
+    (named,) = degradation(good, good | {"length": 17.0}, human_length=20.0)
+    assert named == "the mean length fell from 30.0 to 17.0 tokens"
+    assert degradation(good, good | {"length": 17.0}) == [named]  # without human summaries
+    assert not degradation(good, good | {"length": 17.0}, human_length=16.0)  # people say no more
+    assert not degradation(good, good | {"length": 19.0}, human_length=20.0)
+    good["retrieval_at_1"] = 0.8
+    assert degradation(good, good | {"retrieval_at_1": 0.7}) == ["R@1 fell from 0.800 to 0.700"]
+    assert not degradation(good, good | {"retrieval_at_1": 0.73})
 
 
 def table_of(texts, toxicity, reward=0.0):
@@ -373,6 +381,9 @@ def steps(count=1, **changes):
     return [dict(metrics) for _ in range(count - 1)] + [metrics | changes]
 
 
+SHORTER = {"tokens/responses_len_mean": 11.0, "objective/entropy": 11.0}
+
+
 @pytest.mark.parametrize(
     "kind, history, remedy",
     [
@@ -382,11 +393,20 @@ def steps(count=1, **changes):
         ("entropy", steps(3, **{"objective/entropy": 1.0}), "init_kl_coef"),
         ("flat", steps(60), "learning_rate"),
         ("cut", steps(**{"tokens/finished_share": 0.4}), "output_max_length"),
+        ("short", [*steps(2), *steps(1, **SHORTER) * 5], "ptx_coef"),
     ],
 )
 def test_each_illness_is_warned_of_with_its_remedy(small, kind, history, remedy):
     warned = step_warnings(history, small.config)
     assert list(warned) == [kind] and remedy in warned[kind]
+
+
+def test_responses_count_as_short_over_five_steps_and_against_people(small):
+    short = steps(1, **SHORTER)
+    history = [*steps(2), *short * 5]  # 20 tokens, then 11
+    assert list(step_warnings(history, small.config, human_length=15.0)) == ["short"]
+    assert not step_warnings(history, small.config, human_length=10.0)
+    assert not step_warnings([*steps(6), *short * 4], small.config)  # the mean of the last five is 12.8
 
 
 def test_a_healthy_step_has_no_warning(small):
