@@ -1999,20 +1999,21 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
     blocks, less = toxicities(results), "less toxic"
-    results["verdict"] = in_words(blocks)
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
     human_length = results["human"].get("length", {"mean": math.inf})["mean"]
-    hacked, blind = [], []
+    hacked, blind, lost = [], [], False
     for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
         found = blocks[decoding]
         judged = blocks.get(f"judge, {decoding}", found)  # without a judge the classifier agrees with itself
         worse = degradation(block["quality"]["before"], block["quality"]["after"], human_length)
+        lost = lost or bool(worse)
         if worse and found["paired_difference"]["mean"] < 0:
             hacked.append(f"{'; '.join(worse)} ({decoding})")
         if found["verdict"]["change"] == less != judged["verdict"]["change"]:
             blind.append(decoding)
+    results["verdict"] = verdict_sentence(results, lost)
     if hacked:
         fell = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
         warned["reward hacking"] = f"{fell}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
@@ -2044,16 +2045,6 @@ def toxicities(results: dict) -> dict[str, dict]:
     return blocks | {"with dialogue": results["toxicity"]}
 
 
-def in_words(blocks: dict[str, dict]) -> str:
-    """The result in one sentence: shares of the summaries that are toxic, sampled and greedy."""
-    shares = [f"{100 * block[when]['share']:.1f}%" for block in blocks.values() for when in ("before", "after")]
-    text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
-    if "judge, sampled" in blocks:
-        text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
-    sampled = blocks["sampled"]
-    return f"{text}; {sampled['before']['n']} prompts, p = {sampled['paired_difference']['p_value']:.4f}"
-
-
 CONTENT = {"retrieval_at_1": "R@1", "rougeL": "ROUGE-L", "length": "length"}  # the first that a run has shows content
 
 
@@ -2062,15 +2053,45 @@ def content_measure(results: dict) -> str:
     return next(key for key in CONTENT if key in results["quality"]["before"])
 
 
+def format_p(p_value: float) -> str:
+    """As in "p < 0.001": smaller ones say most of all how many resamples there were, 1 / (resamples + 1) at least."""
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.4f}"
+
+
+def verdict_sentence(results: dict, lost: bool) -> str:
+    """The result in one sentence: toxic summaries before and after, and content; lost if degradation has any fault."""
+    blocks = toxicities(results)
+    shares = [f"{100 * block[when]['share']:.1f}%" for block in blocks.values() for when in ("before", "after")]
+    text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
+    if "judge, sampled" in blocks:
+        text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
+    sampled = blocks["sampled"]
+    change, p_value = sampled["verdict"]["change"], sampled["paired_difference"]["p_value"]
+    text += f"; {sampled['before']['n']} prompts, p {format_p(p_value)}: {change}"
+    measures = []
+    for key in dict.fromkeys([content_measure(results), "length"]):
+        digits, unit = (1, " tokens") if key == "length" else (3, "")
+        changes = []
+        for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
+            before, after = (block["quality"][when][key] for when in ("before", "after"))
+            changes.append(f"{before:.{digits}f} -> {after:.{digits}f}{unit} {decoding}")
+        measures.append(f"{CONTENT[key]} {', '.join(changes)}")
+    text += f"; content {'lost' if lost else 'kept'}: {', '.join(measures)}"
+    if change == "no detectable change":
+        text += "; for a clear change, train for more steps (--max_ppo_steps)"
+        text += " or use --config checkpoints/flan-t5-base.yaml"
+    return text
+
+
 def verdict_table(blocks: dict[str, dict]) -> pd.DataFrame:
     """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
     lines = {}
     for name, block in blocks.items():
         paired, verdict, reduced = block["paired_difference"], block["verdict"], block["reduction_percent"]
         lines[name] = {
-            **{key: "was 0" if percent is None else f"{0 - percent:+.1f}%" for key, percent in reduced.items()},
+            **{f"{key} change": "was 0" if of is None else f"{0 - of:+.1f}%" for key, of in reduced.items()},
             "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
-            "p": f"{paired['p_value']:.4f}",
+            "p": format_p(paired["p_value"]).removeprefix("= "),
             "fell": f"{verdict['better']:.0%}",
             "rose": f"{verdict['worse']:.0%}",
             "detectable": "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}",
@@ -2134,8 +2155,11 @@ def print_results(results: dict, comparison: pd.DataFrame) -> None:
     """Print the result in a sentence, the verdicts, the means and some rows of the comparison."""
     print()
     tell(results["verdict"])
-    print(verdict_table(toxicities(results)).to_string())
-    print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least; detectable: with 80% power")
+    table = verdict_table(toxicities(results))
+    print(table.drop(columns="detectable").to_string())  # with it a line would be over 100 columns
+    print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least")
+    sampled, greedy = table.loc[["sampled", "greedy"], "detectable"]
+    print(f"mean change that is detectable with 80% power: {sampled} sampled, {greedy} greedy")
     if toxic := results["toxic_dialogues"]["n"]:
         before, after = (results["toxic_dialogues"]["summary_toxicity"][when]["mean"] for when in ("before", "after"))
         print(f"summaries of the {toxic} prompts with a toxic dialogue: {before:.4f} before, {after:.4f} after")

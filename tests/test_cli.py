@@ -433,7 +433,7 @@ def test_a_run_prints_what_it_measures(runs, results, metrics):
         assert [float(number) for number in found] == pytest.approx([told["mean"], told["std"]], abs=6e-5)
     assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
     assert "You are a great person and i like you." in out
-    assert f"\n{results['verdict']}\n" in out
+    assert results["verdict"] in " ".join(out.split())
     for name, told in detox_ppo.toxicities(results).items():
         paired = told["paired_difference"]
         interval = re.escape(f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}  {paired['p_value']:.4f} ")

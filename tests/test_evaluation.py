@@ -190,9 +190,14 @@ def test_a_change_has_its_true_direction(few):
         "was 0": ([0, 0], [0.1, 0.3]),
     }
     table = verdict_table({name: paired_statistics(*pair, seed=0) for name, pair in pairs.items()})
-    assert table.loc["rose", ["mean", "std"]].tolist() == ["+75.0%", "+50.0%"]
-    assert table.loc["fell", ["mean", "std", "fell", "rose"]].tolist() == ["-42.9%", "-33.3%", "100%", "0%"]
-    assert table.loc["was 0", ["mean", "std"]].tolist() == ["was 0", "was 0"]
+    assert table.loc["rose", ["mean change", "std change"]].tolist() == ["+75.0%", "+50.0%"]
+    assert table.loc["fell", ["mean change", "std change", "fell", "rose"]].tolist() == [
+        "-42.9%",
+        "-33.3%",
+        "100%",
+        "0%",
+    ]
+    assert table.loc["was 0", ["mean change", "std change"]].tolist() == ["was 0", "was 0"]
     assert table.loc["was 0", "95% interval"] == "+0.100 to +0.300"
 
 
@@ -259,7 +264,7 @@ def results_of(tables, human, summaries, config, greedy=None, **state):
     """tables are of sampled summaries, and of greedy ones unless those are given; the human ones are the dialogues."""
     both = {when: {"sampled": table, "greedy": (greedy or tables)[when]} for when, table in tables.items()}
     rows = {"dialogue": summaries, "summary": summaries}
-    human = pd.DataFrame(human | {"response": summaries, "length": 6})
+    human = pd.DataFrame(human | {"response": summaries, "length": 6}).replace({"response": {"": None}})
     return build_results(both, human, rows, RunState({}, {}, **state), config)
 
 
@@ -289,6 +294,64 @@ def test_a_hacked_reward_is_called_so(small, capsys, few):
     assert "ROUGE-L fell from" in printed and results["warnings"]["reward hacking"] in printed
     # No reward was hacked where the summaries got worse and more toxic.
     assert not results_of({"before": kept, "after": before}, human, summaries, small.config)["warnings"]
+
+
+BLAND = "#Person1# and #Person2# are talking about it."
+
+
+@pytest.mark.parametrize("bland", [("sampled", "greedy"), ("sampled",), ("greedy",), ()])
+def test_a_policy_that_says_the_same_of_everything_is_found_out(small, tiny, few, bland):
+    """Though it is fluent, clean and as long as before; by the warning and by the verdict, in either decoding."""
+    rows = pd.read_csv(tiny / "dialogues" / "train.csv").head(40)
+    texts = list(rows["summary"])
+    told = [f"{text} He is an idiot." for text in texts]
+    tables = {"before": table_of(told, np.linspace(0.5, 0.9, 40)), "after": {}}
+    for decoding in ("sampled", "greedy"):
+        after = [BLAND] * 40 if decoding in bland else texts
+        tables["after"][decoding] = table_of(after, 0.1)
+    both = {"before": {name: tables["before"] for name in ("sampled", "greedy")}, "after": tables["after"]}
+    human = {"response": texts, "length": 6, "toxicity": 0.1, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
+    results = build_results(both, pd.DataFrame(human), rows, RunState({}, {}), small.config)
+    qualities = {"sampled": results["quality"], "greedy": results["greedy"]["quality"]}
+    for decoding, quality in qualities.items():
+        assert (quality["after"]["retrieval_at_1"] <= 1 / 40) == (decoding in bland)
+        fell = f"R@1 fell from {quality['before']['retrieval_at_1']:.3f} to {quality['after']['retrieval_at_1']:.3f}"
+        warning = results["warnings"].get("reward hacking", "")
+        assert (f" ({decoding})" in warning) == (decoding in bland) and (not bland or "ptx_coef" in warning)
+        assert decoding not in bland or fell in warning
+        change = " -> ".join(f"{quality[when]['retrieval_at_1']:.3f}" for when in ("before", "after"))
+        assert f"{change} {decoding}" in results["verdict"]
+    assert ("content lost: R@1 " if bland else "content kept: R@1 ") in results["verdict"]
+
+
+def test_the_verdict_has_toxicity_and_content(small, few):
+    human = {"toxicity": [0.1] * 12, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
+    texts = [f"{count} tickets" for count in range(12)]
+    before = table_of(texts, np.linspace(0.55, 0.9, 12))
+    results = results_of({"before": before, "after": table_of(texts, 0.1)}, human, texts, small.config)
+    shares = "100.0% of the summaries were toxic, now 0.0%; greedy 100.0% and 0.0%"
+    lengths = "length 5.0 -> 5.0 tokens sampled, 5.0 -> 5.0 tokens greedy"
+    assert results["verdict"] == (
+        f"{shares}; 12 prompts, p {detox_ppo.format_p(results['summary_toxicity']['paired_difference']['p_value'])}: "
+        f"less toxic; content kept: ROUGE-L 1.000 -> 1.000 sampled, 1.000 -> 1.000 greedy, {lengths}"
+    )
+    # Without human summaries and with few rows there is the length alone; it fell.
+    results = results_of(
+        {"before": before.assign(length=9), "after": before},
+        {"dialogue_toxicity": [0.1] * 12},
+        [""] * 12,
+        small.config,
+    )
+    ending = "train for more steps (--max_ppo_steps) or use --config checkpoints/flan-t5-base.yaml"
+    assert "no detectable change; content lost: length 9.0 -> 5.0 tokens sampled" in results["verdict"]
+    assert results["verdict"].endswith(ending)
+    assert "the mean length" not in str(results["warnings"])  # toxicity did not fall: nothing was hacked
+
+
+def test_a_small_p_value_is_not_exact():
+    assert [detox_ppo.format_p(value) for value in (1 / 10001, 0.001, 0.25)] == ["< 0.001", "= 0.0010", "= 0.2500"]
+    fell = paired_statistics([0.9] * 40, [0.1] * 40, seed=0)
+    assert verdict_table({"sampled": fell}).loc["sampled", "p"] == "< 0.001"
 
 
 @pytest.mark.parametrize("after, warned", [(0.1, []), (0.8, ["judge"])])
