@@ -1337,7 +1337,7 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
     }
 
 
-SHORT = 0.6  # summaries have become too short below this share of their length before, if people write longer ones
+SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
 
 
 def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
