@@ -29,7 +29,9 @@ import functools
 import gc
 import gzip
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -297,18 +299,23 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
     return prompt.replace("{dialogue}", dialogue)
 
 
-def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
-    """Token ids of texts, with special tokens only where the tokenizer itself adds them.
+def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
+    """The tokenizer's columns (input_ids, attention_mask ...) of each text, with special tokens only where it adds them.
 
     A dialogue that spells "</s>" must not end the prompt. split_special_tokens does not see to it with T5's
     tokenizers: "</s>" is an ordinary piece of their vocabulary too.
     """
     encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return [
-        [i for i, added in zip(ids, mask, strict=True) if added or i not in special]
-        for ids, mask in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True)
-    ]
+    rows = []
+    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
+        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+    return rows
+
+
+def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
+    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
 
 
 def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
@@ -630,8 +637,10 @@ class HateClassifier:
             self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
             if self.max_length < 16:
                 raise ValueError(f"it reads {self.max_length} tokens, which is no text")
+            self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
+            self.inputs = set(inspect.signature(self.model.forward).parameters)
+            self.choose_padding()
         use_fast_layers(self.model)
-        self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
         # As transformers' text-classification pipeline reads them: does one label hold of a text, or each for itself?
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
         self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
@@ -639,6 +648,20 @@ class HateClassifier:
         if self.reward_index is not None and not self.exclusive and not HARMLESS.match(config.reward_label):
             way = "Without one that means harmless, --reward_label None pays minus the logit of toxic_label"
             raise UserError(f"--reward_label {config.reward_label!r} may be paid together with toxic ones. {way}.")
+
+    @torch.no_grad()
+    def choose_padding(self) -> None:
+        """Pad on the side where padding leaves the logits as they are; a ValueError if that is neither."""
+        short = "I like you."
+        alone = self.tokenizer(short, return_tensors="pt").to(self.model.device)
+        expected = self.model(**{k: v for k, v in alone.items() if k in self.inputs}).logits[0].float().cpu()
+        own_side = self.tokenizer.padding_side
+        for self.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+            padded = self.logits([short, " ".join([short] * 5)])[0]
+            if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
+                return
+        change = (padded - expected).abs().max()
+        raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
 
     def index_of(self, option_name: str, config: DetoxConfig) -> int:
         label, way = getattr(config, option_name), ""
@@ -670,15 +693,17 @@ class HateClassifier:
         bfloat16 takes a CPU with units for it half the time: the products are of bfloat16, their sums in float32. It
         moves P(toxic) by less than 0.01 (benchmarks/reward_precision.py), which rewards can bear and results need not.
         """
-        encoded = token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
+        encoded = tokenize(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
+        lengths = [len(row["input_ids"]) for row in encoded]
         logits = torch.empty(len(texts), len(self.labels))
         precision = "bf16" if dtype == torch.bfloat16 else None  # None leaves a setting as it is
         with torch.backends.mkldnn.flags(None, None, None, fp32_precision=precision):
-            for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
-                batch = {"input_ids": [encoded[i] for i in rows]}
-                width = min(padded_width(map(len, batch["input_ids"])), self.max_length)
-                batch = self.tokenizer.pad(batch, padding="max_length", max_length=width, return_tensors="pt")
-                logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
+            for rows in micro_batches(lengths, range(len(texts)), self.model):
+                width = min(padded_width(lengths[i] for i in rows), self.max_length)
+                padding = {"padding": "max_length", "max_length": width, "return_attention_mask": True}
+                batch = self.tokenizer.pad([encoded[i] for i in rows], return_tensors="pt", **padding)
+                inputs = {k: v.to(self.model.device) for k, v in batch.items() if k in self.inputs}
+                logits[rows] = self.model(**inputs).logits.float().cpu()
         return logits
 
     def toxicity(self, logits: torch.Tensor, toxic_label: str | None = None) -> list[float]:
