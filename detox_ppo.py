@@ -300,7 +300,7 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
 
 
 def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """The tokenizer's columns (input_ids, attention_mask ...) of each text, with special tokens only where it adds them.
+    """The tokenizer's columns of each text, input_ids among them, with special tokens only where it adds them.
 
     A dialogue that spells "</s>" must not end the prompt. split_special_tokens does not see to it with T5's
     tokenizers: "</s>" is an ordinary piece of their vocabulary too.
@@ -446,6 +446,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        self.changing = {*learned, *(name.replace(".default", ".reference") for name in learned)}
         self.encoder_is_frozen = False
         self.eval()
 
@@ -458,21 +460,21 @@ class Policy(nn.Module):
         return self.value_head.summary.weight.device
 
     def trained(self) -> list[nn.Parameter]:
-        """What learns: the LoRA "default" and the value head."""
+        """What learns: the adapter "default" and the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """The weights of both adapters and of the value head, by name: all that a run may change."""
-        return {name: p for name, p in self.state_dict().items() if "lora_" in name or name.startswith("value_head.")}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self.changing}
 
     def freeze_encoder(self, frozen: bool = True) -> None:
-        """Freeze the encoder's part of the LoRA "default", or train it again.
+        """Freeze the encoder's part of the adapter "default", or train it again.
 
         As long as PPO leaves it as it is, policy and reference have the same encoder states.
         """
         self.encoder_is_frozen = frozen
         for name, parameter in self.base.get_encoder().named_parameters():
-            if ".default." in name:
+            if "default" in name.split("."):
                 parameter.requires_grad_(not frozen)
 
     @contextmanager
@@ -595,18 +597,29 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
     policy.freeze_encoder(config.freeze_encoder)
-    if not any("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
     with loading(name, "model_name"):  # does a model of this family make its logits as others do?
-        end = torch.tensor([[special.eos_token_id]], device=device)
-        logprobs, values = policy(Responses([[special.eos_token_id]], end, torch.ones_like(end[0])))
+        (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
+        tokens = torch.tensor([ids], device=device)
+        logprobs, values = policy(Responses([ids], tokens, torch.tensor([len(ids)], device=device)))
         (logprobs + values).sum().backward()
-    if idle := [
-        name for name, parameter in policy.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]:
-        raise UserError(f"--lora_target_modules: {idle[0]} would learn nothing: no step of the model uses it")
+    if idle := idle_layers(policy):
+        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
+        raise UserError(f"--{source}: {idle[0]} would learn nothing: no step of the model uses it")
     policy.zero_grad()
     return policy, tokenizer
+
+
+def idle_layers(policy: Policy) -> list[str]:
+    """Names of what should learn but has no gradient. Of a new LoRA one matrix has none but 0, as the other is 0."""
+    learning = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            layer, _, lora = name.partition(".lora_")
+            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
+            learning[layer] = learning.get(layer, False) or has_gradient
+    return [layer for layer, learns in learning.items() if not learns]
 
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------

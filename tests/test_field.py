@@ -13,11 +13,12 @@ from pathlib import Path
 import kill_points
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 from kill_points import FAST, differences, left, strike
 from test_resume import complaint
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration
 
 import detox_ppo
 from detox_ppo import UserError, load_policy, parse_config
@@ -89,6 +90,52 @@ def test_an_adapter_of_another_base_is_warned_of(small_config, tiny, tmp_path, c
 def test_layers_that_no_step_uses_are_refused(small_config):
     with pytest.raises(UserError, match="--lora_target_modules: .*shared.* would learn nothing"):
         load(small_config, adapter_name="", lora_target_modules="q v shared")
+
+
+def changed_adapter(tiny, directory, **changes):
+    """The bundled adapter with other entries in its adapter_config.json."""
+    shutil.copytree(tiny / "adapter", directory)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def test_an_adapter_that_no_step_uses_is_refused_by_its_own_option(small_config, tiny, tmp_path):
+    """An aLoRA's layers work behind its invocation tokens alone, which an encoder-decoder never gives them."""
+    adapter = changed_adapter(tiny, tmp_path / "alora", alora_invocation_tokens=[5, 6])
+    with pytest.raises(UserError, match=f"--adapter_name {adapter}: .* would learn nothing"):
+        load(small_config, adapter_name=adapter)
+
+
+@pytest.fixture
+def with_tokens(tiny, tmp_path):
+    """An adapter with rows of the embedding that learn (trainable_token_indices), as PEFT saves it."""
+    base = AutoModelForSeq2SeqLM.from_pretrained(tiny / "base")
+    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q"], trainable_token_indices=[5, 6])
+    torch.manual_seed(0)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_a_checkpoint_has_all_that_learns(small_config, with_tokens, freeze_encoder):
+    """Token rows of both adapters, and the encoder's LoRA, which the tuning moves even if PPO leaves it."""
+    options = {"adapter_name": with_tokens, "freeze_encoder": freeze_encoder}
+    policy, again = load(small_config, **options), load(small_config, **options)
+    policy.freeze_encoder(False)
+    with torch.no_grad():
+        for parameter in policy.trained():
+            parameter.normal_()
+    detox_ppo.copy_to_reference(policy.model)
+    policy.freeze_encoder(freeze_encoder)
+    again.load_state_dict(policy.adapters(), strict=False)
+    moved = [name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, again.state_dict()[name])]
+    assert not moved and len(policy.adapters()) < len(policy.state_dict()) / 2
+    weights = detox_ppo.lora_weights(again.model, "reference")
+    assert [name for name in weights if "trainable_tokens_delta" in name]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in detox_ppo.lora_weights(policy.model).items())
+    tokens = [p for name, p in policy.named_parameters() if "trainable_tokens_delta.default" in name]
+    assert [p.requires_grad for p in tokens] == [not freeze_encoder]  # the encoder reads them too
 
 
 @pytest.mark.parametrize("targets", ["q v lm_head", "all-linear", "encoder.block.0.layer.0.SelfAttention.q"])

@@ -387,8 +387,8 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
-    # two that check the padding, and the two examples; of what does not change, once: human summaries joined and alone, dialogues; before and after,
-    # sampled and greedy: joined and alone, each once; the batch of the one step between
+    # two that check the padding, two examples; of what does not change, once: human summaries joined and alone,
+    # dialogues; before and after, sampled and greedy: joined and alone, each once; the batch of the one step between
     count = config.eval_samples
     assert len(scored) == 4 + 3 * count + 4 * count + config.batch_size + 4 * count
     assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
