@@ -459,6 +459,13 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.value_head.summary.weight.device
 
+    @property
+    def decoder_start(self) -> list[int]:
+        """What the decoder is given before a response: the start token and a forced one, such as NLLB's language."""
+        forced = self.base.generation_config.forced_bos_token_id
+        start = [self.base.config.decoder_start_token_id]
+        return start if forced is None else [*start, forced]
+
     def trained(self) -> list[nn.Parameter]:
         """What learns: the adapter "default" and the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -532,16 +539,17 @@ class Policy(nn.Module):
     def forward(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (nats) and values of every response token, both (B, T), 0 in padding.
 
-        The decoder reads [start] + tokens[:-1], so position t tells of token t: the start token is put here, once.
+        The decoder reads decoder_start + tokens[:-1], so the last T of its positions are those of the tokens.
         """
         tokens, mask = responses.tokens, responses.mask
-        start = torch.full_like(tokens[:, :1], self.base.config.decoder_start_token_id)
+        start = torch.tensor([self.decoder_start], device=self.device).expand(len(tokens), -1)
         inputs, attention_mask = torch.cat([start, tokens[:, :-1]], dim=1), self.pad(responses.prompts)[1]
+        scored = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # of the decoder's positions
         states = self.encode(responses.prompts) if responses.encoder_states is None else responses.encoder_states
         # The model's head reads the N real tokens alone, never padding: (N, V) logits.
-        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][mask]):
+        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][scored]):
             outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
-        values = self.value_head(outputs.decoder_hidden_states[-1][mask])
+        values = self.value_head(outputs.decoder_hidden_states[-1][scored])
         # One leading row, because TRL loops over rows: (1, N, V), (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
         zeros = torch.zeros(mask.shape, device=mask.device)
@@ -802,7 +810,7 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
     lengths, finished = torch.zeros_like(limits), torch.zeros_like(limits, dtype=torch.bool)
     running = ~finished
     rows, states = torch.arange(count, device=device), encoder_states  # those still decoded: (D,), (D, S, d)
-    last = torch.full((count, 1), special.decoder_start_token_id, device=device)
+    last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
     for position in range(width):
         logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
         drawn = sample_tokens(logits.float(), uniforms[rows, position]) if generators else logits.argmax(-1)  # (D,)
@@ -1094,10 +1102,16 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
 def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) -> Responses:
     """A batch's human summaries, as responses to its prompts.
 
-    One over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
+    Each ends with EOS, whether or not the tokenizer adds it. One over sft_max_target_length loses it with its end, so
+    that none teaches to stop in mid-sentence. Behind a forced token the tokenizer's own first one is left out.
     """
-    texts = token_ids(tokenizer, list(batch["summary"]))
-    tokens, mask = policy.pad([ids[: config.sft_max_target_length] for ids in texts])
+    eos, summaries = policy.base.config.eos_token_id, []
+    for ids in token_ids(tokenizer, list(batch["summary"])):
+        text = ids[:-1] if ids[-1:] == [eos] else ids
+        if len(policy.decoder_start) > 1 and text and text[0] in tokenizer.all_special_ids:
+            text = text[1:]
+        summaries.append([*text, eos][: config.sft_max_target_length])
+    tokens, mask = policy.pad(summaries)
     return Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
 
 
@@ -1866,6 +1880,7 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
         part = "encoder" if name.startswith("input") else "decoder"
         of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
         positions = getattr(base, f"max_{part}_position_embeddings", of_both)
+        positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
         # At the least, the scores of one layer and their softmax have to fit.
         limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
         limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}

@@ -334,6 +334,38 @@ def saved(small_config, tiny, tmp_path):
     return saved
 
 
+def test_a_forced_first_token_is_given_not_sampled(saved):
+    """BART's <s>, or the language of NLLB and its kin; the rest is what transformers' generate says."""
+
+    def make(vocabulary):
+        model = bart(BartForConditionalGeneration)(vocabulary)
+        model.generation_config.forced_bos_token_id = 7
+        return model
+
+    config = saved(make, None)
+    policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
+    prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other has."]).input_ids
+    greedy = generate(policy, prompts, None, (8, 8))
+    model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=torch.float32).eval()
+    logprobs, _ = policy.score(greedy)
+    for row, prompt in enumerate(prompts):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=9, num_beams=1, do_sample=False)[0].tolist()
+        tokens = tokens_of(greedy)[row]
+        assert out[:2] == [1, 7] and out[2:] == tokens
+        logits = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([out[:-1]])).logits[0, 1:]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[row, : len(tokens)], expected, rtol=0, atol=1e-4)
+    check_sampled_is_scored(policy, prompts, caps=(6, 8))
+    # A human summary starts behind it, without the tokenizer's own start.
+    ids = [7, *tokenizer("A summary.").input_ids]
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(7)]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detox_ppo, "token_ids", lambda *_: [ids])
+        batch = {"summary": ["A summary."], "input_ids": prompts[:1]}
+        target = detox_ppo.tokenize_summaries(policy, tokenizer, batch, config)
+    assert tokens_of(target) == [ids[1:]]
+
+
 @pytest.mark.parametrize("make, modules", FAMILIES.values(), ids=FAMILIES)
 def test_other_families(saved, make, modules):
     config = saved(make, modules)
