@@ -33,6 +33,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -58,25 +59,30 @@ from typing import Annotated, Literal
 from packaging.version import Version
 
 # The oldest that were tried and run; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
-for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items():
-    if Version(version(package)) < Version(oldest):
-        sys.exit(f"detox_ppo.py: error: {package} {version(package)} is older than {oldest}: pip install -U {package}")
-
+unsupported = [
+    f"{package} {version(package)} is older than {oldest}: pip install -U {package}"
+    for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items()
+    if Version(version(package)) < Version(oldest)
+]
 if sys.platform == "win32":
-    sys.exit("detox_ppo.py: error: Windows has not what a run's files, locks and signals need: use WSL or Docker")
+    unsupported.append("Windows has not what a run's files, locks and signals need: use WSL or Docker")
+if unsupported and __name__ != "__main__":
+    raise ImportError(unsupported[0])
 
-# Libraries keep caches and settings in the home directory, and some end if there is none.
-if not os.access(os.path.expanduser("~"), os.W_OK):
-    os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
-    print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
-
-# oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
-# this when torch first uses it.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-# The imports make a million objects that stay. Without a search for garbage among them, again and again and once more
-# at the end, a process starts and ends in two thirds of the time.
-gc.disable()
+if __name__ == "__main__":  # settings of the process, which an import leaves to the importer
+    if unsupported:
+        print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
+        sys.exit(2)
+    # Libraries keep caches and settings in the home directory, and some end if there is none.
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
+        print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
+    # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It
+    # reads this when torch first uses it.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # The imports make a million objects that stay. Without a search for garbage among them, again and again and once
+    # more at the end, a process starts and ends in two thirds of the time.
+    gc.disable()
 
 import datasets
 import evaluate
@@ -106,8 +112,9 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import selective_log_softmax
 
-gc.enable()
-gc.freeze()
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()
 
 SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
@@ -1425,8 +1432,7 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
     policy, tokenizer = load_policy(config, device, dtype)
-    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and policy.base.num_parameters() < 2e7:
-        torch.set_num_threads(1)  # a second thread gains a model of this size nothing, and waits for it at full speed
+    set_threads(policy)
     print_parameters(policy)
     classifier = HateClassifier(config, device)
     print_examples(classifier)
@@ -1437,6 +1443,25 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
+
+
+@contextmanager
+def own_settings():
+    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
 
 
 def steps_of(desc: str, done: int, last: int, stop: StopSignals):
@@ -1450,6 +1475,7 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
         raise Stopped
 
 
+@own_settings()
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
@@ -1863,6 +1889,31 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
             raise ValueError(f"{unknown[0]} is no layer of the model")
     print("adapter: a new LoRA, which starts as the identity", end="")
     return model
+
+
+def cpu_quota() -> float:
+    """How many CPUs a container may use at a time, by version 2 or 1 of Linux's cgroups; infinity without a limit."""
+    groups = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # not there, or "max"
+        quota, period = (groups / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        quota, period = (int((groups / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+def set_threads(policy: Policy) -> None:
+    """Set PyTorch's number of threads, unless OMP_NUM_THREADS does, and print it.
+
+    PyTorch takes the machine's cores for the container's.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, int(min(torch.get_num_threads(), cpu_quota())))
+        if policy.device.type == "cpu" and policy.base.num_parameters() < 2e7:
+            threads = 1  # a second one gains a model of this size nothing, and waits for it at full speed
+        torch.set_num_threads(threads)
+    print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import math
 import os
 import shutil
 import signal
@@ -246,14 +248,75 @@ def test_a_wait_for_processes_that_never_come_is_told_and_can_be_ended(small_arg
     assert process.wait(20) == -number
 
 
-def test_no_home_directory(tmp_path):
-    code = "import detox_ppo, os; print(os.environ['HOME'], os.access(os.environ['HOME'], os.W_OK))"
+def test_no_home_directory():
     env = os.environ | {"HOME": "/dev/null/nowhere"}
-    options = {"cwd": Path(detox_ppo.__file__).parent, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, detox_ppo.__file__, "--help"], env=env, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 0 and "HF_HOME" in line
+    assert os.access(line.split("; ")[1].split()[0], os.W_OK)
+
+
+def test_an_import_leaves_the_process_as_it_is():
+    code = """
+import gc, os
+gc.disable()
+import detox_ppo
+assert not gc.isenabled() and gc.get_freeze_count() == 0
+assert os.environ["HOME"] == "/dev/null/nowhere" and "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+"""
+    env = os.environ | {"HOME": "/dev/null/nowhere"}
+    env.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    options = {"cwd": Path(detox_ppo.__file__).parent, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], env=env, **options)
-    home, writable = done.stdout.split()
-    assert writable == "True" and home != "/dev/null/nowhere"
-    assert home in done.stderr and "HF_HOME" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_leaves_the_caller_s_settings(small_config, monkeypatch, tmp_path):
+    """Whatever they are, the results are the same."""
+    results = detox_ppo.run(small_config(output_dir=tmp_path / "plain"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = detox_ppo.run(small_config(output_dir=tmp_path / "odd"))
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64 and torch.get_num_threads() == 2
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+    assert found["reward"] == results["reward"] and logging.root.handlers == []
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_threads_are_bounded_by_the_container_s_quota(small, monkeypatch, capsys, files, expected):
+    def read_text(path):
+        name = str(path.relative_to("/sys/fs/cgroup"))
+        if name not in files:
+            raise FileNotFoundError(name)
+        return files[name]
+
+    set_to = []
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1] if set_to else 3)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(type(small.policy.base), "num_parameters", lambda *_: 3e7)
+    assert detox_ppo.cpu_quota() == expected
+    detox_ppo.set_threads(small.policy)
+    assert set_to == [1 if expected < 2 else 3]
+    assert f"CPU threads: {set_to[0]} " in capsys.readouterr().out
 
 
 def test_memory_is_the_container_s(small, splits, monkeypatch):
