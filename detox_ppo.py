@@ -389,7 +389,7 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[i
     """
     on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
     bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.hidden_size * model.dtype.itemsize)
+    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
     logits = logits or [0] * len(lengths)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
@@ -452,7 +452,7 @@ class Policy(nn.Module):
     def __init__(self, model: peft.PeftModel):
         super().__init__()
         self.model = model
-        self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        self.value_head = ValueHead(model.get_base_model().config.get_text_config().hidden_size)
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         self.changing = {*learned, *(name.replace(".default", ".reference") for name in learned)}
         self.encoder_is_frozen = False
@@ -585,15 +585,15 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not model_config.is_encoder_decoder:
             raise ValueError("expected an encoder-decoder, such as a T5")
-        for key, value in model_config.to_dict().items():
-            if "drop" in key and isinstance(value, float):  # dropout_rate, attention_dropout, decoder_layerdrop ...
-                setattr(model_config, key, 0.0)
+        remove_dropout(model_config)
         base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
         tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
         special = base.config
         special.pad_token_id, special.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         if getattr(special, "decoder_start_token_id", None) is None:
             special.decoder_start_token_id = base.generation_config.decoder_start_token_id
+        if special.decoder_start_token_id is None:  # as a T5Gemma does
+            special.decoder_start_token_id = getattr(getattr(special, "decoder", None), "bos_token_id", None)
         if special.decoder_start_token_id is None:
             raise ValueError("its config has no decoder_start_token_id")
     base.requires_grad_(False)
@@ -616,14 +616,27 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
     with loading(name, "model_name"):  # does a model of this family make its logits as others do?
         (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
-        tokens = torch.tensor([ids], device=device)
-        logprobs, values = policy(Responses([ids], tokens, torch.tensor([len(ids)], device=device)))
-        (logprobs + values).sum().backward()
+        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
+        expected, _ = policy.score(probe)
+        with policy.learning(dropout=False):
+            logprobs, values = policy(probe)
+            (logprobs + values).sum().backward()
+        if (change := (logprobs - expected).abs().max()) > 1e-3:
+            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
     if idle := idle_layers(policy):
         source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
         raise UserError(f"--{source}: {idle[0]} would learn nothing: no step of the model uses it")
     policy.zero_grad()
     return policy, tokenizer
+
+
+def remove_dropout(config: transformers.PreTrainedConfig) -> None:
+    """Set dropout_rate, attention_dropout, decoder_layerdrop and their like to 0, in nested configurations too."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            remove_dropout(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
 
 
 def idle_layers(policy: Policy) -> list[str]:
@@ -659,6 +672,7 @@ class HateClassifier:
             self.tokenizer = load_tokenizer(name, self.model, "pad_token")
             settings = self.model.config
             settings.pad_token_id = self.tokenizer.pad_token_id  # a GPT-2's finds the end of a text by it
+            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # a Gemma 3's has it there
             if settings.problem_type == "regression":
                 raise ValueError("it is a regression, which gives no probability of a label")
             # Relative positions have no end, but a text's attention has to fit into memory.
@@ -1201,7 +1215,8 @@ def evaluate_policy(
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     mine, parts = my_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
-    size = max(config.batch_size, 2**14 // policy.base.config.hidden_size)  # small models gain by more at once
+    width = policy.base.config.get_text_config().hidden_size
+    size = max(config.batch_size, 2**14 // width)  # small models gain by more at once
     with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
         for start in range(0, len(mine), size):
             batch, columns = mine[start : start + size], {}
@@ -1871,7 +1886,7 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
 
 
 def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    if config.lora_r > (size := base.config.hidden_size):
+    if config.lora_r > (size := base.config.get_text_config().hidden_size):
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
     targets = config.lora_target_modules
     lora = peft.LoraConfig(
@@ -1929,11 +1944,12 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
-        of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
-        positions = getattr(base, f"max_{part}_position_embeddings", of_both)
+        settings = getattr(base, part, base).get_text_config()
+        of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
         positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
         # At the least, the scores of one layer and their softmax have to fit.
-        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
+        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * settings.num_attention_heads)) ** 0.5}
         limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
         limits |= {config.reward_model_name: classifier_length} if name in responses else {}
         least = min(limits, key=limits.get)
@@ -1944,7 +1960,8 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
 
 def positions_of(model) -> float:
     """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # an MPT's
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return positions - module.padding_idx - 1  # a RoBERTa counts from there

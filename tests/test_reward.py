@@ -18,7 +18,10 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     FNetConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
+    MptConfig,
     RobertaConfig,
     T5Config,
     XLNetConfig,
@@ -136,6 +139,18 @@ def one_of(family, tiny, directory, labels, problem_type=None):
             **ids, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32
         ),
         "fnet": lambda: FNetConfig(**ids, hidden_size=32, intermediate_size=32, num_hidden_layers=1),
+        "gemma3": lambda: Gemma3Config(
+            text_config=Gemma3TextConfig(
+                **ids, **small, num_key_value_heads=1, head_dim=16, max_position_embeddings=80
+            ),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        ),
+        "mpt": lambda: MptConfig(**ids, d_model=32, n_heads=2, n_layers=1, expansion_ratio=1, max_seq_len=96),
         "distilbert": lambda: DistilBertConfig(**ids, dim=32, hidden_dim=32, n_layers=2, n_heads=2),
         "gpt2": lambda: GPT2Config(**ids, n_embd=32, n_layer=2, n_head=2, n_positions=128),
         "roberta": lambda: RobertaConfig(**ids, **small, max_position_embeddings=66),
@@ -215,7 +230,16 @@ def test_a_regression_is_refused(small_config, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "family, length",
-    [("bert", 64), ("distilbert", 512), ("gpt2", 128), ("roberta", 64), ("t5", math.inf), ("xlnet", math.inf)],
+    [
+        ("bert", 64),
+        ("distilbert", 512),
+        ("gemma3", 80),
+        ("gpt2", 128),
+        ("mpt", 96),
+        ("roberta", 64),
+        ("t5", math.inf),
+        ("xlnet", math.inf),
+    ],
 )
 def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
     """As many as it has, and texts of all lengths score in a batch as alone."""

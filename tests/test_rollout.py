@@ -10,8 +10,14 @@ import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     LEDForConditionalGeneration,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
     UMT5ForConditionalGeneration,
 )
 
@@ -311,7 +317,40 @@ def bart(kind, **options):
     return make
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def two_configs(kind):
+    """A model whose widths and dropouts are in the configurations of its two halves."""
+
+    def make(vocabulary):
+        if kind is T5GemmaForConditionalGeneration:
+            part = {**SMALL, "vocab_size": vocabulary, "num_key_value_heads": 1, "head_dim": 16}
+            part |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.3}
+            encoder, decoder = T5GemmaModuleConfig(**part), T5GemmaModuleConfig(**part)
+            model = kind(T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=vocabulary, dropout_rate=0.3))
+        else:
+            part = {**SMALL, "vocab_size": vocabulary, "hidden_dropout_prob": 0.3, "initializer_range": 0.3}
+            halves = [BertConfig(**part), BertConfig(**part, is_decoder=True, add_cross_attention=True)]
+            config = EncoderDecoderConfig.from_encoder_decoder_configs(*halves)
+            config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2
+            model = kind(config)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [T5GemmaForConditionalGeneration, EncoderDecoderModel])
+def test_dropout_that_stays_on_is_refused(saved, kind, monkeypatch):
+    config = saved(two_configs(kind), NESTED[kind])
+    monkeypatch.setattr(detox_ppo, "remove_dropout", lambda _: None)
+    with pytest.raises(detox_ppo.UserError, match="--model_name .* train mode changes its log-probabilities"):
+        detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
+
+
+NESTED = {T5GemmaForConditionalGeneration: "q_proj v_proj", EncoderDecoderModel: "query value"}
 FAMILIES = {
+    **{kind.__name__: (two_configs(kind), modules) for kind, modules in NESTED.items()},
     "T5": (t5(T5ForConditionalGeneration), None),
     "UMT5": (t5(UMT5ForConditionalGeneration), "q v"),
     "BART": (bart(BartForConditionalGeneration), None),
