@@ -1875,8 +1875,16 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
     try:
         model = peft.get_peft_model(base, lora)
+        # PEFT also writes the embeddings that an adapter is on, as they are in the base.
+        of_base = model.state_dict()
+        weights = {
+            key: tensor
+            for key, tensor in weights.items()
+            if key not in of_base or not torch.equal(tensor.to(of_base[key]), of_base[key])
+        }
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
             fault = "unknown" if wrong[0] in weights else "missing"
+            fault = "not that of the base" if wrong[0] in of_base else fault
             raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
         peft.set_peft_model_state_dict(model, weights)
     except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
@@ -2698,7 +2706,9 @@ def loading(name: str, option_name: str):
         reason += "" if cause is error else f" (because of {one_line(cause)})"
         if isinstance(error, pickle.UnpicklingError):
             reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
-        elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
+        elif (
+            isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower()
+        ):  # one that no weights were for
             reason = "its weights have another shape than its config.json says"
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
             asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"

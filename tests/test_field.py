@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 from kill_points import FAST, differences, left, strike
+from safetensors.torch import load_file, save_file
 from test_resume import complaint
 from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration
 
@@ -150,6 +151,29 @@ def test_what_is_saved_can_be_loaded(small_config, tmp_path, targets):
     again = load(small_config, adapter_name=tmp_path / "adapter")
     saved, loaded = detox_ppo.lora_weights(policy.model), detox_ppo.lora_weights(again.model)
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_the_head_as_peft_saves_it(small_config, tiny, tmp_path, dtype):
+    """With the head's own weights, which have to be the base's."""
+    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "lm_head"])
+    peft.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(tiny / "base"), lora).save_pretrained(tmp_path)
+    config = small_config(adapter_name=tmp_path)
+    policy = load_policy(config, CPU, dtype)[0]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    (head,) = (name for name in weights if "base_layer" in name)
+    assert weights.keys() - {head} == detox_ppo.lora_weights(policy.model).keys()
+    save_file(weights | {head: weights[head] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        UserError, match=f"--adapter_name {tmp_path}: .* does not fit .*{head} is not that of the base"
+    ):
+        load_policy(config, CPU, dtype)
+
+
+def test_what_is_not_implemented_is_reported_as_it_is():
+    with pytest.raises(UserError, match="can't be loaded: NotImplementedError: no such kernel"):
+        with detox_ppo.loading(str(Path.cwd()), "model_name"):
+            raise NotImplementedError("no such kernel")
 
 
 @pytest.mark.parametrize("start", ["eva", "orthogonal"])
