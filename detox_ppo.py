@@ -29,8 +29,11 @@ import functools
 import gc
 import gzip
 import hashlib
+import inspect
 import io
+import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -56,25 +59,30 @@ from typing import Annotated, Literal
 from packaging.version import Version
 
 # The oldest that were tried and run; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
-for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items():
-    if Version(version(package)) < Version(oldest):
-        sys.exit(f"detox_ppo.py: error: {package} {version(package)} is older than {oldest}: pip install -U {package}")
-
+unsupported = [
+    f"{package} {version(package)} is older than {oldest}: pip install -U {package}"
+    for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items()
+    if Version(version(package)) < Version(oldest)
+]
 if sys.platform == "win32":
-    sys.exit("detox_ppo.py: error: Windows has not what a run's files, locks and signals need: use WSL or Docker")
+    unsupported.append("Windows has not what a run's files, locks and signals need: use WSL or Docker")
+if unsupported and __name__ != "__main__":
+    raise ImportError(unsupported[0])
 
-# Libraries keep caches and settings in the home directory, and some end if there is none.
-if not os.access(os.path.expanduser("~"), os.W_OK):
-    os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
-    print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
-
-# oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It reads
-# this when torch first uses it.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-# The imports make a million objects that stay. Without a search for garbage among them, again and again and once more
-# at the end, a process starts and ends in two thirds of the time.
-gc.disable()
+if __name__ == "__main__":  # settings of the process, which an import leaves to the importer
+    if unsupported:
+        print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
+        sys.exit(2)
+    # Libraries keep caches and settings in the home directory, and some end if there is none.
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
+        print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
+    # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It
+    # reads this when torch first uses it.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # The imports make a million objects that stay. Without a search for garbage among them, again and again and once
+    # more at the end, a process starts and ends in two thirds of the time.
+    gc.disable()
 
 import datasets
 import evaluate
@@ -104,8 +112,9 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import selective_log_softmax
 
-gc.enable()
-gc.freeze()
+if __name__ == "__main__":
+    gc.enable()
+    gc.freeze()
 
 SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
@@ -297,18 +306,23 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
     return prompt.replace("{dialogue}", dialogue)
 
 
-def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
-    """Token ids of texts, with special tokens only where the tokenizer itself adds them.
+def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
+    """The tokenizer's columns of each text, input_ids among them, with special tokens only where it adds them.
 
     A dialogue that spells "</s>" must not end the prompt. split_special_tokens does not see to it with T5's
     tokenizers: "</s>" is an ordinary piece of their vocabulary too.
     """
     encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return [
-        [i for i, added in zip(ids, mask, strict=True) if added or i not in special]
-        for ids, mask in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True)
-    ]
+    rows = []
+    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
+        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+    return rows
+
+
+def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
+    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
 
 
 def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
@@ -375,7 +389,7 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[i
     """
     on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
     bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.hidden_size * model.dtype.itemsize)
+    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
     logits = logits or [0] * len(lengths)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
@@ -438,7 +452,9 @@ class Policy(nn.Module):
     def __init__(self, model: peft.PeftModel):
         super().__init__()
         self.model = model
-        self.value_head = ValueHead(model.get_base_model().config.hidden_size)
+        self.value_head = ValueHead(model.get_base_model().config.get_text_config().hidden_size)
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        self.changing = {*learned, *(name.replace(".default", ".reference") for name in learned)}
         self.encoder_is_frozen = False
         self.eval()
 
@@ -450,22 +466,29 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.value_head.summary.weight.device
 
+    @property
+    def decoder_start(self) -> list[int]:
+        """What the decoder is given before a response: the start token and a forced one, such as NLLB's language."""
+        forced = self.base.generation_config.forced_bos_token_id
+        start = [self.base.config.decoder_start_token_id]
+        return start if forced is None else [*start, forced]
+
     def trained(self) -> list[nn.Parameter]:
-        """What learns: the LoRA "default" and the value head."""
+        """What learns: the adapter "default" and the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """The weights of both adapters and of the value head, by name: all that a run may change."""
-        return {name: p for name, p in self.state_dict().items() if "lora_" in name or name.startswith("value_head.")}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self.changing}
 
     def freeze_encoder(self, frozen: bool = True) -> None:
-        """Freeze the encoder's part of the LoRA "default", or train it again.
+        """Freeze the encoder's part of the adapter "default", or train it again.
 
         As long as PPO leaves it as it is, policy and reference have the same encoder states.
         """
         self.encoder_is_frozen = frozen
         for name, parameter in self.base.get_encoder().named_parameters():
-            if ".default." in name:
+            if "default" in name.split("."):
                 parameter.requires_grad_(not frozen)
 
     @contextmanager
@@ -523,16 +546,17 @@ class Policy(nn.Module):
     def forward(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (nats) and values of every response token, both (B, T), 0 in padding.
 
-        The decoder reads [start] + tokens[:-1], so position t tells of token t: the start token is put here, once.
+        The decoder reads decoder_start + tokens[:-1], so the last T of its positions are those of the tokens.
         """
         tokens, mask = responses.tokens, responses.mask
-        start = torch.full_like(tokens[:, :1], self.base.config.decoder_start_token_id)
+        start = torch.tensor([self.decoder_start], device=self.device).expand(len(tokens), -1)
         inputs, attention_mask = torch.cat([start, tokens[:, :-1]], dim=1), self.pad(responses.prompts)[1]
+        scored = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # of the decoder's positions
         states = self.encode(responses.prompts) if responses.encoder_states is None else responses.encoder_states
         # The model's head reads the N real tokens alone, never padding: (N, V) logits.
-        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][mask]):
+        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][scored]):
             outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
-        values = self.value_head(outputs.decoder_hidden_states[-1][mask])
+        values = self.value_head(outputs.decoder_hidden_states[-1][scored])
         # One leading row, because TRL loops over rows: (1, N, V), (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
         zeros = torch.zeros(mask.shape, device=mask.device)
@@ -561,15 +585,15 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not model_config.is_encoder_decoder:
             raise ValueError("expected an encoder-decoder, such as a T5")
-        for key, value in model_config.to_dict().items():
-            if "drop" in key and isinstance(value, float):  # dropout_rate, attention_dropout, decoder_layerdrop ...
-                setattr(model_config, key, 0.0)
+        remove_dropout(model_config)
         base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
         tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
         special = base.config
         special.pad_token_id, special.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         if getattr(special, "decoder_start_token_id", None) is None:
             special.decoder_start_token_id = base.generation_config.decoder_start_token_id
+        if special.decoder_start_token_id is None:  # as a T5Gemma does
+            special.decoder_start_token_id = getattr(getattr(special, "decoder", None), "bos_token_id", None)
         if special.decoder_start_token_id is None:
             raise ValueError("its config has no decoder_start_token_id")
     base.requires_grad_(False)
@@ -588,18 +612,42 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
     policy.freeze_encoder(config.freeze_encoder)
-    if not any("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
     with loading(name, "model_name"):  # does a model of this family make its logits as others do?
-        end = torch.tensor([[special.eos_token_id]], device=device)
-        logprobs, values = policy(Responses([[special.eos_token_id]], end, torch.ones_like(end[0])))
-        (logprobs + values).sum().backward()
-    if idle := [
-        name for name, parameter in policy.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]:
-        raise UserError(f"--lora_target_modules: {idle[0]} would learn nothing: no step of the model uses it")
+        (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
+        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
+        expected, _ = policy.score(probe)
+        with policy.learning(dropout=False):
+            logprobs, values = policy(probe)
+            (logprobs + values).sum().backward()
+        if (change := (logprobs - expected).abs().max()) > 1e-3:
+            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
+    if idle := idle_layers(policy):
+        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
+        raise UserError(f"--{source}: {idle[0]} would learn nothing: no step of the model uses it")
     policy.zero_grad()
     return policy, tokenizer
+
+
+def remove_dropout(config: transformers.PreTrainedConfig) -> None:
+    """Set dropout_rate, attention_dropout, decoder_layerdrop and their like to 0, in nested configurations too."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            remove_dropout(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
+def idle_layers(policy: Policy) -> list[str]:
+    """Names of what should learn but has no gradient. Of a new LoRA one matrix has none but 0, as the other is 0."""
+    learning = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            layer, _, lora = name.partition(".lora_")
+            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
+            learning[layer] = learning.get(layer, False) or has_gradient
+    return [layer for layer, learns in learning.items() if not learns]
 
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
@@ -624,14 +672,17 @@ class HateClassifier:
             self.tokenizer = load_tokenizer(name, self.model, "pad_token")
             settings = self.model.config
             settings.pad_token_id = self.tokenizer.pad_token_id  # a GPT-2's finds the end of a text by it
+            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # a Gemma 3's has it there
             if settings.problem_type == "regression":
                 raise ValueError("it is a regression, which gives no probability of a label")
             # Relative positions have no end, but a text's attention has to fit into memory.
             self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
             if self.max_length < 16:
                 raise ValueError(f"it reads {self.max_length} tokens, which is no text")
+            self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
+            self.inputs = set(inspect.signature(self.model.forward).parameters)
+            self.choose_padding()
         use_fast_layers(self.model)
-        self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
         # As transformers' text-classification pipeline reads them: does one label hold of a text, or each for itself?
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
         self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
@@ -639,6 +690,20 @@ class HateClassifier:
         if self.reward_index is not None and not self.exclusive and not HARMLESS.match(config.reward_label):
             way = "Without one that means harmless, --reward_label None pays minus the logit of toxic_label"
             raise UserError(f"--reward_label {config.reward_label!r} may be paid together with toxic ones. {way}.")
+
+    @torch.no_grad()
+    def choose_padding(self) -> None:
+        """Pad on the side where padding leaves the logits as they are; a ValueError if that is neither."""
+        short = "I like you."
+        alone = self.tokenizer(short, return_tensors="pt").to(self.model.device)
+        expected = self.model(**{k: v for k, v in alone.items() if k in self.inputs}).logits[0].float().cpu()
+        own_side = self.tokenizer.padding_side
+        for self.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+            padded = self.logits([short, " ".join([short] * 5)])[0]
+            if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
+                return
+        change = (padded - expected).abs().max()
+        raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
 
     def index_of(self, option_name: str, config: DetoxConfig) -> int:
         label, way = getattr(config, option_name), ""
@@ -670,15 +735,17 @@ class HateClassifier:
         bfloat16 takes a CPU with units for it half the time: the products are of bfloat16, their sums in float32. It
         moves P(toxic) by less than 0.01 (benchmarks/reward_precision.py), which rewards can bear and results need not.
         """
-        encoded = token_ids(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
+        encoded = tokenize(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
+        lengths = [len(row["input_ids"]) for row in encoded]
         logits = torch.empty(len(texts), len(self.labels))
         precision = "bf16" if dtype == torch.bfloat16 else None  # None leaves a setting as it is
         with torch.backends.mkldnn.flags(None, None, None, fp32_precision=precision):
-            for rows in micro_batches([len(ids) for ids in encoded], range(len(texts)), self.model):
-                batch = {"input_ids": [encoded[i] for i in rows]}
-                width = min(padded_width(map(len, batch["input_ids"])), self.max_length)
-                batch = self.tokenizer.pad(batch, padding="max_length", max_length=width, return_tensors="pt")
-                logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
+            for rows in micro_batches(lengths, range(len(texts)), self.model):
+                width = min(padded_width(lengths[i] for i in rows), self.max_length)
+                padding = {"padding": "max_length", "max_length": width, "return_attention_mask": True}
+                batch = self.tokenizer.pad([encoded[i] for i in rows], return_tensors="pt", **padding)
+                inputs = {k: v.to(self.model.device) for k, v in batch.items() if k in self.inputs}
+                logits[rows] = self.model(**inputs).logits.float().cpu()
         return logits
 
     def toxicity(self, logits: torch.Tensor, toxic_label: str | None = None) -> list[float]:
@@ -764,7 +831,7 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
     lengths, finished = torch.zeros_like(limits), torch.zeros_like(limits, dtype=torch.bool)
     running = ~finished
     rows, states = torch.arange(count, device=device), encoder_states  # those still decoded: (D,), (D, S, d)
-    last = torch.full((count, 1), special.decoder_start_token_id, device=device)
+    last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
     for position in range(width):
         logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
         drawn = sample_tokens(logits.float(), uniforms[rows, position]) if generators else logits.argmax(-1)  # (D,)
@@ -1056,10 +1123,16 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
 def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) -> Responses:
     """A batch's human summaries, as responses to its prompts.
 
-    One over sft_max_target_length loses its EOS with its end, so that none teaches to stop in mid-sentence.
+    Each ends with EOS, whether or not the tokenizer adds it. One over sft_max_target_length loses it with its end, so
+    that none teaches to stop in mid-sentence. Behind a forced token the tokenizer's own first one is left out.
     """
-    texts = token_ids(tokenizer, list(batch["summary"]))
-    tokens, mask = policy.pad([ids[: config.sft_max_target_length] for ids in texts])
+    eos, summaries = policy.base.config.eos_token_id, []
+    for ids in token_ids(tokenizer, list(batch["summary"])):
+        text = ids[:-1] if ids[-1:] == [eos] else ids
+        if len(policy.decoder_start) > 1 and text and text[0] in tokenizer.all_special_ids:
+            text = text[1:]
+        summaries.append([*text, eos][: config.sft_max_target_length])
+    tokens, mask = policy.pad(summaries)
     return Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
 
 
@@ -1142,7 +1215,8 @@ def evaluate_policy(
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     mine, parts = my_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
-    size = max(config.batch_size, 2**14 // policy.base.config.hidden_size)  # small models gain by more at once
+    width = policy.base.config.get_text_config().hidden_size
+    size = max(config.batch_size, 2**14 // width)  # small models gain by more at once
     with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
         for start in range(0, len(mine), size):
             batch, columns = mine[start : start + size], {}
@@ -1394,8 +1468,7 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
     policy, tokenizer = load_policy(config, device, dtype)
-    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and policy.base.num_parameters() < 2e7:
-        torch.set_num_threads(1)  # a second thread gains a model of this size nothing, and waits for it at full speed
+    set_threads(policy)
     print_parameters(policy)
     classifier = HateClassifier(config, device)
     print_examples(classifier)
@@ -1406,6 +1479,25 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
+
+
+@contextmanager
+def own_settings():
+    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
 
 
 def steps_of(desc: str, done: int, last: int, stop: StopSignals):
@@ -1419,6 +1511,7 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
         raise Stopped
 
 
+@own_settings()
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
@@ -1804,8 +1897,16 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
     try:
         model = peft.get_peft_model(base, lora)
+        # PEFT also writes the embeddings that an adapter is on, as they are in the base.
+        of_base = model.state_dict()
+        weights = {
+            key: tensor
+            for key, tensor in weights.items()
+            if key not in of_base or not torch.equal(tensor.to(of_base[key]), of_base[key])
+        }
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
             fault = "unknown" if wrong[0] in weights else "missing"
+            fault = "not that of the base" if wrong[0] in of_base else fault
             raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
         peft.set_peft_model_state_dict(model, weights)
     except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
@@ -1815,7 +1916,7 @@ def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
 
 
 def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    if config.lora_r > (size := base.config.hidden_size):
+    if config.lora_r > (size := base.config.get_text_config().hidden_size):
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
     targets = config.lora_target_modules
     lora = peft.LoraConfig(
@@ -1835,6 +1936,31 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     return model
 
 
+def cpu_quota() -> float:
+    """How many CPUs a container may use at a time, by version 2 or 1 of Linux's cgroups; infinity without a limit."""
+    groups = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # not there, or "max"
+        quota, period = (groups / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        quota, period = (int((groups / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+def set_threads(policy: Policy) -> None:
+    """Set PyTorch's number of threads, unless OMP_NUM_THREADS does, and print it.
+
+    PyTorch takes the machine's cores for the container's.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, int(min(torch.get_num_threads(), cpu_quota())))
+        if policy.device.type == "cpu" and policy.base.num_parameters() < 2e7:
+            threads = 1  # a second one gains a model of this size nothing, and waits for it at full speed
+        torch.set_num_threads(threads)
+    print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
+
+
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
     """Name the option to lower where the longest prompt or response that it allows is too long for a model or memory.
 
@@ -1848,10 +1974,12 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
-        of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
-        positions = getattr(base, f"max_{part}_position_embeddings", of_both)
+        settings = getattr(base, part, base).get_text_config()
+        of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
+        positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
         # At the least, the scores of one layer and their softmax have to fit.
-        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
+        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * settings.num_attention_heads)) ** 0.5}
         limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
         limits |= {config.reward_model_name: classifier_length} if name in responses else {}
         least = min(limits, key=limits.get)
@@ -1862,7 +1990,8 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
 
 def positions_of(model) -> float:
     """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # an MPT's
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return positions - module.padding_idx - 1  # a RoBERTa counts from there
@@ -2672,7 +2801,9 @@ def loading(name: str, option_name: str):
         reason += "" if cause is error else f" (because of {one_line(cause)})"
         if isinstance(error, pickle.UnpicklingError):
             reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
-        elif isinstance(error, NotImplementedError):  # transformers' try to tie embeddings of two shapes
+        elif (
+            isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower()
+        ):  # one that no weights were for
             reason = "its weights have another shape than its config.json says"
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
             asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"

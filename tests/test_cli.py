@@ -265,9 +265,12 @@ def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_
     metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, SCRIPT, "--help"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"detox_ppo.py: error: {package} {version} is older than ") and "pip install" in line
+    code = ["import sys", f"sys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPT.parent)!r}]", "import detox_ppo"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True)
+    assert done.returncode == 1 and f"ImportError: {package} {version} is older than " in done.stderr
 
 
 # Mistakes

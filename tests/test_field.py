@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import math
 import os
 import shutil
 import signal
@@ -13,11 +15,13 @@ from pathlib import Path
 import kill_points
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 from kill_points import FAST, differences, left, strike
+from safetensors.torch import load_file, save_file
 from test_resume import complaint
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, M2M100Config, M2M100ForConditionalGeneration
 
 import detox_ppo
 from detox_ppo import UserError, load_policy, parse_config
@@ -91,6 +95,52 @@ def test_layers_that_no_step_uses_are_refused(small_config):
         load(small_config, adapter_name="", lora_target_modules="q v shared")
 
 
+def changed_adapter(tiny, directory, **changes):
+    """The bundled adapter with other entries in its adapter_config.json."""
+    shutil.copytree(tiny / "adapter", directory)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def test_an_adapter_that_no_step_uses_is_refused_by_its_own_option(small_config, tiny, tmp_path):
+    """An aLoRA's layers work behind its invocation tokens alone, which an encoder-decoder never gives them."""
+    adapter = changed_adapter(tiny, tmp_path / "alora", alora_invocation_tokens=[5, 6])
+    with pytest.raises(UserError, match=f"--adapter_name {adapter}: .* would learn nothing"):
+        load(small_config, adapter_name=adapter)
+
+
+@pytest.fixture
+def with_tokens(tiny, tmp_path):
+    """An adapter with rows of the embedding that learn (trainable_token_indices), as PEFT saves it."""
+    base = AutoModelForSeq2SeqLM.from_pretrained(tiny / "base")
+    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q"], trainable_token_indices=[5, 6])
+    torch.manual_seed(0)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_a_checkpoint_has_all_that_learns(small_config, with_tokens, freeze_encoder):
+    """Token rows of both adapters, and the encoder's LoRA, which the tuning moves even if PPO leaves it."""
+    options = {"adapter_name": with_tokens, "freeze_encoder": freeze_encoder}
+    policy, again = load(small_config, **options), load(small_config, **options)
+    policy.freeze_encoder(False)
+    with torch.no_grad():
+        for parameter in policy.trained():
+            parameter.normal_()
+    detox_ppo.copy_to_reference(policy.model)
+    policy.freeze_encoder(freeze_encoder)
+    again.load_state_dict(policy.adapters(), strict=False)
+    moved = [name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, again.state_dict()[name])]
+    assert not moved and len(policy.adapters()) < len(policy.state_dict()) / 2
+    weights = detox_ppo.lora_weights(again.model, "reference")
+    assert [name for name in weights if "trainable_tokens_delta" in name]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in detox_ppo.lora_weights(policy.model).items())
+    tokens = [p for name, p in policy.named_parameters() if "trainable_tokens_delta.default" in name]
+    assert [p.requires_grad for p in tokens] == [not freeze_encoder]  # the encoder reads them too
+
+
 @pytest.mark.parametrize("targets", ["q v lm_head", "all-linear", "encoder.block.0.layer.0.SelfAttention.q"])
 def test_what_is_saved_can_be_loaded(small_config, tmp_path, targets):
     policy = load(small_config, adapter_name="", lora_target_modules=targets)
@@ -101,6 +151,29 @@ def test_what_is_saved_can_be_loaded(small_config, tmp_path, targets):
     again = load(small_config, adapter_name=tmp_path / "adapter")
     saved, loaded = detox_ppo.lora_weights(policy.model), detox_ppo.lora_weights(again.model)
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_the_head_as_peft_saves_it(small_config, tiny, tmp_path, dtype):
+    """With the head's own weights, which have to be the base's."""
+    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "lm_head"])
+    peft.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(tiny / "base"), lora).save_pretrained(tmp_path)
+    config = small_config(adapter_name=tmp_path)
+    policy = load_policy(config, CPU, dtype)[0]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    (head,) = (name for name in weights if "base_layer" in name)
+    assert weights.keys() - {head} == detox_ppo.lora_weights(policy.model).keys()
+    save_file(weights | {head: weights[head] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        UserError, match=f"--adapter_name {tmp_path}: .* does not fit .*{head} is not that of the base"
+    ):
+        load_policy(config, CPU, dtype)
+
+
+def test_what_is_not_implemented_is_reported_as_it_is():
+    with pytest.raises(UserError, match="can't be loaded: NotImplementedError: no such kernel"):
+        with detox_ppo.loading(str(Path.cwd()), "model_name"):
+            raise NotImplementedError("no such kernel")
 
 
 @pytest.mark.parametrize("start", ["eva", "orthogonal"])
@@ -199,14 +272,75 @@ def test_a_wait_for_processes_that_never_come_is_told_and_can_be_ended(small_arg
     assert process.wait(20) == -number
 
 
-def test_no_home_directory(tmp_path):
-    code = "import detox_ppo, os; print(os.environ['HOME'], os.access(os.environ['HOME'], os.W_OK))"
+def test_no_home_directory():
     env = os.environ | {"HOME": "/dev/null/nowhere"}
-    options = {"cwd": Path(detox_ppo.__file__).parent, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, detox_ppo.__file__, "--help"], env=env, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 0 and "HF_HOME" in line
+    assert os.access(line.split("; ")[1].split()[0], os.W_OK)
+
+
+def test_an_import_leaves_the_process_as_it_is():
+    code = """
+import gc, os
+gc.disable()
+import detox_ppo
+assert not gc.isenabled() and gc.get_freeze_count() == 0
+assert os.environ["HOME"] == "/dev/null/nowhere" and "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+"""
+    env = os.environ | {"HOME": "/dev/null/nowhere"}
+    env.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    options = {"cwd": Path(detox_ppo.__file__).parent, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], env=env, **options)
-    home, writable = done.stdout.split()
-    assert writable == "True" and home != "/dev/null/nowhere"
-    assert home in done.stderr and "HF_HOME" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_leaves_the_caller_s_settings(small_config, monkeypatch, tmp_path):
+    """Whatever they are, the results are the same."""
+    results = detox_ppo.run(small_config(output_dir=tmp_path / "plain"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = detox_ppo.run(small_config(output_dir=tmp_path / "odd"))
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64 and torch.get_num_threads() == 2
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+    assert found["reward"] == results["reward"] and logging.root.handlers == []
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_threads_are_bounded_by_the_container_s_quota(small, monkeypatch, capsys, files, expected):
+    def read_text(path):
+        name = str(path.relative_to("/sys/fs/cgroup"))
+        if name not in files:
+            raise FileNotFoundError(name)
+        return files[name]
+
+    set_to = []
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1] if set_to else 3)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(type(small.policy.base), "num_parameters", lambda *_: 3e7)
+    assert detox_ppo.cpu_quota() == expected
+    detox_ppo.set_threads(small.policy)
+    assert set_to == [1 if expected < 2 else 3]
+    assert f"CPU threads: {set_to[0]} " in capsys.readouterr().out
 
 
 def test_memory_is_the_container_s(small, splits, monkeypatch):

@@ -14,9 +14,14 @@ import transformers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     DistilBertConfig,
+    FNetConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
+    MptConfig,
     RobertaConfig,
     T5Config,
     XLNetConfig,
@@ -130,6 +135,22 @@ def one_of(family, tiny, directory, labels, problem_type=None):
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {
         "bert": lambda: BertConfig(**ids, **small, max_position_embeddings=64),
+        "bart": lambda: BartConfig(
+            **ids, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32
+        ),
+        "fnet": lambda: FNetConfig(**ids, hidden_size=32, intermediate_size=32, num_hidden_layers=1),
+        "gemma3": lambda: Gemma3Config(
+            text_config=Gemma3TextConfig(
+                **ids, **small, num_key_value_heads=1, head_dim=16, max_position_embeddings=80
+            ),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        ),
+        "mpt": lambda: MptConfig(**ids, d_model=32, n_heads=2, n_layers=1, expansion_ratio=1, max_seq_len=96),
         "distilbert": lambda: DistilBertConfig(**ids, dim=32, hidden_dim=32, n_layers=2, n_heads=2),
         "gpt2": lambda: GPT2Config(**ids, n_embd=32, n_layer=2, n_head=2, n_positions=128),
         "roberta": lambda: RobertaConfig(**ids, **small, max_position_embeddings=66),
@@ -209,7 +230,16 @@ def test_a_regression_is_refused(small_config, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "family, length",
-    [("bert", 64), ("distilbert", 512), ("gpt2", 128), ("roberta", 64), ("t5", math.inf), ("xlnet", math.inf)],
+    [
+        ("bert", 64),
+        ("distilbert", 512),
+        ("gemma3", 80),
+        ("gpt2", 128),
+        ("mpt", 96),
+        ("roberta", 64),
+        ("t5", math.inf),
+        ("xlnet", math.inf),
+    ],
 )
 def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
     """As many as it has, and texts of all lengths score in a batch as alone."""
@@ -221,6 +251,40 @@ def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
     together, alone = found.logits(texts), torch.cat([found.logits([text]) for text in texts])
     assert together.isfinite().all() and together.std() > 0
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family, changed, side",
+    [
+        ("bert", {"padding_side": "left"}, "right"),
+        ("gpt2", {"padding_side": "left"}, "right"),
+        ("roberta", {"model_input_names": ["input_ids"]}, "right"),
+        ("xlnet", {"padding_side": "right"}, "left"),
+    ],
+)
+def test_padding_changes_no_logit(small_config, tiny, tmp_path, family, changed, side):
+    """Whatever tokenizer_config.json says of the padding."""
+    path = one_of(family, tiny, tmp_path / "one", ["nothate", "hate"])
+    settings = path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changed))
+    found = load(small_config, path)
+    assert found.tokenizer.padding_side == side
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        expected = torch.cat([found.model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS[:3]])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found.logits(TEXTS[:3]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, fault", [("fnet", "padding changes its logits"), ("bart", "number of <eos> tokens")])
+def test_a_classifier_that_can_t_be_padded_is_one_line(small_config, tiny, tmp_path, family, fault):
+    """FNet knows no mask; a BART counts the ends of a text, which are not to be its padding."""
+    path = one_of(family, tiny, tmp_path / "one", ["nothate", "hate"])
+    if family == "bart":
+        settings = path / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "</s>"}))
+    with pytest.raises(UserError, match=f"--reward_model_name {path}: can't be loaded: .*{fault}"):
+        load(small_config, path)
 
 
 def test_judge(small_config, tiny, tmp_path):
@@ -347,10 +411,10 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
-    # the two examples; of what does not change, once: human summaries joined and alone, dialogues; before and after,
-    # sampled and greedy: joined and alone, each once; the batch of the one step between
+    # two that check the padding, two examples; of what does not change, once: human summaries joined and alone,
+    # dialogues; before and after, sampled and greedy: joined and alone, each once; the batch of the one step between
     count = config.eval_samples
-    assert len(scored) == 2 + 3 * count + 4 * count + config.batch_size + 4 * count
+    assert len(scored) == 4 + 3 * count + 4 * count + config.batch_size + 4 * count
     assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
     batch = scored[-4 * count - config.batch_size : -4 * count]
     assert all(text.startswith("#Person1#: ") == (score_text == "query_response") for text in batch)

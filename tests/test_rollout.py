@@ -10,8 +10,14 @@ import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     LEDForConditionalGeneration,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
     UMT5ForConditionalGeneration,
 )
 
@@ -311,7 +317,40 @@ def bart(kind, **options):
     return make
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def two_configs(kind):
+    """A model whose widths and dropouts are in the configurations of its two halves."""
+
+    def make(vocabulary):
+        if kind is T5GemmaForConditionalGeneration:
+            part = {**SMALL, "vocab_size": vocabulary, "num_key_value_heads": 1, "head_dim": 16}
+            part |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.3}
+            encoder, decoder = T5GemmaModuleConfig(**part), T5GemmaModuleConfig(**part)
+            model = kind(T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=vocabulary, dropout_rate=0.3))
+        else:
+            part = {**SMALL, "vocab_size": vocabulary, "hidden_dropout_prob": 0.3, "initializer_range": 0.3}
+            halves = [BertConfig(**part), BertConfig(**part, is_decoder=True, add_cross_attention=True)]
+            config = EncoderDecoderConfig.from_encoder_decoder_configs(*halves)
+            config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2
+            model = kind(config)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [T5GemmaForConditionalGeneration, EncoderDecoderModel])
+def test_dropout_that_stays_on_is_refused(saved, kind, monkeypatch):
+    config = saved(two_configs(kind), NESTED[kind])
+    monkeypatch.setattr(detox_ppo, "remove_dropout", lambda _: None)
+    with pytest.raises(detox_ppo.UserError, match="--model_name .* train mode changes its log-probabilities"):
+        detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
+
+
+NESTED = {T5GemmaForConditionalGeneration: "q_proj v_proj", EncoderDecoderModel: "query value"}
 FAMILIES = {
+    **{kind.__name__: (two_configs(kind), modules) for kind, modules in NESTED.items()},
     "T5": (t5(T5ForConditionalGeneration), None),
     "UMT5": (t5(UMT5ForConditionalGeneration), "q v"),
     "BART": (bart(BartForConditionalGeneration), None),
@@ -332,6 +371,38 @@ def saved(small_config, tiny, tmp_path):
         return small_config(adapter_name="", model_name=tmp_path / "base", lora_target_modules=modules or "")
 
     return saved
+
+
+def test_a_forced_first_token_is_given_not_sampled(saved):
+    """BART's <s>, or the language of NLLB and its kin; the rest is what transformers' generate says."""
+
+    def make(vocabulary):
+        model = bart(BartForConditionalGeneration)(vocabulary)
+        model.generation_config.forced_bos_token_id = 7
+        return model
+
+    config = saved(make, None)
+    policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
+    prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other has."]).input_ids
+    greedy = generate(policy, prompts, None, (8, 8))
+    model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=torch.float32).eval()
+    logprobs, _ = policy.score(greedy)
+    for row, prompt in enumerate(prompts):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=9, num_beams=1, do_sample=False)[0].tolist()
+        tokens = tokens_of(greedy)[row]
+        assert out[:2] == [1, 7] and out[2:] == tokens
+        logits = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([out[:-1]])).logits[0, 1:]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[row, : len(tokens)], expected, rtol=0, atol=1e-4)
+    check_sampled_is_scored(policy, prompts, caps=(6, 8))
+    # A human summary starts behind it, without the tokenizer's own start.
+    ids = [7, *tokenizer("A summary.").input_ids]
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(7)]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detox_ppo, "token_ids", lambda *_: [ids])
+        batch = {"summary": ["A summary."], "input_ids": prompts[:1]}
+        target = detox_ppo.tokenize_summaries(policy, tokenizer, batch, config)
+    assert tokens_of(target) == [ids[1:]]
 
 
 @pytest.mark.parametrize("make, modules", FAMILIES.values(), ids=FAMILIES)

@@ -1,6 +1,7 @@
 """The tuning before PPO: what it learns from, what it leaves, and that it works with every family of models."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -103,7 +104,8 @@ def seen(monkeypatch):
     pairs, forward = [], detox_ppo.Policy.forward
 
     def recorded(policy, responses):
-        if torch.is_grad_enabled() and len(responses.prompts[0]) > 1:  # not the one that is tried when it is loaded
+        tried = responses.prompts[0] == responses.tokens[0].tolist()  # when it is loaded
+        if torch.is_grad_enabled() and not tried:
             targets = zip(responses.tokens.tolist(), responses.lengths.tolist(), strict=True)
             pairs.extend(zip(responses.prompts, [tokens[:length] for tokens, length in targets], strict=True))
         return forward(policy, responses)
@@ -168,6 +170,33 @@ def test_long_summaries_are_cut_without_an_end(load_small, splits, seen):
         assert target == whole[tuple(prompt)][:18]
     ends = [target[-1] == small.tokenizer.eos_token_id for _, target in seen]
     assert any(ends) and not all(ends)
+
+
+class WithoutEnd:
+    """A tokenizer that adds no EOS, as Gemma's."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **kwargs):
+        encoded = self.tokenizer(texts, **kwargs)
+        for column in encoded.values():
+            column[:] = [row[:-1] for row in column]
+        return encoded
+
+
+def test_summaries_end_whether_or_not_the_tokenizer_ends_them(small, splits):
+    batch = splits["train"].select(range(8))
+    config = dataclasses.replace(small.config, sft_max_target_length=18)
+    expected, found = (
+        detox_ppo.tokenize_summaries(small.policy, tokenizer, batch, config)
+        for tokenizer in (small.tokenizer, WithoutEnd(small.tokenizer))
+    )
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
+    assert (found.tokens == small.tokenizer.eos_token_id).any() and found.lengths.max() == 18
 
 
 # What a run does with it
