@@ -48,9 +48,14 @@ def summarize(directory: Path) -> dict[str, str]:
     def rouge(block):
         return change(*(block["rouge"][when]["rougeL"] for when in ("before", "after")))
 
+    def retrieval(block):
+        return change(*(block["quality"][when]["retrieval_at_1"] for when in ("before", "after")))
+
     row = {"seed": str(results["config"]["seed"]), "sampled": toxicity(results), "greedy": toxicity(results["greedy"])}
     if "judge" in results:
         row |= {"judge, sampled": toxicity(results["judge"]), "judge, greedy": toxicity(results["judge"]["greedy"])}
+    if "retrieval_at_1" in results["quality"]["after"]:
+        row |= {"R@1": retrieval(results), "R@1, greedy": retrieval(results["greedy"])}
     return row | {
         "ROUGE-L": rouge(results),
         "ROUGE-L, greedy": rouge(results["greedy"]),
