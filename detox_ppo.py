@@ -27,7 +27,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import gzip
 import hashlib
 import io
 import json
@@ -93,6 +92,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from pandas.io.common import get_handle
 from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
@@ -1543,7 +1543,9 @@ def contents_of(name: str, option_name: str) -> str | None:
     The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
-    if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
+    if not os.path.lexists(name) and re.search(
+        r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
+    ):
         raise UserError(f"--{option_name} {name}: no such file or directory")
     with loading(name, option_name):
         if os.path.exists(name):
@@ -1564,43 +1566,98 @@ def contents_of(name: str, option_name: str) -> str | None:
         return repository.sha
 
 
-TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
+TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
 def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
     """Read a file of rows, every value as it stands there; what is broken is named by its line.
 
-    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon and tab which its header has
-    most of.
+    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon, tab and pipe which its
+    header has most of, or that of a first line such as sep=;.
     """
-    kind, content = TABLE.search(path.name)[1].lower(), path.read_bytes()
-    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    kind = TABLE.search(path.name)[1].lower()
+    with get_handle(path, "rb", compression="infer", is_text=False) as file:
+        content = file.handle.read()
     if kind == "parquet":
         return pd.read_parquet(io.BytesIO(content))
+    exact = {"header": None, "dtype": str, "keep_default_na": False}
+    if kind == "xlsx":
+        table = pd.read_excel(io.BytesIO(content), **exact)
+        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
     text = content.decode("utf-8-sig", "surrogateescape")
     if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
         line = text[: broken.start()].count("\n") + 1
         raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
     if kind == "txt":
         return pd.DataFrame({column: [text.strip()]})
-    if kind in ("csv", "tsv"):
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        try:
-            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
-        except pd.errors.ParserError as error:
-            raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
-        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+    if kind in ("json", "jsonl"):
+        return read_json(text, column)
+    declared = re.match(r"sep=(.)\r?\n", text)
+    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
+    try:
+        # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
+        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **exact)
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
+    return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+
+
+def read_json(text: str, column: str) -> pd.DataFrame:
+    """Rows from a list of objects, an object per line, or one object as pandas' to_json writes in any orient."""
+    as_whole = re.match(r"\s*(\[|\{\s*\n)", text)
     rows = []
-    as_list = text.lstrip().startswith("[")
-    for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
+    for number, line in enumerate([text] if as_whole else text.split("\n"), start=1):
         try:
             parsed = json.loads(line) if line.strip() else []
-            rows += [{**row} for row in (parsed if isinstance(parsed, list) else [parsed])]
+            is_one = isinstance(parsed, dict)
+            rows += [{**row} for row in ([parsed] if is_one else parsed)]
         except (ValueError, TypeError, RecursionError) as error:
-            where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
+            where = "the file is not a list of JSON objects" if as_whole else f"line {number} is not a JSON object"
             raise ValueError(f"{where} with dialogue and summary: {error}") from error
-    return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
+    columns = None
+    if len(rows) == 1:
+        (table,) = rows
+        if "data" in table and column not in table:  # orients "table" and "split", whose rows are lists
+            rows, columns = table["data"], table.get("columns")
+        elif all(isinstance(value, dict) for value in table.values()) and column not in table:  # orient "index"
+            rows = list(table.values())
+        elif all(isinstance(value, dict) for value in table.values()):  # orient "columns"
+            rows = table
+        elif all(isinstance(value, list) for value in table.values()):
+            rows = table
+    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers as they came, for the check of the rows to see
+
+
+def is_empty(cell) -> bool:
+    if isinstance(cell, str):
+        return not cell.strip()
+    return pd.api.types.is_scalar(cell) and pd.isna(cell)
+
+
+def join_turns(dialogue):
+    """The text of a dialogue that is a list of texts, {"speaker", "text"} or {"role", "content"}: a line per turn."""
+    turns = dialogue.tolist() if isinstance(dialogue, np.ndarray) else dialogue
+    if not isinstance(turns, list):
+        return dialogue
+    lines = []
+    for turn in turns:
+        if isinstance(turn, dict):
+            speaker, text = turn.get("speaker", turn.get("role")), turn.get("text", turn.get("content"))
+            turn = f"{speaker}: {text}" if isinstance(speaker, str) and isinstance(text, str) else None
+        if not isinstance(turn, str):
+            return turns
+        lines.append(turn)
+    return "\n".join(lines)
+
+
+def normalize(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One form for tables of any origin: empty cells are NaN, rows of empty cells are dropped, a dialogue is text."""
+    table = table.set_axis([str(name).strip() for name in table.columns], axis=1).astype(object)
+    table = table.mask(table.map(is_empty)).dropna(how="all")
+    if list(table.columns).count(column) == 1:
+        table[column] = table[column].map(join_turns)
+    return table
 
 
 def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
@@ -1624,17 +1681,27 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         splits = splits if isinstance(splits, dict) else {"train": splits}
         tell_left_aside(name, split, splits)
         return splits[split].to_pandas() if split in splits else None
-    tables = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
+    tables = [path] if TABLE.search(path.name) else []
+    if path.is_dir():
+        tables = sorted(file for file in path.iterdir() if TABLE.search(file.name))
+        tables = tables or sorted(file for file in path.glob("data/*") if TABLE.search(file.name))
     files = [file for file in tables if file.name.lower().startswith(split)]
     if not path.is_dir() or (split == "train" and len(tables) == 1):
         files = tables
-    if len(files) > 1 or (not files and split == "train"):
+    shards = [SHARD.search(file.name) for file in files]
+    same_table = all(shards) and len({SHARD.sub("", file.name) for file in files}) == 1
+    if same_table and len(files) != int(shards[0][1]):
+        raise ValueError(f"{len(files)} of the {int(shards[0][1])} files of split {split} are there")
+    if (len(files) > 1 and not same_table) or (not files and split == "train"):
         seen = ", ".join(file.name for file in tables) or "none"
-        expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
+        expected = "expected a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, or a directory with one as train.csv"
         raise ValueError(f"{expected}, found {seen}")
     tell_left_aside(name, split, [file.name for file in tables if file not in files])
-    with loading(str(files[0]) if files else name, option_name):
-        return read_table(files[0], config.dialogue_column) if files else None
+    parts = []
+    for file in files:
+        with loading(str(file), option_name):
+            parts.append(read_table(file, config.dialogue_column))
+    return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def load_dialogues(
@@ -1653,6 +1720,7 @@ def load_dialogues(
             raise ValueError("it has no split train")
         if table is None:
             return None
+        table = normalize(table, config.dialogue_column)
         columns, texts = list(map(str, table.columns)), {}
         for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
             if key == "summary" and column not in columns and not (config.sft_steps or config.ptx_coef):
@@ -1664,9 +1732,12 @@ def load_dialogues(
                 names = one_line(", ".join(columns)) or "none"
                 raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
             texts[key] = table[column].fillna("").tolist()
+            turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
             for row, text in enumerate(texts[key], start=1):
                 if not isinstance(text, str):
-                    raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text")
+                    raise ValueError(
+                        f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}"
+                    )
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
         rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
