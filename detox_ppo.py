@@ -138,6 +138,8 @@ def plain_name(value):
     name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
     if isinstance(name, str) and (not name.strip() or not name.isprintable() or SECRETS.search(name)):
         raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
+    if isinstance(name, str) and re.match("~(/|$)", name):  # a shell leaves it as it is in --output_dir=~/run
+        return os.path.expanduser(name)
     return name
 
 
@@ -2723,7 +2725,7 @@ class OptionParser(trl.TrlParser):
 def read_options(path: str) -> dict:
     """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
     with loading(path, "config"):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError("expected a YAML mapping, a line `option: value` for each option")
