@@ -2513,6 +2513,20 @@ def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Po
     return state
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip with nothing behind it.
+
+    A checkpoint of this script has its SHA-256 behind the zip. One that is cut or has other bytes is corrupt.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip
+        end = file.read(4)
+    return first == b"\x80" or end == b"PK\x05\x06"
+
+
 class Checkpoints:
     """The checkpoints of a run, a file each: checkpoint-sft-<step>.pt of the tuning, checkpoint-<step>.pt of PPO.
 
@@ -2524,10 +2538,11 @@ class Checkpoints:
         self.directory, self.limit, self.damaged = directory, limit, []
 
     def paths(self) -> list[Path]:
-        """The newest first."""
+        """The newest first; files of other programs are left out."""
         files = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
         files.pop(None, None)
-        return [files[name] for name in sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)]
+        newest_first = sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)
+        return [files[name] for name in newest_first if not is_foreign(files[name])]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
         number = state.step if "before" in state.evaluations else f"sft-{state.sft_step}"
@@ -2576,11 +2591,26 @@ class Checkpoints:
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
 
 
+def refuse_foreign_files(directory: Path, option_name: str) -> None:
+    """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
+    if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
+        return
+    written = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png", "adapter", "sft_adapter")
+    theirs = [name for name in written if os.path.lexists(directory / name)]
+    theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
+    if theirs:
+        holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
+        raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+
+
 def claim(config: DetoxConfig) -> list[FileLock]:
     """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
     locks = []
-    for name in ("output_dir", "model_dir", "checkpoint_dir"):
-        directory = Path(getattr(config, name) or config.output_dir)
+    names = ("output_dir", "model_dir", "checkpoint_dir")
+    directories = {name: Path(getattr(config, name) or config.output_dir) for name in names}
+    for name, directory in directories.items():
+        refuse_foreign_files(directory, name)
+    for name, directory in directories.items():
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
