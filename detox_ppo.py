@@ -354,6 +354,13 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     return splits
 
 
+def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
+    """How many evaluated dialogues are also trained on, and how many repeat an earlier evaluated one."""
+    trained, counts = set(train), Counter(evaluated)
+    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
+    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
+
+
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
     """Which of `count` rows are a step's batch: an epoch is a fresh shuffle, its last incomplete batch is dropped."""
     epoch, index = divmod(step - 1, count // size)
@@ -1425,6 +1432,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
+    trained = [] if config.evaluates_only else train["dialogue"]
+    shared = overlap(trained, evaluated["dialogue"])
+    for text in overlap_warnings(shared).values():
+        tell(f"  warning, {text}")
     human = measure_human(classifier, evaluated, config)
     print_means("of the human summaries", human)
     tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
@@ -1521,6 +1532,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     # Report
     tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
     measured = build_results(tables, human, evaluated, state, config)
+    measured["overlap"] = shared
+    measured["warnings"] |= overlap_warnings(shared)
     results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
@@ -1976,6 +1989,18 @@ def step_warnings(history: list[dict], config: DetoxConfig) -> dict[str, str]:
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
 
+def overlap_warnings(shared: dict[str, int]) -> dict[str, str]:
+    """Why the evaluated dialogues are not held out, or the interval is too narrow; shared is overlap's."""
+    warned, among = {}, f"of the {shared['n']} evaluated dialogues"
+    if shared["also_trained"]:
+        text = f"{shared['also_trained']} {among} are also trained on: the result holds for seen dialogues"
+        warned["overlap"] = f"{text}. Name others with eval_dataset_name."
+    if shared["duplicates"]:
+        text = f"{shared['duplicates']} {among} repeat another of them: the interval is too narrow"
+        warned["duplicates"] = f"{text}. Remove duplicated rows."
+    return warned
+
+
 def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
     """Show a step on the progress bar and, every logging_steps, print it in at most 100 columns, the score first."""
     step, last = metrics["step"], config.max_ppo_steps
@@ -2240,7 +2265,7 @@ means that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
 {%- if config.judge_model_name %}. The judge is {{ named(config.judge_model_name) }} by its
 "{{ e(config.judge_label) }}"; it took no part in the training
 {%- endif %}. The adapter started from {{ named(config.adapter_name) or "a new LoRA" }} on {{ e(base_model) }}. The
-same held-out prompts before and after:
+same prompts before and after:
 
 {{ verdicts }}
 {% for text in warnings %}

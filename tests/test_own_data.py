@@ -241,6 +241,23 @@ def test_the_directory_s_test_file_is_evaluated(ran, dialogues, tmp_path):
     assert "data: 3 rows to evaluate on" in printed and "data: 20 rows, 20 with" in printed
 
 
+def test_dialogues_that_are_trained_on_and_evaluated_are_counted(ran, dialogues, tmp_path):
+    assert detox_ppo.overlap(["a", "b"], ["b", "c", "c", "b"]) == {"n": 4, "also_trained": 2, "duplicates": 2}
+    table = pd.read_csv(dialogues / "train.csv")
+    path = tmp_path / "rows.csv"
+    pd.concat([table.iloc[:2], table.iloc[:1]]).to_csv(path, index=False)
+    table.iloc[:24].to_csv(tmp_path / "train.csv", index=False)
+    names = {"dataset_name": tmp_path / "train.csv", "eval_dataset_name": path}
+    results, printed, _ = ran(max_ppo_steps=1, **names)
+    assert results["overlap"] == {"n": 3, "also_trained": 3, "duplicates": 1}
+    assert "3 of the 3 evaluated dialogues are also trained on" in results["warnings"]["overlap"]
+    assert "1 of the 3 evaluated dialogues" in results["warnings"]["duplicates"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (card, printed):
+        assert "3 of the 3 evaluated dialogues are also trained on" in text
+    assert "held-out" not in card
+
+
 @pytest.mark.parametrize("kind", ["csv", "test.csv in a directory"])
 def test_named_rows_are_evaluated_whatever_their_length(ran, dialogues, tmp_path, kind):
     rows = pd.DataFrame({"dialogue": ["#Person1#: Hi. #Person2#: Bye."], "summary": ["They part."]})
