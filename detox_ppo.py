@@ -1582,6 +1582,7 @@ def contents_of(name: str, option_name: str) -> str | None:
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
+TABLE_AS_TEXT = re.compile(r"\.(csv|tsv|jsonl?)\.txt(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
@@ -1591,7 +1592,7 @@ def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
     A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon, tab and pipe which its
     header has most of, or that of a first line such as sep=;.
     """
-    kind = TABLE.search(path.name)[1].lower()
+    kind = (TABLE_AS_TEXT.search(path.name) or TABLE.search(path.name))[1].lower()  # table.csv.txt is a csv
     with get_handle(path, "rb", compression="infer", is_text=False) as file:
         content = file.handle.read()
     if kind == "parquet":

@@ -111,6 +111,28 @@ def test_json_in_each_orient(orient, indent, tmp_path):
     assert load_dialogues(str(path)).to_list() == EXPECTED
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
+def test_a_table_named_txt(kind, tmp_path):
+    name = write(kind, tmp_path)
+    assert load_dialogues(shutil.copy(name, name + ".txt")).to_list() == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_spaces_only_are_empty(kind, tmp_path, capsys):
+    rows = [dict(ROWS[0]) for _ in range(20)]
+    rows[4]["dialogue"], rows[11]["summary"] = " \t\n ", " \u00a0 "
+    table = pd.DataFrame(rows)
+    if kind == "jsonl":
+        table.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    else:
+        getattr(table, f"to_{kind}")(tmp_path / f"a.{kind}", index=False)
+    kept = load_dialogues(str(tmp_path / f"a.{kind}"))
+    assert kept["row"] == [row for row in range(20) if row != 4] and kept["summary"][10] == ""
+    kept = load_dialogues(str(tmp_path / f"a.{kind}"), DetoxConfig(sft_steps=1))
+    assert kept["row"] == [row for row in range(20) if row not in (4, 11)]
+    assert "(rows 5, 12 ...): left out" in capsys.readouterr().out
+
+
 def test_json_of_one_row(tmp_path):
     for indent in (None, 2):
         (tmp_path / "a.json").write_text(json.dumps(ROWS[0], indent=indent))
