@@ -27,7 +27,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import gzip
 import hashlib
 import inspect
 import io
@@ -101,6 +100,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from pandas.io.common import get_handle
 from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
@@ -147,6 +147,8 @@ def plain_name(value):
     name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
     if isinstance(name, str) and (not name.strip() or not name.isprintable() or SECRETS.search(name)):
         raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
+    if isinstance(name, str) and re.match("~(/|$)", name):  # a shell leaves it as it is in --output_dir=~/run
+        return os.path.expanduser(name)
     return name
 
 
@@ -364,6 +366,13 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
         if needed and len(splits[split]) < getattr(config, name):
             raise UserError(f"--{name} {getattr(config, name)} is more than the {len(splits[split])} {split} rows")
     return splits
+
+
+def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
+    """How many evaluated dialogues are also trained on, and how many repeat an earlier evaluated one."""
+    trained, counts = set(train), Counter(evaluated)
+    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
+    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
 
 
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
@@ -1537,6 +1546,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
+    trained = [] if config.evaluates_only else train["dialogue"]
+    shared = overlap(trained, evaluated["dialogue"])
+    for text in overlap_warnings(shared).values():
+        tell(f"  warning, {text}")
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
@@ -1634,6 +1647,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     # Report
     tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
     measured = build_results(tables, human, evaluated, state, config)
+    measured["overlap"] = shared
+    measured["warnings"] |= overlap_warnings(shared)
     results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
@@ -1658,7 +1673,9 @@ def contents_of(name: str, option_name: str) -> str | None:
     The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
-    if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
+    if not os.path.lexists(name) and re.search(
+        r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
+    ):
         raise UserError(f"--{option_name} {name}: no such file or directory")
     with loading(name, option_name):
         if os.path.exists(name):
@@ -1679,43 +1696,99 @@ def contents_of(name: str, option_name: str) -> str | None:
         return repository.sha
 
 
-TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
+TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
+TABLE_AS_TEXT = re.compile(r"\.(csv|tsv|jsonl?)\.txt(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
 def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
     """Read a file of rows, every value as it stands there; what is broken is named by its line.
 
-    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon and tab which its header has
-    most of.
+    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon, tab and pipe which its
+    header has most of, or that of a first line such as sep=;.
     """
-    kind, content = TABLE.search(path.name)[1].lower(), path.read_bytes()
-    content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+    kind = (TABLE_AS_TEXT.search(path.name) or TABLE.search(path.name))[1].lower()  # table.csv.txt is a csv
+    with get_handle(path, "rb", compression="infer", is_text=False) as file:
+        content = file.handle.read()
     if kind == "parquet":
         return pd.read_parquet(io.BytesIO(content))
+    exact = {"header": None, "dtype": str, "keep_default_na": False}
+    if kind == "xlsx":
+        table = pd.read_excel(io.BytesIO(content), **exact)
+        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
     text = content.decode("utf-8-sig", "surrogateescape")
     if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
         line = text[: broken.start()].count("\n") + 1
         raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
     if kind == "txt":
         return pd.DataFrame({column: [text.strip()]})
-    if kind in ("csv", "tsv"):
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        try:
-            # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
-        except pd.errors.ParserError as error:
-            raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
-        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+    if kind in ("json", "jsonl"):
+        return read_json(text, column)
+    declared = re.match(r"sep=(.)\r?\n", text)
+    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
+    try:
+        # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
+        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **exact)
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
+    return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+
+
+def read_json(text: str, column: str) -> pd.DataFrame:
+    """Rows from a list of objects, an object per line, or one object as pandas' to_json writes in any orient."""
+    as_whole = re.match(r"\s*(\[|\{\s*\n)", text)
     rows = []
-    as_list = text.lstrip().startswith("[")
-    for number, line in enumerate([text] if as_list else text.split("\n"), start=1):  # pandas names no line
+    for number, line in enumerate([text] if as_whole else text.split("\n"), start=1):
         try:
             parsed = json.loads(line) if line.strip() else []
-            rows += [{**row} for row in (parsed if isinstance(parsed, list) else [parsed])]
+            is_one = isinstance(parsed, dict)
+            rows += [{**row} for row in ([parsed] if is_one else parsed)]
         except (ValueError, TypeError, RecursionError) as error:
-            where = "the file is not a list of JSON objects" if as_list else f"line {number} is not a JSON object"
+            where = "the file is not a list of JSON objects" if as_whole else f"line {number} is not a JSON object"
             raise ValueError(f"{where} with dialogue and summary: {error}") from error
-    return pd.DataFrame(rows, dtype=object)  # numbers as they came, for the check of the rows to see
+    columns = None
+    if len(rows) == 1:
+        (table,) = rows
+        if "data" in table and column not in table:  # orients "table" and "split", whose rows are lists
+            rows, columns = table["data"], table.get("columns")
+        elif all(isinstance(value, dict) for value in table.values()) and column not in table:  # orient "index"
+            rows = list(table.values())
+        elif all(isinstance(value, dict) for value in table.values()):  # orient "columns"
+            rows = table
+        elif all(isinstance(value, list) for value in table.values()):
+            rows = table
+    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers as they came, for the check of the rows to see
+
+
+def is_empty(cell) -> bool:
+    if isinstance(cell, str):
+        return not cell.strip()
+    return pd.api.types.is_scalar(cell) and pd.isna(cell)
+
+
+def join_turns(dialogue):
+    """The text of a dialogue that is a list of texts, {"speaker", "text"} or {"role", "content"}: a line per turn."""
+    turns = dialogue.tolist() if isinstance(dialogue, np.ndarray) else dialogue
+    if not isinstance(turns, list):
+        return dialogue
+    lines = []
+    for turn in turns:
+        if isinstance(turn, dict):
+            speaker, text = turn.get("speaker", turn.get("role")), turn.get("text", turn.get("content"))
+            turn = f"{speaker}: {text}" if isinstance(speaker, str) and isinstance(text, str) else None
+        if not isinstance(turn, str):
+            return turns
+        lines.append(turn)
+    return "\n".join(lines)
+
+
+def normalize(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One form for tables of any origin: empty cells are NaN, rows of empty cells are dropped, a dialogue is text."""
+    table = table.set_axis([str(name).strip() for name in table.columns], axis=1).astype(object)
+    table = table.mask(table.map(is_empty)).dropna(how="all")
+    if list(table.columns).count(column) == 1:
+        table[column] = table[column].map(join_turns)
+    return table
 
 
 def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
@@ -1739,17 +1812,27 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         splits = splits if isinstance(splits, dict) else {"train": splits}
         tell_left_aside(name, split, splits)
         return splits[split].to_pandas() if split in splits else None
-    tables = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if TABLE.search(file.name))
+    tables = [path] if TABLE.search(path.name) else []
+    if path.is_dir():
+        tables = sorted(file for file in path.iterdir() if TABLE.search(file.name))
+        tables = tables or sorted(file for file in path.glob("data/*") if TABLE.search(file.name))
     files = [file for file in tables if file.name.lower().startswith(split)]
     if not path.is_dir() or (split == "train" and len(tables) == 1):
         files = tables
-    if len(files) > 1 or (not files and split == "train"):
+    shards = [SHARD.search(file.name) for file in files]
+    same_table = all(shards) and len({SHARD.sub("", file.name) for file in files}) == 1
+    if same_table and len(files) != int(shards[0][1]):
+        raise ValueError(f"{len(files)} of the {int(shards[0][1])} files of split {split} are there")
+    if (len(files) > 1 and not same_table) or (not files and split == "train"):
         seen = ", ".join(file.name for file in tables) or "none"
-        expected = "expected a .csv, .tsv, .json, .jsonl or .parquet file, or a directory with one as train.csv"
+        expected = "expected a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, or a directory with one as train.csv"
         raise ValueError(f"{expected}, found {seen}")
     tell_left_aside(name, split, [file.name for file in tables if file not in files])
-    with loading(str(files[0]) if files else name, option_name):
-        return read_table(files[0], config.dialogue_column) if files else None
+    parts = []
+    for file in files:
+        with loading(str(file), option_name):
+            parts.append(read_table(file, config.dialogue_column))
+    return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def load_dialogues(
@@ -1768,6 +1851,7 @@ def load_dialogues(
             raise ValueError("it has no split train")
         if table is None:
             return None
+        table = normalize(table, config.dialogue_column)
         columns, texts = list(map(str, table.columns)), {}
         for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
             if key == "summary" and column not in columns and not (config.sft_steps or config.ptx_coef):
@@ -1779,9 +1863,12 @@ def load_dialogues(
                 names = one_line(", ".join(columns)) or "none"
                 raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
             texts[key] = table[column].fillna("").tolist()
+            turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
             for row, text in enumerate(texts[key], start=1):
                 if not isinstance(text, str):
-                    raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text")
+                    raise ValueError(
+                        f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}"
+                    )
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
         rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
@@ -2060,6 +2147,18 @@ def step_warnings(history: list[dict], config: DetoxConfig, human_length: float 
         "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
     }
     return {kind: text for kind, (holds, text) in warned.items() if holds}
+
+
+def overlap_warnings(shared: dict[str, int]) -> dict[str, str]:
+    """Why the evaluated dialogues are not held out, or the interval is too narrow; shared is overlap's."""
+    warned, among = {}, f"of the {shared['n']} evaluated dialogues"
+    if shared["also_trained"]:
+        text = f"{shared['also_trained']} {among} are also trained on: the result holds for seen dialogues"
+        warned["overlap"] = f"{text}. Name others with eval_dataset_name."
+    if shared["duplicates"]:
+        text = f"{shared['duplicates']} {among} repeat another of them: the interval is too narrow"
+        warned["duplicates"] = f"{text}. Remove duplicated rows."
+    return warned
 
 
 def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
@@ -2391,7 +2490,7 @@ means that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
 {%- if config.judge_model_name %}. The judge is {{ named(config.judge_model_name) }} by its
 "{{ e(config.judge_label) }}"; it took no part in the training
 {%- endif %}. The adapter started from {{ named(config.adapter_name) or "a new LoRA" }} on {{ e(base_model) }}. The
-same held-out prompts before and after:
+same prompts before and after:
 
 {{ verdicts }}
 {% for text in warnings %}
@@ -2664,6 +2763,20 @@ def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Po
     return state
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip with nothing behind it.
+
+    A checkpoint of this script has its SHA-256 behind the zip. One that is cut or has other bytes is corrupt.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip
+        end = file.read(4)
+    return first == b"\x80" or end == b"PK\x05\x06"
+
+
 class Checkpoints:
     """The checkpoints of a run, a file each: checkpoint-sft-<step>.pt of the tuning, checkpoint-<step>.pt of PPO.
 
@@ -2675,10 +2788,11 @@ class Checkpoints:
         self.directory, self.limit, self.damaged = directory, limit, []
 
     def paths(self) -> list[Path]:
-        """The newest first."""
+        """The newest first; files of other programs are left out."""
         files = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
         files.pop(None, None)
-        return [files[name] for name in sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)]
+        newest_first = sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)
+        return [files[name] for name in newest_first if not is_foreign(files[name])]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
         number = state.step if "before" in state.evaluations else f"sft-{state.sft_step}"
@@ -2727,11 +2841,26 @@ class Checkpoints:
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
 
 
+def refuse_foreign_files(directory: Path, option_name: str) -> None:
+    """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
+    if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
+        return
+    written = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png", "adapter", "sft_adapter")
+    theirs = [name for name in written if os.path.lexists(directory / name)]
+    theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
+    if theirs:
+        holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
+        raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+
+
 def claim(config: DetoxConfig) -> list[FileLock]:
     """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
     locks = []
-    for name in ("output_dir", "model_dir", "checkpoint_dir"):
-        directory = Path(getattr(config, name) or config.output_dir)
+    names = ("output_dir", "model_dir", "checkpoint_dir")
+    directories = {name: Path(getattr(config, name) or config.output_dir) for name in names}
+    for name, directory in directories.items():
+        refuse_foreign_files(directory, name)
+    for name, directory in directories.items():
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
@@ -2878,7 +3007,7 @@ class OptionParser(trl.TrlParser):
 def read_options(path: str) -> dict:
     """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
     with loading(path, "config"):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError("expected a YAML mapping, a line `option: value` for each option")

@@ -221,6 +221,16 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert parse_config(["--config", str(path), "--seed", "0", "--batch_size", "16"]).seed == 0
 
 
+def test_home_directory_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.yaml").write_text("output_dir: ~/run\nadapter_name: ~\ntoxic_label: ~hate\n")
+    options = ["--dataset_name=~/d.csv", "--checkpoint_dir", "~", "--model_dir", "~/run/model"]
+    config = parse_config(["--config=~/options.yaml", *options])
+    assert (config.output_dir, config.dataset_name) == (f"{tmp_path}/run", f"{tmp_path}/d.csv")
+    assert (config.checkpoint_dir, config.model_dir) == (str(tmp_path), f"{tmp_path}/run/model")
+    assert config.adapter_name is None and config.toxic_label == "~hate"  # YAML's ~ is null
+
+
 def test_values_are_of_their_options_types(tmp_path):
     text = "gamma: 1\nlearning_rate: 1e-4\nlora_target_modules: q\nadaptive_kl: off\nmax_grad_norm: null\n"
     config = parse_config(["--config", str(yaml_file(tmp_path, text))])

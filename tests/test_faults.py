@@ -119,6 +119,33 @@ def test_a_directory_where_a_file_should_go(small_arguments, tmp_path, capsys):
     assert stopped.value.code == 2 and "Is a directory" in error and "metrics.jsonl" in error
 
 
+@pytest.mark.parametrize("name", ["README.md", "results.json", "adapter", "checkpoint-500.pt"])
+@pytest.mark.parametrize("option", ["output_dir", "model_dir"])
+def test_a_directory_with_files_of_others_is_refused(option, name, small_arguments, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    if name == "adapter":
+        (theirs / name).mkdir()
+    else:
+        torch.save({"step": 500}, theirs / name)
+    options = {"model_name": "nobody/nothing", "output_dir": tmp_path / "run"} | {option: theirs}
+    told = refusal(small_arguments(**options), capsys)
+    assert f"--{option} {theirs}: it holds {name}, but no run" in told
+    assert os.listdir(theirs) == [name] and os.listdir(tmp_path) == ["theirs"]
+    (theirs / ".lock").touch()  # as a run leaves it that was killed
+    assert "it holds" not in refusal(small_arguments(**options), capsys)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_others_are_kept(zipped, tmp_path, capsys):
+    theirs = tmp_path / "checkpoint-500.pt"
+    torch.save({"step": 500}, theirs, _use_new_zipfile_serialization=zipped)
+    checkpoints = detox_ppo.Checkpoints(tmp_path, 1)
+    assert checkpoints.load() is None and "damaged" not in capsys.readouterr().out
+    checkpoints.prune(0)
+    assert theirs.exists() and not checkpoints.paths()
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")

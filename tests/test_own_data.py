@@ -1,11 +1,13 @@
 """Data as people have it, the evaluation alone, and what becomes of the result: own files, own adapter, the hub."""
 
 import gzip
+import importlib.util
 import json
 import re
 import shutil
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -59,6 +61,108 @@ def write(kind, directory):
 
 KINDS = """csv CSV csv.gz tsv semicolon.csv jsonl jsonl.gz json json.gz parquet datasets.parquet datasets.json
     saved""".split()
+
+
+@pytest.mark.parametrize("ending", ["csv.zip", "csv.bz2", "csv.xz", "jsonl.ZIP", "parquet"])
+def test_compressed_tables_shards_and_a_directory_named_data(ending, tmp_path):
+    (tmp_path / "data").mkdir()
+    names = [f"train-0000{i}-of-00002.{ending}" for i in range(2)]
+    for name, part in zip(names, (ROWS[:2], ROWS[2:]), strict=True):
+        table = pd.DataFrame(part).astype({"summary": "category"})
+        if ending == "parquet":
+            table.to_parquet(tmp_path / "data" / name)
+        elif ending == "jsonl.ZIP":
+            table.to_json(tmp_path / "data" / name, orient="records", lines=True, compression="zip")
+        else:
+            table.to_csv(tmp_path / "data" / name, index=False)
+    assert load_dialogues(str(tmp_path)).to_list() == EXPECTED
+    assert load_dialogues(str(tmp_path / "data")).to_list() == EXPECTED
+    (tmp_path / "data" / names[1]).unlink()
+    with pytest.raises(UserError, match="1 of the 2 files of split train"):
+        load_dialogues(str(tmp_path))
+
+
+SPREADSHEETS = {
+    "pipes": "id|dialogue|summary\n1|a, b|007\n2|c|NA\n",
+    "separator in the first line": "sep=;\r\nid;dialogue;summary\n1;a, b;007\n2;c;NA\n",
+    "spaces around names": 'id, dialogue ,summary \n1,"a, b",007\n2,c,NA\n',
+    "blank rows": 'id,dialogue,summary\n,,\n1,"a, b",007\n , ,\n2,c,NA\n,,\n,,\n',
+}
+
+
+@pytest.mark.parametrize("content", SPREADSHEETS.values(), ids=SPREADSHEETS)
+def test_csv_files_of_spreadsheets(content, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text(content)
+    expected = [{"row": 0, "dialogue": "a, b", "summary": "007"}, {"row": 1, "dialogue": "c", "summary": "NA"}]
+    assert load_dialogues(str(tmp_path / "a.csv")).to_list() == expected
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("orient", ["columns", "split", "index", "table", "records", "data", "list"])
+def test_json_in_each_orient(orient, indent, tmp_path):
+    path, table = tmp_path / "a.json", pd.DataFrame(ROWS)
+    if orient == "data":
+        path.write_text(json.dumps({"data": ROWS}, indent=indent))
+    elif orient == "list":
+        path.write_text(json.dumps(table.to_dict("list"), indent=indent))
+    else:
+        table.to_json(path, orient=orient, indent=indent)
+    assert load_dialogues(str(path)).to_list() == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
+def test_a_table_named_txt(kind, tmp_path):
+    name = write(kind, tmp_path)
+    assert load_dialogues(shutil.copy(name, name + ".txt")).to_list() == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_spaces_only_are_empty(kind, tmp_path, capsys):
+    rows = [dict(ROWS[0]) for _ in range(20)]
+    rows[4]["dialogue"], rows[11]["summary"] = " \t\n ", " \u00a0 "
+    table = pd.DataFrame(rows)
+    if kind == "jsonl":
+        table.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    else:
+        getattr(table, f"to_{kind}")(tmp_path / f"a.{kind}", index=False)
+    kept = load_dialogues(str(tmp_path / f"a.{kind}"))
+    assert kept["row"] == [row for row in range(20) if row != 4] and kept["summary"][10] == ""
+    kept = load_dialogues(str(tmp_path / f"a.{kind}"), DetoxConfig(sft_steps=1))
+    assert kept["row"] == [row for row in range(20) if row not in (4, 11)]
+    assert "(rows 5, 12 ...): left out" in capsys.readouterr().out
+
+
+def test_json_of_one_row(tmp_path):
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(json.dumps(ROWS[0], indent=indent))
+        assert load_dialogues(str(tmp_path / "a.json")).to_list() == EXPECTED[:1]
+
+
+TURNS = {
+    "texts": ["Ann: Hi.", "Bob: Bye."],
+    "speakers": [{"speaker": "Ann", "text": "Hi."}, {"speaker": "Bob", "text": "Bye."}],
+    "chat": [{"role": "Ann", "content": "Hi."}, {"role": "Bob", "content": "Bye."}],
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+def test_a_dialogue_as_a_list_of_turns(turns, kind, tmp_path):
+    write_table = datasets.Dataset.from_list([{"dialogue": turns, "summary": "They part."}] * 2)
+    getattr(write_table, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(tmp_path / f"a.{kind}")
+    assert load_dialogues(str(tmp_path / f"a.{kind}"))["dialogue"] == ["Ann: Hi.\nBob: Bye."] * 2
+
+
+def test_xlsx(tmp_path):
+    if importlib.util.find_spec("openpyxl"):
+        pd.DataFrame(ROWS).to_excel(tmp_path / "a.xlsx", index=False)
+        assert load_dialogues(str(tmp_path / "a.xlsx")).to_list() == EXPECTED
+    else:
+        with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
+            archive.writestr("xl/workbook.xml", "")
+        with pytest.raises(UserError, match="openpyxl"):
+            load_dialogues(str(tmp_path / "a.xlsx"))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "saved with splits"])
@@ -157,6 +261,23 @@ def test_the_directory_s_test_file_is_evaluated(ran, dialogues, tmp_path):
     results, printed, comparison = ran(dataset_name=tmp_path / "data", max_ppo_steps=1)
     assert sorted(comparison["dialogue"]) == sorted(table["dialogue"][20:23])
     assert "data: 3 rows to evaluate on" in printed and "data: 20 rows, 20 with" in printed
+
+
+def test_dialogues_that_are_trained_on_and_evaluated_are_counted(ran, dialogues, tmp_path):
+    assert detox_ppo.overlap(["a", "b"], ["b", "c", "c", "b"]) == {"n": 4, "also_trained": 2, "duplicates": 2}
+    table = pd.read_csv(dialogues / "train.csv")
+    path = tmp_path / "rows.csv"
+    pd.concat([table.iloc[:2], table.iloc[:1]]).to_csv(path, index=False)
+    table.iloc[:24].to_csv(tmp_path / "train.csv", index=False)
+    names = {"dataset_name": tmp_path / "train.csv", "eval_dataset_name": path}
+    results, printed, _ = ran(max_ppo_steps=1, **names)
+    assert results["overlap"] == {"n": 3, "also_trained": 3, "duplicates": 1}
+    assert "3 of the 3 evaluated dialogues are also trained on" in results["warnings"]["overlap"]
+    assert "1 of the 3 evaluated dialogues" in results["warnings"]["duplicates"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (card, printed):
+        assert "3 of the 3 evaluated dialogues are also trained on" in text
+    assert "held-out" not in card
 
 
 @pytest.mark.parametrize("kind", ["csv", "test.csv in a directory"])
