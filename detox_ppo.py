@@ -604,9 +604,6 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
 
-# What labels of texts that harm nobody are called; of several that may hold together, no other can be the reward.
-HARMLESS = re.compile(r"no(t|n|$|[\W_])|neutral|normal|harmless|safe|clean|ok|acceptable|benign|civil", re.IGNORECASE)
-
 
 class HateClassifier:
     """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
@@ -636,9 +633,10 @@ class HateClassifier:
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
         self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
         self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
-        if self.reward_index is not None and not self.exclusive and not HARMLESS.match(config.reward_label):
-            way = "Without one that means harmless, --reward_label None pays minus the logit of toxic_label"
-            raise UserError(f"--reward_label {config.reward_label!r} may be paid together with toxic ones. {way}.")
+        if self.reward_index is not None and not self.exclusive:
+            why = f"the labels of {name} do not exclude each other"
+            way = "Set --reward_label None: the score is then minus the logit of toxic_label"
+            raise UserError(f"--reward_label {config.reward_label!r}: {why}. {way}.")
 
     def index_of(self, option_name: str, config: DetoxConfig) -> int:
         label, way = getattr(config, option_name), ""
@@ -1540,7 +1538,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 def contents_of(name: str, option_name: str) -> str | None:
     """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
 
-    The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
+    The hub is asked before anything is loaded: the libraries would ask an unreachable one again and again for minutes.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
     if not os.path.lexists(name) and re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|txt|gz)$", name):
@@ -1556,12 +1554,7 @@ def contents_of(name: str, option_name: str) -> str | None:
         which = {"repo_type": repo_type, "revision": revision or None}
         if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
             return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        repository = HfApi().repo_info(repo_id, timeout=10, **which)
-        # Where a hub answers questions but sends no file, the libraries wait for many minutes.
-        first = repository.siblings[0].rfilename
-        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=repository.sha)
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        return repository.sha
+        return HfApi().repo_info(repo_id, timeout=10, **which).sha
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.gz)?$", re.IGNORECASE)
@@ -1814,23 +1807,18 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Name the option to lower where the longest prompt or response that it allows is too long for a model or memory.
+    """Name the option to lower where the longest prompt or response that it allows has more tokens than a model takes.
 
-    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
+    T5's positions are relative, so it has no limit, whatever its tokenizer says (model_max_length 512).
     """
     base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
-    with suppress(OSError, ValueError):  # a container's limit, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
         of_both = getattr(base, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
         positions = getattr(base, f"max_{part}_position_embeddings", of_both)
-        # At the least, the scores of one layer and their softmax have to fit.
-        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * base.num_attention_heads)) ** 0.5}
-        limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
+        limits = {f"the {part} of {config.model_name}": positions // 16 * 16}
         limits |= {config.reward_model_name: classifier_length} if name in responses else {}
         least = min(limits, key=limits.get)
         if tokens > limits[least]:

@@ -209,24 +209,6 @@ def test_no_home_directory(tmp_path):
     assert home in done.stderr and "HF_HOME" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_memory_is_the_container_s(small, splits, monkeypatch):
-    """Where the limit is a few MiB, a prompt of 32,000 tokens can't be computed; the machine around has gigabytes."""
-    read = Path.read_text
-
-    def limit(value):
-        def read_text(path, *args, **kwargs):
-            return value if str(path) == "/sys/fs/cgroup/memory.max" else read(path, *args, **kwargs)
-
-        monkeypatch.setattr(Path, "read_text", read_text)
-
-    config = type(small.config)(**(vars(small.config) | {"output_max_length": 400}))
-    limit("max\n")
-    detox_ppo.check_lengths(small.policy, splits, 512, config)
-    limit("1000000\n")
-    with pytest.raises(UserError, match="--output_max_length 400 allows 400 tokens, but 0 GiB of memory takes"):
-        detox_ppo.check_lengths(small.policy, splits, 512, config)
-
-
 # Telling the user
 
 
