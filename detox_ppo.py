@@ -1344,6 +1344,7 @@ class RunState:
 
     config: dict
     origin: dict  # of models and data: commits, dataset_fingerprint
+    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
     sft_step: int = 0
     step: int = 0  # of PPO
     kl_coef: float = 0.0
@@ -1423,7 +1424,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         checkpoints.prune(config.save_total_limit)
     human = measure_human(classifier, evaluated, config)
     print_means("of the human summaries", human)
-    tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
+    begun, earlier = state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
 
     def evaluate_now(when):
@@ -1441,19 +1442,20 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             raise Stopped
 
     # Measure the start
-    if not state.evaluations:
+    if state.phase == "start":
         # Where nothing is trained, the bare base is compared with the adapter.
         with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
             evaluate_now("base" if config.sft_steps else "before")
         if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
+        state.phase = "sft" if config.sft_steps else "ppo"
     if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
         (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
 
     # Tune
     policy.freeze_encoder(False)
     optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
-    if checkpoint and not tuned:
+    if checkpoint and state.phase == "sft":
         optimizer.load_state_dict(checkpoint["optimizer"])
     for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
         with timed(state.timings, "tuning"):
@@ -1463,16 +1465,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             tell(f"tuning step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
         state.sft_step = step
         keep(step % config.save_steps == 0 or step == config.sft_steps)
-    if "before" not in state.evaluations:
+    if state.phase == "sft":
         copy_to_reference(policy.model)
         evaluate_now("before")
+        state.phase = "ppo"
     if writes and not config.evaluates_only and (start := start_directory(config)):
         save_adapter(policy, model_dir / start, "reference")
 
     # Train
     policy.freeze_encoder(config.freeze_encoder)
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
-    if checkpoint and tuned:
+    if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
     if not state.step and not config.evaluates_only:
         keep(True)
@@ -2445,7 +2448,7 @@ class Checkpoints:
         return [files[name] for name in sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
-        number = state.step if "before" in state.evaluations else f"sft-{state.sft_step}"
+        number = state.step if state.phase == "ppo" else f"sft-{state.sft_step}"
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
         torch.save(content, buffer := io.BytesIO())
         with written_whole(self.directory / f"checkpoint-{number}.pt") as path:
@@ -2484,11 +2487,18 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
-        elif config.evaluates_only and (Path(config.output_dir) / "training.png").exists():
+        elif config.evaluates_only and trained_in(Path(config.output_dir)):
             raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
+
+
+def trained_in(output_dir: Path) -> bool:
+    """Whether the finished run whose results lie in a directory trained: an evaluation alone may not replace them."""
+    results = output_dir / "results.json"
+    config = json.loads(results.read_text(encoding="utf-8"))["config"] if results.exists() else {}
+    return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
 
 
 def claim(config: DetoxConfig) -> list[FileLock]:
