@@ -2432,8 +2432,9 @@ def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Po
 
 
 class Checkpoints:
-    """The checkpoints of a run, a file each: checkpoint-sft-<step>.pt of the tuning, checkpoint-<step>.pt of PPO.
+    """The checkpoints of a run, a file each: checkpoint-<n>.pt after n steps, those of SFT and of PPO together.
 
+    The one before PPO's first step replaces the last one of SFT: it holds the measured start.
     Every random number and every batch is a function of the seed and the step, so there is no random state to keep.
     A file is what torch.save writes and, behind it, its SHA-256, which shows a damage.
     """
@@ -2443,15 +2444,14 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The newest first."""
-        files = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
+        files = {re.fullmatch(r"checkpoint-(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
         files.pop(None, None)
-        return [files[name] for name in sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)]
+        return [files[name] for name in sorted(files, key=lambda name: int(name[1]), reverse=True)]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
-        number = state.step if state.phase == "ppo" else f"sft-{state.sft_step}"
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
         torch.save(content, buffer := io.BytesIO())
-        with written_whole(self.directory / f"checkpoint-{number}.pt") as path:
+        with written_whole(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
             path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         self.prune(self.limit)
 
