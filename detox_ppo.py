@@ -1479,7 +1479,8 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if not state.step and not config.evaluates_only:
         keep(True)
-    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
+    path = output_dir / "metrics.jsonl" if writes and not config.evaluates_only else os.devnull
+    log = open(path, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
     for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
         batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
