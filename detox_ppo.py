@@ -661,9 +661,6 @@ def idle_layers(policy: Policy) -> list[str]:
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
 
-# What labels of texts that harm nobody are called; of several that may hold together, no other can be the reward.
-HARMLESS = re.compile(r"no(t|n|$|[\W_])|neutral|normal|harmless|safe|clean|ok|acceptable|benign|civil", re.IGNORECASE)
-
 
 class HateClassifier:
     """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
@@ -696,9 +693,10 @@ class HateClassifier:
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
         self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
         self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
-        if self.reward_index is not None and not self.exclusive and not HARMLESS.match(config.reward_label):
-            way = "Without one that means harmless, --reward_label None pays minus the logit of toxic_label"
-            raise UserError(f"--reward_label {config.reward_label!r} may be paid together with toxic ones. {way}.")
+        if self.reward_index is not None and not self.exclusive:
+            why = f"the labels of {name} do not exclude each other"
+            way = "Set --reward_label None: the score is then minus the logit of toxic_label"
+            raise UserError(f"--reward_label {config.reward_label!r}: {why}. {way}.")
 
     @torch.no_grad()
     def choose_padding(self) -> None:
@@ -1450,6 +1448,7 @@ class RunState:
 
     config: dict
     origin: dict  # of models and data: commits, dataset_fingerprint
+    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
     sft_step: int = 0
     step: int = 0  # of PPO
     kl_coef: float = 0.0
@@ -1553,7 +1552,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
-    tuned, begun, earlier = "before" in state.evaluations, state.step, state.timings.get("total", 0.0)
+    begun, earlier = state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
 
     def evaluate_now(when):
@@ -1571,19 +1570,20 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             raise Stopped
 
     # Measure the start
-    if not state.evaluations:
+    if state.phase == "start":
         # Where nothing is trained, the bare base is compared with the adapter.
         with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
             evaluate_now("base" if config.sft_steps else "before")
         if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
+        state.phase = "sft" if config.sft_steps else "ppo"
     if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
         (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
 
     # Tune
     policy.freeze_encoder(False)
     optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
-    if checkpoint and not tuned:
+    if checkpoint and state.phase == "sft":
         optimizer.load_state_dict(checkpoint["optimizer"])
     for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
         with timed(state.timings, "tuning"):
@@ -1593,20 +1593,22 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             tell(f"tuning step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
         state.sft_step = step
         keep(step % config.save_steps == 0 or step == config.sft_steps)
-    if "before" not in state.evaluations:
+    if state.phase == "sft":
         copy_to_reference(policy.model)
         evaluate_now("before")
+        state.phase = "ppo"
     if writes and not config.evaluates_only and (start := start_directory(config)):
         save_adapter(policy, model_dir / start, "reference")
 
     # Train
     policy.freeze_encoder(config.freeze_encoder)
     optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
-    if checkpoint and tuned:
+    if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
     if not state.step and not config.evaluates_only:
         keep(True)
-    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
+    path = output_dir / "metrics.jsonl" if writes and not config.evaluates_only else os.devnull
+    log = open(path, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
     for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
         batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
@@ -1670,7 +1672,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 def contents_of(name: str, option_name: str) -> str | None:
     """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
 
-    The hub is asked before anything is loaded: an unreachable one would else be asked again for each thing, for long.
+    The hub is asked before anything is loaded: the libraries would ask an unreachable one again and again for minutes.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
     if not os.path.lexists(name) and re.search(
@@ -1688,12 +1690,7 @@ def contents_of(name: str, option_name: str) -> str | None:
         which = {"repo_type": repo_type, "revision": revision or None}
         if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
             return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        repository = HfApi().repo_info(repo_id, timeout=10, **which)
-        # Where a hub answers questions but sends no file, the libraries wait for many minutes.
-        first = repository.siblings[0].rfilename
-        url = huggingface_hub.hf_hub_url(repo_id, first, repo_type=repo_type, revision=repository.sha)
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        return repository.sha
+        return HfApi().repo_info(repo_id, timeout=10, **which).sha
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
@@ -2049,14 +2046,11 @@ def set_threads(policy: Policy) -> None:
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Name the option to lower where the longest prompt or response that it allows is too long for a model or memory.
+    """Name the option to lower where the longest prompt or response that it allows has more tokens than a model takes.
 
-    T5's positions are relative, whatever its tokenizer says (model_max_length 512): memory is its only limit.
+    T5's positions are relative, so it has no limit, whatever its tokenizer says (model_max_length 512).
     """
     base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a GPU says by itself what is too much
-    with suppress(OSError, ValueError):  # a container's limit, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
@@ -2065,9 +2059,7 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
         of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
         positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
         positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
-        # At the least, the scores of one layer and their softmax have to fit.
-        limits = {f"{memory / 2**30:.0f} GiB of memory": (memory / (8 * settings.num_attention_heads)) ** 0.5}
-        limits |= {f"the {part} of {config.model_name}": positions // 16 * 16}
+        limits = {f"the {part} of {config.model_name}": positions // 16 * 16}
         limits |= {config.reward_model_name: classifier_length} if name in responses else {}
         least = min(limits, key=limits.get)
         if tokens > limits[least]:
@@ -2778,8 +2770,9 @@ def is_foreign(path: Path) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of a run, a file each: checkpoint-sft-<step>.pt of the tuning, checkpoint-<step>.pt of PPO.
+    """The checkpoints of a run, a file each: checkpoint-<n>.pt after n steps, those of SFT and of PPO together.
 
+    The one before PPO's first step replaces the last one of SFT: it holds the measured start.
     Every random number and every batch is a function of the seed and the step, so there is no random state to keep.
     A file is what torch.save writes and, behind it, its SHA-256, which shows a damage.
     """
@@ -2789,16 +2782,15 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The newest first; files of other programs are left out."""
-        files = {re.fullmatch(r"checkpoint-(sft-)?(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
+        files = {re.fullmatch(r"checkpoint-(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
         files.pop(None, None)
-        newest_first = sorted(files, key=lambda name: (not name[1], int(name[2])), reverse=True)
+        newest_first = sorted(files, key=lambda name: int(name[1]), reverse=True)
         return [files[name] for name in newest_first if not is_foreign(files[name])]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
-        number = state.step if "before" in state.evaluations else f"sft-{state.sft_step}"
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
         torch.save(content, buffer := io.BytesIO())
-        with written_whole(self.directory / f"checkpoint-{number}.pt") as path:
+        with written_whole(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
             path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         self.prune(self.limit)
 
@@ -2834,7 +2826,7 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
-        elif config.evaluates_only and (Path(config.output_dir) / "training.png").exists():
+        elif config.evaluates_only and trained_in(Path(config.output_dir)):
             raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
@@ -2851,6 +2843,13 @@ def refuse_foreign_files(directory: Path, option_name: str) -> None:
     if theirs:
         holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
         raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+
+
+def trained_in(output_dir: Path) -> bool:
+    """Whether the finished run whose results lie in a directory trained: an evaluation alone may not replace them."""
+    results = output_dir / "results.json"
+    config = json.loads(results.read_text(encoding="utf-8"))["config"] if results.exists() else {}
+    return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
 
 
 def claim(config: DetoxConfig) -> list[FileLock]:

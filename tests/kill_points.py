@@ -166,7 +166,7 @@ def watch(**kwargs):
     save_checkpoint, save_adapter = detox_ppo.Checkpoints.save, detox_ppo.save_adapter
 
     def save(checkpoints, policy, optimizer, state):
-        phase = "checkpoint" if "before" in state.evaluations else "tuning checkpoint"
+        phase = "checkpoint" if state.phase == "ppo" else "tuning checkpoint"
         told.inside(phase, save_checkpoint)(checkpoints, policy, optimizer, state)
 
     def save_trained(policy, directory, *adapter):

@@ -228,13 +228,6 @@ def huge(units, options, tmp_path):
     return options(dataset_name=path, output_dir=tmp_path / "run", **sizes)
 
 
-def test_100_000_characters_are_too_many_for_attention(options, tmp_path, capsys, monkeypatch):
-    # What a prompt of 37,515 tokens or more takes grows with its square; a large machine's memory would do for some.
-    monkeypatch.setattr(os, "sysconf", lambda name: 2**15)
-    message = complaint(huge(["hello there you ", "x", "😀", " "], options, tmp_path), capsys)
-    assert "--input_max_text_length 100000" in message and "GiB" in message and "lower it" in message
-
-
 @pytest.mark.parametrize("names", [[], ["README.md"], ["dev.csv", "test.csv"], ["train.csv", "train.jsonl"]], ids=str)
 def test_directory_without_one_usable_file(names, options, tmp_path, capsys):
     directory = tmp_path / "dialogues"

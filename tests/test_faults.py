@@ -65,8 +65,8 @@ def test_a_full_disk_while_saving(undisturbed, forked, disk, tmp_path):
     args = [*undisturbed.args, "--output_dir", str(home / "run")]
     run = forked.run(args, tmp_path, [FAST])
     assert run.code == 2 and "Traceback" not in run.output
-    assert re.search(r"run/checkpoint-sft-2.pt: can't be written: .*When that is mended, --resume goes on", run.error)
-    assert checkpoints_of(home / "run") == ["checkpoint-sft-1.pt"]
+    assert re.search(r"run/checkpoint-2.pt: can't be written: .*When that is mended, --resume goes on", run.error)
+    assert checkpoints_of(home / "run") == ["checkpoint-1.pt"]
     assert not list((home / "run").glob(".*.partial"))  # half a file would keep the disk full
     disk(home, "size=4950k")
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
@@ -81,7 +81,7 @@ def test_a_full_disk_while_saving(undisturbed, forked, disk, tmp_path):
 def same_results(undisturbed, directory):
     """Whether a run in another directory left the same: what names the directory can't be."""
     changed = differences(undisturbed.left, left(directory))
-    named = {"results.json", "README.md", "checkpoint-2.pt", "checkpoint-3.pt"}
+    named = {"results.json", "README.md", "checkpoint-5.pt", "checkpoint-6.pt"}
     results, expected = left(directory)["results.json"], undisturbed.left["results.json"]
     return set(changed) <= named and results == expected | {"config": expected["config"] | results["config"]}
 
@@ -330,13 +330,13 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(und
 @pytest.mark.parametrize(
     "point, code, newest",
     [
-        (("sampling", 10, "SIGTERM"), 0, "checkpoint-2.pt"),
-        (("update", 8, "SIGINT"), 130, "checkpoint-2.pt"),
-        (("checkpoint", 1, "SIGTERM"), 0, "checkpoint-sft-3.pt"),
-        (("checkpoint", 5, "SIGTERM"), 0, "checkpoint-3.pt"),
-        (("tuning", 5, "SIGTERM"), 0, "checkpoint-sft-2.pt"),
-        (("evaluation", 15, "SIGINT"), 130, "checkpoint-sft-3.pt"),
-        (("final evaluation", 10, "SIGTERM"), 0, "checkpoint-3.pt"),
+        (("sampling", 10, "SIGTERM"), 0, "checkpoint-5.pt"),
+        (("update", 8, "SIGINT"), 130, "checkpoint-5.pt"),
+        (("checkpoint", 1, "SIGTERM"), 0, "checkpoint-3.pt"),
+        (("checkpoint", 5, "SIGTERM"), 0, "checkpoint-6.pt"),
+        (("tuning", 5, "SIGTERM"), 0, "checkpoint-2.pt"),
+        (("evaluation", 15, "SIGINT"), 130, "checkpoint-3.pt"),
+        (("final evaluation", 10, "SIGTERM"), 0, "checkpoint-6.pt"),
     ],
 )
 def test_a_signal_leaves_a_checkpoint_of_the_step_in_hand(point, code, newest, undisturbed, forked, tmp_path):
@@ -356,7 +356,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_in_hand(point, code, newest, u
 def test_a_second_signal_is_not_made_to_wait(undisturbed, forked, tmp_path):
     run = forked.run(undisturbed.args, tmp_path, [strike("sampling", 10, "SIGINT", "SIGINT")])
     assert run.code == 130 and "stopping after the step in hand" in run.output
-    assert checkpoints_of(tmp_path / "run")[0] == "checkpoint-1.pt"  # step 2 was in hand
+    assert checkpoints_of(tmp_path / "run")[0] == "checkpoint-4.pt"  # step 2 was in hand
 
 
 def test_ctrl_c_at_any_moment(tmp_path, undisturbed, forked):

@@ -343,24 +343,6 @@ def test_threads_are_bounded_by_the_container_s_quota(small, monkeypatch, capsys
     assert f"CPU threads: {set_to[0]} " in capsys.readouterr().out
 
 
-def test_memory_is_the_container_s(small, splits, monkeypatch):
-    """Where the limit is a few MiB, a prompt of 32,000 tokens can't be computed; the machine around has gigabytes."""
-    read = Path.read_text
-
-    def limit(value):
-        def read_text(path, *args, **kwargs):
-            return value if str(path) == "/sys/fs/cgroup/memory.max" else read(path, *args, **kwargs)
-
-        monkeypatch.setattr(Path, "read_text", read_text)
-
-    config = type(small.config)(**(vars(small.config) | {"output_max_length": 400}))
-    limit("max\n")
-    detox_ppo.check_lengths(small.policy, splits, 512, config)
-    limit("1000000\n")
-    with pytest.raises(UserError, match="--output_max_length 400 allows 400 tokens, but 0 GiB of memory takes"):
-        detox_ppo.check_lengths(small.policy, splits, 512, config)
-
-
 # Telling the user
 
 

@@ -311,7 +311,7 @@ def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, t
     assert (comparison["response_before"] != comparison["response_after"]).any()
     assert not results["rouge"]["after"] and not results["human"] and "human summaries" not in printed
     left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
-    assert left == {"results.json", "comparison.csv", "toxicity.png", "metrics.jsonl"}
+    assert left == {"results.json", "comparison.csv", "toxicity.png"}
 
 
 def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):

@@ -265,7 +265,7 @@ def test_one_process_speaks_and_writes(ended):
         sorted(re.sub(r"detox_ppo/.*", "#", str(file.relative_to(path / "run"))) for file in path.rglob("run/**/*"))
         for path in (one, two)
     ]
-    assert written[0] == written[1] and "checkpoint-3.pt" in written[0]
+    assert written[0] == written[1] and "checkpoint-5.pt" in written[0]
     results = json.loads((two / "run" / "results.json").read_text())
     assert results["environment"]["num_processes"] == 2
 
@@ -274,7 +274,7 @@ def test_a_run_of_two_goes_on_as_one(ended, tmp_path):
     two = ended[2]
     config = json.loads((two / "run" / "results.json").read_text())["config"]
     config |= {"resume": True, "output_dir": str(tmp_path), "report_to": "none"}
-    shutil.copy(two / "run" / "checkpoint-2.pt", tmp_path)
+    shutil.copy(two / "run" / "checkpoint-4.pt", tmp_path)
     detox_ppo.run(detox_ppo.DetoxConfig(**config))
     last, again = read_metrics(two)[-1], json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert again["step"] == 3

@@ -7,7 +7,7 @@ import kill_points
 import pandas as pd
 import pytest
 import torch
-from kill_points import FAST, arguments, differences, left, strike
+from kill_points import FAST, arguments, content, differences, left, strike
 
 import detox_ppo
 
@@ -46,24 +46,36 @@ def test_points_are_spread_over_the_phases():
     assert [number for phase, number in chosen if phase == "c"] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("number", [2, 4], ids=["half written", "in place"])
+def test_the_checkpoint_before_ppo_replaces_the_last_of_the_tuning(number, undisturbed, forked, tmp_path):
+    """Both are checkpoint-3.pt: killed while the second is written, the first is there and the run resumes from it."""
+    assert forked.run(undisturbed.args, tmp_path, [strike("checkpoint", number)]).code == -9
+    (newest, *_) = detox_ppo.Checkpoints(tmp_path / "run", 9).paths()
+    phase = content(newest)["state"]["phase"]
+    assert (newest.name, phase) == ("checkpoint-3.pt", "sft" if number == 2 else "ppo")
+    resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
+    assert resumed.code == 0 and "going on from run/checkpoint-3.pt" in resumed.output
+    assert differences(undisturbed.left, left(tmp_path / "run")) == []
+
+
 # Which checkpoint
 
 
 def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, copy, forked):
-    torn = copy / "run" / "checkpoint-3.pt"
+    torn = copy / "run" / "checkpoint-6.pt"
     torn.write_bytes(torn.read_bytes()[:-1])
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
-    assert "warning: run/checkpoint-3.pt is not used: " in run.output
-    assert "going on from run/checkpoint-2.pt" in run.output
+    assert "warning: run/checkpoint-6.pt is not used: " in run.output
+    assert "going on from run/checkpoint-5.pt" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(undisturbed, copy, forked):
     """Damaged, that of step 4 is no longer one of those to keep: step 3's is, where one may be kept."""
     run = copy / "run"
-    (run / "checkpoint-3.pt").rename(run / "checkpoint-4.pt")
-    (run / "checkpoint-4.pt").write_bytes(b"")
+    (run / "checkpoint-6.pt").rename(run / "checkpoint-7.pt")
+    (run / "checkpoint-7.pt").write_bytes(b"")
     args = [*undisturbed.args, "--max_ppo_steps", "4", "--save_total_limit", "1"]
     assert forked.run([*args, "--resume"], copy, [strike("update", 8)]).code == -9  # in step 4
     assert detox_ppo.Checkpoints(run, 1).load()["state"].step == 3
@@ -80,28 +92,28 @@ def test_every_damage_is_found(tmp_path, capsys):
     damaged = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
     damaged += [whole[:length] for length in (0, 1, 32, len(whole) // 2, len(whole) - 1)] + [whole + b"0"]
     capsys.readouterr()
-    for number, content in enumerate(damaged):
-        path.write_bytes(content)
+    for number, damage in enumerate(damaged):
+        path.write_bytes(damage)
         assert checkpoints.load() is None, number
     told = capsys.readouterr().out
-    assert told.count("checkpoint-sft-0.pt is not used: it is damaged\n") == len(damaged)
+    assert told.count("checkpoint-0.pt is not used: it is damaged\n") == len(damaged)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, undisturbed, capsys, monkeypatch):
     """The disk may come back; what is damaged is replaced."""
-    (copy / "run" / "checkpoint-4.pt").mkdir()  # no permission binds whoever runs this as root
+    (copy / "run" / "checkpoint-7.pt").mkdir()  # no permission binds whoever runs this as root
     monkeypatch.chdir(copy)
     line = complaint([*undisturbed.args, "--resume"], capsys)
-    assert "--resume run/checkpoint-4.pt: can't be loaded: " in line and "Is a directory" in line
+    assert "--resume run/checkpoint-7.pt: can't be loaded: " in line and "Is a directory" in line
 
 
 def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undisturbed, copy, forked):
     """As on a new machine, to which a part of the only checkpoint came."""
-    (copy / "run" / "checkpoint-2.pt").unlink()
-    (copy / "run" / "checkpoint-3.pt").write_bytes(b"")
+    (copy / "run" / "checkpoint-5.pt").unlink()
+    (copy / "run" / "checkpoint-6.pt").write_bytes(b"")
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
-    assert "run/checkpoint-3.pt is not used: " in run.output
+    assert "run/checkpoint-6.pt is not used: " in run.output
     assert "no whole checkpoint in run, starting from the beginning" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
@@ -109,13 +121,13 @@ def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undistu
 def test_an_older_checkpoint_alone_in_a_directory_of_its_own_is_gone_on_from(undisturbed, forked, tmp_path):
     """A file that was copied is all that a new machine needs."""
     (tmp_path / "kept").mkdir()
-    shutil.copy(undisturbed.directory / "run" / "checkpoint-2.pt", tmp_path / "kept")
+    shutil.copy(undisturbed.directory / "run" / "checkpoint-5.pt", tmp_path / "kept")
     run = forked.run([*undisturbed.args, "--resume", "--checkpoint_dir", "kept"], tmp_path, [FAST])
     assert run.code == 0 and "step    2/3" not in run.output and "step    3/3" in run.output
     found = left(tmp_path / "run")
     assert found.pop("results.json")["config"].pop("checkpoint_dir") == "kept"
-    assert sorted(path.name for path in (tmp_path / "kept").glob("*.pt")) == ["checkpoint-2.pt", "checkpoint-3.pt"]
-    assert differences(undisturbed.left, found) == ["checkpoint-2.pt", "checkpoint-3.pt", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "kept").glob("*.pt")) == ["checkpoint-5.pt", "checkpoint-6.pt"]
+    assert differences(undisturbed.left, found) == ["checkpoint-5.pt", "checkpoint-6.pt", "results.json"]
 
 
 # Which run
@@ -184,9 +196,9 @@ def test_another_commit_of_a_model_is_refused(undisturbed, copy, capsys, monkeyp
 def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     line = complaint(undisturbed.args, capsys)
-    assert "run holds an unfinished run (checkpoint-3.pt): --resume goes on with it" in line
+    assert "run holds an unfinished run (checkpoint-6.pt): --resume goes on with it" in line
     line = complaint([*undisturbed.args, "--output_dir", "elsewhere", "--checkpoint_dir", "run"], capsys)
-    assert "run holds an unfinished run (checkpoint-3.pt)" in line
+    assert "run holds an unfinished run (checkpoint-6.pt)" in line
 
 
 def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forked, tmp_path):
@@ -197,7 +209,7 @@ def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forke
     killed = forked.run(args, tmp_path / "again", [strike("tuning", 8)])
     assert killed.code == -9 and fresh.wait() == 0
     resumed = forked.run([*args, "--resume"], tmp_path / "again", [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-sft-2.pt" in resumed.output
+    assert resumed.code == 0 and "going on from run/checkpoint-2.pt" in resumed.output
     expected = left(tmp_path / "fresh" / "run")
     assert differences(expected, left(tmp_path / "again" / "run")) == []
     assert "adapter/adapter_model.safetensors" in differences(expected, undisturbed.left)
@@ -210,9 +222,9 @@ def test_more_steps_by_a_resume_are_the_longer_run(undisturbed, forked, tmp_path
     killed = forked.run([*undisturbed.args, "--resume"], tmp_path, [strike("update", 2)])
     assert killed.code == -9 and not (tmp_path / "run" / "results.json").exists()
     resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-2.pt" in resumed.output
+    assert resumed.code == 0 and "going on from run/checkpoint-5.pt" in resumed.output
     # The older checkpoint tells of the shorter run.
-    assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-2.pt"]
+    assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-5.pt"]
 
 
 def test_a_tuning_that_is_done_anew_counts_as_unfinished(undisturbed, forked, tmp_path):
@@ -220,14 +232,14 @@ def test_a_tuning_that_is_done_anew_counts_as_unfinished(undisturbed, forked, tm
     assert forked.run(args, tmp_path, [FAST]).code == 0
     assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
     refused = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
-    assert refused.code == 2 and "run holds an unfinished run (checkpoint-sft-" in refused.error
+    assert refused.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
 
 
 # What is kept
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, capsys):
-    kept = ["checkpoint-10.pt", "checkpoint-4.pt", "checkpoint-2.pt", "checkpoint-sft-30.pt", "checkpoint-sft-4.pt"]
+    kept = [f"checkpoint-{number}.pt" for number in (30, 10, 9, 4, 2)]
     others = {"checkpoint-x.pt", "checkpoint-5", "model.pt"}
     for name in (*kept, *others, ".checkpoint-7.pt.partial"):
         (tmp_path / name).touch()
@@ -244,8 +256,8 @@ def test_a_finished_run_leaves_its_results_and_as_many_checkpoints_as_it_may(und
         ".lock",
         "README.md",
         "adapter",
-        "checkpoint-2.pt",
-        "checkpoint-3.pt",
+        "checkpoint-5.pt",
+        "checkpoint-6.pt",
         "comparison.csv",
         "metrics.jsonl",
         "results.json",
