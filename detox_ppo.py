@@ -2837,7 +2837,7 @@ def refuse_foreign_files(directory: Path, option_name: str) -> None:
     """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
     if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
         return
-    written = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png", "adapter", "sft_adapter")
+    written = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png", "adapter")
     theirs = [name for name in written if os.path.lexists(directory / name)]
     theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
     if theirs:
