@@ -1135,7 +1135,8 @@ def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) ->
     """
     eos, summaries = policy.base.config.eos_token_id, []
     for ids in token_ids(tokenizer, list(batch["summary"])):
-        text = ids[:-1] if ids[-1:] == [eos] else ids
+        end = ids[-2:]  # mBART's tokenizer adds the language after EOS
+        text = ids[: len(ids) - len(end) + end.index(eos)] if eos in end else ids
         if len(policy.decoder_start) > 1 and text and text[0] in tokenizer.all_special_ids:
             text = text[1:]
         summaries.append([*text, eos][: config.sft_max_target_length])

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -96,6 +96,18 @@ def target_loss(policy, tokenizer, rows):
     """Minus the log-probability of a token of the human summaries, as PPO scores them, in nats."""
     summaries = summaries_of(tokenizer, rows)
     return (-policy.score(summaries)[0].sum() / summaries.lengths.sum()).item()
+
+
+def test_nothing_follows_the_end_of_a_summary(load_small, splits):
+    """mBART's tokenizer adds the language after EOS."""
+    small = load_small()
+    batch = splits["train"].select(range(4))
+    expected = detox_ppo.tokenize_summaries(small.policy, small.tokenizer, batch, small.config)
+    tail = [("</s>", small.tokenizer.eos_token_id), ("<pad>", small.tokenizer.pad_token_id)]
+    small.tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A </s> <pad>", None, tail)
+    assert small.tokenizer(batch["summary"][0]).input_ids[-2:] == [token for _, token in tail]
+    found = detox_ppo.tokenize_summaries(small.policy, small.tokenizer, batch, small.config)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
 
 
 @pytest.fixture
