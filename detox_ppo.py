@@ -2060,10 +2060,13 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
         of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
         positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
         positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
-        limits = {f"the {part} of {config.model_name}": positions // 16 * 16}
-        limits |= {config.reward_model_name: classifier_length} if name in responses else {}
-        least = min(limits, key=limits.get)
-        if tokens > limits[least]:
+        limits = {}
+        if math.isfinite(positions):  # T5's are relative
+            limits[f"the {part} of {config.model_name}"] = positions // 16 * 16
+        if name in responses:
+            limits[config.reward_model_name] = classifier_length
+        least = min(limits, key=limits.get, default=None)
+        if least and tokens > limits[least]:
             cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
             raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
 

@@ -162,15 +162,11 @@ BROKEN = {
     "columns without names": ("a.csv", "summary,,\na,b,c\n", ["'dialogue'", "found summary"]),
     "other separator": ("a.csv", "dialogue/summary\na/b\n", ["'dialogue'", "found dialogue/summary"]),
     "no dialogue, csv": ("a.csv", "dialogue,summary\na,b\n,d\n", ["1 of 2 rows", "(rows 2 "]),
-    "no summary, csv": ("a.csv", "dialogue,summary\na,b\nc,\n", ["1 of 2 rows", "(rows 2 "]),
-    "too few fields": ("a.csv", "dialogue,summary\na,b\nc\n", ["1 of 2 rows", "(rows 2 "]),
     "no dialogue, jsonl": (
         "a.jsonl",
         lines(ROW, {"dialogue": None, "summary": "d"}),
         ["1 of 2 rows", "(rows 2 "],
     ),
-    "no summary, jsonl": ("a.jsonl", lines(ROW, {"dialogue": "c"}), ["1 of 2 rows", "(rows 2 "]),
-    "blank summary, jsonl": ("a.jsonl", lines(ROW, ROW | {"summary": ""}), ["1 of 2 rows", "(rows 2 "]),
     "number as dialogue": ("a.jsonl", lines(ROW, ROW | {"dialogue": 5}), ["row 2", "'dialogue'", "int"]),
     "truth as dialogue": ("a.jsonl", lines(ROW, ROW | {"dialogue": False}), ["row 2", "'dialogue'", "bool"]),
     "list as dialogue": ("a.jsonl", lines(ROW | {"dialogue": ["a", 5]}), ["row 1", "'dialogue'", "list", "role"]),
@@ -218,6 +214,15 @@ def test_dialogues(name, content, words, options, tmp_path, capsys):
     for word in (f"--dataset_name {path}", *words):
         assert word in message
     assert len(message) < 2000
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.csv", "dialogue,summary\na,b\nc,\n"), ("a.jsonl", lines(ROW, {"dialogue": "c"}))]
+)
+def test_summaries_that_sft_needs(name, content, options, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    message = complaint(options(dataset_name=tmp_path / name, sft_steps=1), capsys)
+    assert "1 of 2 rows have no dialogue or no summary (rows 2 " in message
 
 
 def huge(units, options, tmp_path):
@@ -473,7 +478,6 @@ ODD = [
     "</s> <pad> <unk> <extra_id_0> ",
     "\n\nSummary:\nSummarize the following conversation.\n\n",
     "e\u0301\U000e0041\ue000 ",
-    " \t\r\n",
 ]
 
 
@@ -484,14 +488,14 @@ def test_odd_rows_run_through(options, tmp_path):
     for name in ("a.csv", "a.jsonl"):  # Windows' ends of lines are kept within a text.
         found = load_dialogues(str(tmp_path / name))
         assert [{"dialogue": row["dialogue"], "summary": row["summary"]} for row in found] == rows
-    sizes = {"test_size": 0.5, "eval_samples": -1, "sft_steps": 1, "sft_batch_size": 7, "max_ppo_steps": 1}
+    sizes = {"test_size": 0.5, "eval_samples": -1, "sft_steps": 1, "sft_batch_size": 6, "max_ppo_steps": 1}
     sizes["input_min_text_length"] = 0
     main(options(dataset_name=tmp_path / "a.jsonl", output_dir=tmp_path / "run", **sizes))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["toxicity"]["after"]["n"] == 7 and results["config"]["eval_samples"] == -1
+    assert results["toxicity"]["after"]["n"] == 6 and results["config"]["eval_samples"] == -1
     assert np.isfinite([results["reward"]["after"]["mean"], results["toxicity"]["after"]["mean"]]).all()
     table = pd.read_csv(tmp_path / "run" / "comparison.csv", keep_default_na=False, lineterminator="\n")
-    assert sorted(table["dialogue"]) == sorted(row["dialogue"] for row in rows[7:])
+    assert sorted(table["dialogue"]) == sorted(row["dialogue"] for row in rows[6:])
 
 
 def test_100_000_characters_of_few_tokens_run_through(options, tmp_path):

@@ -1,11 +1,11 @@
 """Rows of DialogSum to prompts: what is read, what is kept and how it is split. Broken files: test_bad_input.py."""
 
 import json
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from datasets import Dataset
+from transformers import BatchEncoding
 
 from detox_ppo import UserError, build_dataset, build_prompt, load_dialogues, parse_config
 
@@ -24,7 +24,7 @@ class CountingTokenizer:
 
     def __call__(self, texts, **kwargs):
         ids = [[len(text)] for text in texts]
-        return SimpleNamespace(input_ids=ids, special_tokens_mask=[[0]] * len(ids))
+        return BatchEncoding({"input_ids": ids, "special_tokens_mask": [[0]] * len(ids)})
 
 
 def config(**overrides):

@@ -207,13 +207,17 @@ def test_rows_that_can_t_be_used_are_left_out_and_named(kind, empty, tmp_path, c
     getattr(pd.DataFrame(rows), {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[kind])(
         tmp_path / f"rows.{kind}", **({"orient": "records", "lines": True} if kind == "jsonl" else {})
     )
-    found = load_dialogues(str(tmp_path / f"rows.{kind}"))
-    assert found["row"] == [row for row in range(20) if row not in (4, 11)]
+    kept = load_dialogues(str(tmp_path / f"rows.{kind}"))  # PPO needs no summaries
+    assert list(kept["row"]) == [row for row in range(20) if row != 4] and kept["summary"][10] == ""
+    assert "1 of 20 rows" in capsys.readouterr().out
+    needs_summaries = DetoxConfig(sft_steps=1)
+    found = load_dialogues(str(tmp_path / f"rows.{kind}"), needs_summaries)
+    assert list(found["row"]) == [row for row in range(20) if row not in (4, 11)]
     assert "2 of 20 rows have no dialogue or no summary (rows 5, 12 ...): left out" in capsys.readouterr().out
     rows[0]["dialogue"] = None
     pd.DataFrame(rows).to_csv(tmp_path / "more.csv", index=False)
     with pytest.raises(UserError, match="more.csv: can't be loaded: 3 of 20 rows have no dialogue .*rows 1, 5, 12"):
-        load_dialogues(str(tmp_path / "more.csv"))
+        load_dialogues(str(tmp_path / "more.csv"), needs_summaries)
 
 
 def test_summaries_are_needed_for_tuning_alone(tmp_path, capsys):
