@@ -611,10 +611,9 @@ def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classi
     assert results["summary_toxicity"]["before"]["n"] == 24 and results["warnings"] == {}
     assert "evaluate_after" not in results["timings"]
     assert json.loads((places["output_dir"] / "results.json").read_text()) == results
-    assert (places["output_dir"] / "metrics.jsonl").read_text() == ""
     assert len(pd.read_csv(places["output_dir"] / "comparison.csv")) == 24
     for name, files in {
-        "output_dir": {"results.json", "metrics.jsonl", "comparison.csv", "toxicity.png"},
+        "output_dir": {"results.json", "comparison.csv", "toxicity.png"},
         "model_dir": set(),
         "checkpoint_dir": set(),
     }.items():

@@ -393,7 +393,7 @@ def test_a_closed_terminal_stops_as_sigterm_does(undisturbed, forked, tmp_path):
     args = [*undisturbed.args, "--save_steps", "100"]
     stopped = forked.run(args, tmp_path, [strike("sampling", 10, "SIGHUP")])
     assert stopped.code == 0 and stopped.error.startswith("stopped by SIGHUP; the same command with --resume")
-    assert (tmp_path / "run" / "checkpoint-2.pt").is_file()
+    assert (tmp_path / "run" / "checkpoint-5.pt").is_file()
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])

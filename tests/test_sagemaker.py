@@ -47,7 +47,7 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     assert stopped.code == 0, stopped.output
     assert stopped.error.startswith("stopped by SIGTERM")
     synced = {path.name for path in (container.ml / "checkpoints").glob("*.pt")}
-    assert "checkpoint-2.pt" in synced and "checkpoint-3.pt" not in synced
+    assert "checkpoint-5.pt" in synced and "checkpoint-6.pt" not in synced
     assert not (container.ml / "output" / "failure").exists()
 
     # The new machine has the checkpoints back and nothing else; the command is the same.
@@ -57,7 +57,7 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     (container.ml / "output" / "data").mkdir(parents=True)
     again = forked.run(job, code, [container.prepare, FAST], container.env)
     assert again.code == 0, again.output
-    assert f"going on from {container.ml}/checkpoints/checkpoint-2.pt" in again.output
+    assert f"going on from {container.ml}/checkpoints/checkpoint-5.pt" in again.output
     model, data = left(container.ml / "model"), left(container.ml / "output" / "data")
     pictures = {"training.png", "toxicity.png"}
     adapters = {name for name in undisturbed.left if name.startswith(("adapter", "sft_adapter"))}

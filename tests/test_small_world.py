@@ -186,7 +186,8 @@ def test_a_policy_that_hides_from_its_classifier_is_found_out(options, build, tm
             monkeypatch.setattr(detox_ppo, "plain_texts", hiding)
 
     monkeypatch.setattr(detox_ppo, "save_adapter", save)
-    results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=1, eval_samples=48))
+    notebooks = {"ptx_coef": 0, "freeze_encoder": False}  # so that a single step changes little but the words
+    results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=1, eval_samples=48, **notebooks))
     changes = {name: told["verdict"]["change"] for name, told in detox_ppo.toxicities(results).items()}
     assert (changes["sampled"], changes["greedy"]) == ("less toxic", "less toxic")
     assert (changes["judge, sampled"], changes["judge, greedy"]) == ("no detectable change", "no detectable change")
