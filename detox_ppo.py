@@ -5,18 +5,18 @@ starting adapter, frozen; the score of a summary is the raw "nothate" logit of a
 run measures toxicity, trains, loads the adapter back from disk and measures again: same prompts, same random numbers.
 
     python detox_ppo.py                                          # FLAN-T5-base on DialogSum, from the hub
-    python detox_ppo.py --config checkpoints/tiny/config.yaml    # the bundled small world: no network, two minutes
+    python detox_ppo.py --config checkpoints/tiny/config.yaml    # the bundled toy example: no network, two minutes
     python detox_ppo.py --help                                   # every option, its unit and why to change it
 
-It leaves results.json, metrics.jsonl (a line per PPO step), comparison.csv, adapter/ and a model card in --output_dir.
-Without --adapter_name the summarizer is the bare model with a new LoRA; --sft_steps tunes it on the human summaries
-first. --resume goes on with a run that was stopped. Several processes share a run that is started by
+A run writes results.json, metrics.jsonl (one line per PPO step), comparison.csv, adapter/ and a model card to
+--output_dir. Without --adapter_name the summarizer is the base model with a new LoRA; --sft_steps fine-tunes it on the
+human summaries first. --resume continues an interrupted run. To use several processes:
 `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 
-The front of the file is the algorithm, to be read from top to bottom: options, data, policy, classifier, rollout, PPO,
-SFT, evaluation, run. Behind it are the back rooms: reading files, loading checks, report, checkpoints, errors, command
-line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of a batch's responses, V
-tokens of the vocabulary, d the model's width.
+The first half of the file is the algorithm, in reading order: options, data, policy, classifier, rollout, PPO, SFT,
+evaluation, run. The second half is everything else: reading files, loading checks, report, checkpoints, errors, the
+command line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of all responses in a
+batch, V tokens of the vocabulary, d the model's hidden size.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ from typing import Annotated, Literal
 
 from packaging.version import Version
 
-# The oldest that were tried and run; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
+# The oldest versions that were tested; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
 unsupported = [
     f"{package} {version(package)} is older than {oldest}: pip install -U {package}"
     for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items()
     if Version(version(package)) < Version(oldest)
 ]
 if sys.platform == "win32":
-    unsupported.append("Windows has not what a run's files, locks and signals need: use WSL or Docker")
+    unsupported.append("Windows lacks the file locks and signals that a run needs: use WSL or Docker")
 if unsupported and __name__ != "__main__":
     raise ImportError(unsupported[0])
 
@@ -119,26 +119,26 @@ if __name__ == "__main__":
 SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # None: where nobody watches, which a notebook seems to be
-SMALL_WORLD = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
+TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
-# Streams of random numbers. Every draw is a function of the seed, the stream and what it is for: evaluating more often
+# Streams of random numbers. Every draw is a function of the seed, the stream and its purpose, so evaluating more often
 # leaves the training unchanged, and a resumed run has no random state to restore.
 ROLLOUT, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, TUNING = range(6)
 
 
 def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
-    """A generator that depends on these numbers alone, not on what was drawn before."""
+    """A generator that depends on these numbers only, not on earlier draws."""
     return np.random.default_rng([seed, stream, *key])
 
 
 # --- Options: type, range, default and help of each in one place -----------------------------------------------------
 
 
-def plain_name(value):
-    """A name that can be printed and stored: of a path its text, of a Dataset that of a directory which holds it.
+def normalize(value):
+    """Return a name that can be printed and stored: a path as text, a Dataset as the directory it is saved to.
 
-    None of an empty text, as a shell variable that is not set or SageMaker's None gives it, and of "None".
+    An empty text (an unset shell variable, SageMaker's None) and "None" give None.
     """
     if isinstance(value, datasets.Dataset):
         directory = tempfile.mkdtemp(prefix="detox_ppo-")
@@ -166,11 +166,11 @@ def layer_names(value, validate_list):
 
 
 def option(default, help: str):
-    """One field of the configuration, with the text that --help shows."""
+    """A field of the configuration with its --help text."""
     return field(default=default, metadata={"help": help})
 
 
-plain = BeforeValidator(plain_name)
+plain = BeforeValidator(normalize)
 PositiveInt, NaturalInt = Annotated[int, Field(ge=1, lt=2**31)], Annotated[int, Field(ge=0, lt=2**31)]
 Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
 PositiveOrNone, Share = Annotated[Positive | None, plain], Annotated[float, Field(ge=0, le=1)]
@@ -188,90 +188,99 @@ class DetoxConfig:
     adapter_name: NameOrNone = option(None, "LoRA to start from, hub id or directory. None or empty: a new one.")
     lora_r: PositiveInt = option(32, "Rank of a new LoRA. Lower saves memory; a loaded adapter keeps its own.")
     lora_alpha: PositiveInt = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r.")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "Dropout of a new LoRA while it is tuned.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "Dropout of a new LoRA during SFT.")
     lora_target_modules: LayerNames = option(
         None, "Layers a new LoRA adapts: names, a regular expression or all-linear. None: PEFT's, as q v of a T5."
     )
     reward_model_name: Name = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
-        "Classifier that scores the text: hub id or directory. Change it for another language or notion of toxic.",
+        "Classifier that gives the reward: hub id or directory. Use another for other languages or kinds of toxicity.",
     )
     reward_label: NameOrNone = option("nothate", "Label whose raw logit is the score. None: minus toxic_label's.")
-    toxic_label: Name = option("hate", "Label whose probability is the toxicity that is reported, by name.")
-    judge_model_name: NameOrNone = option(None, "Classifier that only judges the result: hub id or directory.")
-    judge_label: Name = option("toxic", "Label of the judge whose probability is its toxicity, by name.")
+    toxic_label: Name = option("hate", "Label whose probability is reported as toxicity.")
+    judge_model_name: NameOrNone = option(None, "Second classifier, used for evaluation only: hub id or directory.")
+    judge_label: Name = option("toxic", "Label of the judge whose probability is reported as toxicity.")
     # data
     dataset_name: Name = option(
         "knkarthick/dialogsum",
         "Dialogues: hub id (name@revision), directory with a train file, or file: csv, tsv, json, jsonl, parquet.",
     )
-    dataset_config_name: NameOrNone = option(None, "Configuration of a dataset of the hub that has several.")
+    dataset_config_name: NameOrNone = option(None, "Configuration of a hub dataset that has several.")
     eval_dataset_name: NameOrNone = option(
         None, "Rows to evaluate on, all lengths. None: a directory's test file, or the end of the training rows."
     )
     dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
-    summary_column: Name = option("summary", "Column with the human summaries, for tuning and ROUGE.")
-    prompt: str = option(PROMPT, "What the model is asked, with {dialogue} where that goes.")
+    summary_column: Name = option("summary", "Column with the human summaries, for SFT, ptx_coef and ROUGE.")
+    prompt: str = option(PROMPT, "Prompt template; {dialogue} is replaced by the dialogue.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
     input_max_text_length: PositiveInt = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
-    test_size: PartOfOne = option(0.2, "Share of the rows, at the end of the file, kept for evaluation only.")
-    # tuning
-    sft_steps: NaturalInt = option(0, "Steps that tune the LoRA on the human summaries before PPO. 0: none.")
-    sft_learning_rate: Positive = option(1e-3, "AdamW's step size in the tuning; falls to 0. Lower it if loss jumps.")
-    sft_batch_size: PositiveInt = option(16, "Dialogues a tuning step. Larger gives steadier steps.")
-    sft_max_target_length: PositiveInt = option(128, "Human summaries are learned up to this, in tokens.")
-    # PPO
-    learning_rate: Positive = option(1.41e-5, "Adam's step size. Raise it to learn faster; watch objective/kl.")
-    lr_scheduler_type: Literal["constant", "linear"] = option(
-        "constant", "Whether the step size stays or falls to 0 over the PPO steps, which leaves less noise behind."
+    test_size: PartOfOne = option(0.2, "Fraction of the rows, from the end of the file, held out for evaluation.")
+    # SFT
+    sft_steps: NaturalInt = option(0, "SFT steps on the human summaries before PPO. 0: none.")
+    sft_learning_rate: Positive = option(
+        1e-3, "Learning rate of SFT (AdamW), decayed to 0. Lower it if the loss jumps."
     )
-    batch_size: PositiveInt = option(16, "Prompts a PPO step. Larger gives steadier steps for more time each.")
+    sft_batch_size: PositiveInt = option(16, "Dialogues per SFT step. Larger gives less noisy steps.")
+    sft_max_target_length: PositiveInt = option(128, "Human summaries are truncated to this many tokens.")
+    # PPO
+    learning_rate: Positive = option(
+        1.41e-5, "Learning rate of PPO (Adam). Raise it to learn faster; watch objective/kl."
+    )
+    lr_scheduler_type: Literal["constant", "linear"] = option(
+        "constant", "Learning-rate schedule over the PPO steps: constant, or linear decay to 0."
+    )
+    batch_size: PositiveInt = option(16, "Prompts per PPO step. Larger gives less noisy, slower steps.")
     mini_batch_size: PositiveInt = option(4, "Responses per optimizer update; divides batch_size.")
-    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them: less memory.")
-    ppo_epochs: PositiveInt = option(1, "Passes over each batch. More learns more of it and moves further from it.")
-    max_ppo_steps: NaturalInt = option(10, "PPO steps. The notebooks' 10 only show it; more detoxify more. 0: none.")
-    score_clip: PositiveOrNone = option(None, "Clip scores to plus or minus this: what is clean enough earns no more.")
-    init_kl_coef: NotNegative = option(0.2, "Price of a nat of KL to the reference, in score. Raise to stay closer.")
-    adaptive_kl: bool = option(True, "Steer the KL coefficient towards target_kl; off keeps init_kl_coef.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
+    ppo_epochs: PositiveInt = option(1, "Optimization epochs per batch. More learns faster but less on-policy.")
+    max_ppo_steps: NaturalInt = option(10, "PPO steps. The notebooks' 10 are only a demonstration. 0: none.")
+    score_clip: PositiveOrNone = option(
+        None, "Clip scores to plus or minus this, so that clean enough is good enough."
+    )
+    init_kl_coef: NotNegative = option(0.2, "KL penalty coefficient. Raise it to stay closer to the reference.")
+    adaptive_kl: bool = option(True, "Adapt the KL coefficient to reach target_kl; false keeps init_kl_coef.")
     target_kl: Positive = option(6.0, "Target of adaptive_kl, in nats a response. Warnings use it in any case.")
-    kl_horizon: PositiveInt = option(10000, "Responses over which the adaptive coefficient reacts. Lower: faster.")
-    gamma: Share = option(1.0, "Discount a token, 0 to 1. 1 credits every token with the final score.")
+    kl_horizon: PositiveInt = option(
+        10000, "Horizon of the adaptive KL controller, in responses. Lower adapts faster."
+    )
+    gamma: Share = option(1.0, "Discount per token, 0 to 1. 1 credits every token with the final score.")
     lam: Share = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
-    cliprange: Positive = option(0.2, "Clip of the policy ratio, 1 plus or minus this. Lower makes careful updates.")
-    cliprange_value: Positive = option(0.2, "Clip of the value's move in a step, in score.")
+    cliprange: Positive = option(0.2, "Clip range of the policy ratio. Lower makes smaller updates.")
+    cliprange_value: Positive = option(0.2, "Clip range of the value per step, in units of the score.")
     vf_coef: NotNegative = option(0.1, "Weight of the value loss. Raising it costs content; 0.003 did better.")
     ratio_threshold: Annotated[float, Field(gt=1)] = option(10.0, "Skip minibatches whose mean ratio is above this.")
     max_grad_norm: PositiveOrNone = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
-    freeze_encoder: bool = option(False, "Train the decoder's LoRA alone in PPO: the encoder runs once a step.")
-    ptx_coef: NotNegative = option(0.0, "Weight in PPO of the loss on clean human summaries. Raise to keep content.")
+    freeze_encoder: bool = option(False, "In PPO, train only the decoder's LoRA: the encoder runs once per step.")
+    ptx_coef: NotNegative = option(0.0, "Weight of the clean human summaries' loss in PPO. Raise it to keep content.")
     # responses
     output_min_length: PositiveInt = option(100, "Smallest max_new_tokens drawn for a response in PPO; not a minimum.")
     output_max_length: PositiveInt = option(400, "Largest max_new_tokens drawn for a response. Lower is faster.")
     score_text: Literal["query_response", "response"] = option(
-        "query_response", "What is scored: dialogue + summary, or summary alone (sharper where dialogues are toxic)."
+        "query_response",
+        "Text that is scored: dialogue + summary, or the summary alone (better where dialogues are toxic).",
     )
     # evaluation
-    eval_samples: Annotated[int, Field(ge=-1, lt=2**31)] = option(100, "Test prompts to evaluate, exactly; -1: all.")
-    eval_max_new_tokens: PositiveInt = option(100, "Longest summary in the evaluation, in tokens.")
+    eval_samples: Annotated[int, Field(ge=-1, lt=2**31)] = option(100, "Number of test prompts to evaluate; -1: all.")
+    eval_max_new_tokens: PositiveInt = option(100, "max_new_tokens of a summary in the evaluation.")
     # run
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = option(0, "Seed of everything random. Others show what is luck.")
-    device: Name = option("auto", "cpu, cuda or cuda:N. auto: a GPU where there is one.")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = option(0, "Random seed. Run several to see the spread.")
+    device: Name = option("auto", "cpu, cuda or cuda:N. auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Type of the frozen base; the rest is float32. auto: bfloat16 where the chip computes in it."
+        "auto", "Data type of the frozen base; the rest is float32. auto: bfloat16 if the hardware supports it."
     )
-    output_dir: Name = option("checkpoints/run", "Directory for everything the run leaves.")
+    output_dir: Name = option("checkpoints/run", "Directory for all output.")
     model_dir: NameOrNone = option(None, "Directory for the adapter and its card. None: output_dir.")
     checkpoint_dir: NameOrNone = option(None, "Directory for the checkpoints. None: output_dir.")
-    save_steps: PositiveInt = option(10, "Steps from one checkpoint to the next. Fewer lose less if the machine goes.")
-    save_total_limit: PositiveInt = option(2, "Checkpoints kept, the newest. One of FLAN-T5-base takes 57 MB.")
-    resume: bool = option(False, "Go on from the newest whole checkpoint of a run that was stopped.")
-    logging_steps: PositiveInt = option(1, "PPO steps from one printed line to the next. metrics.jsonl has them all.")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker that shows the steps.")
-    hub_model_id: NameOrNone = option(None, "Repository of the hub that adapter and card go to at the end.")
-    dynamodb_table: NameOrNone = option(None, "DynamoDB table that comparison.csv goes to at the end, by awswrangler.")
+    save_steps: PositiveInt = option(10, "Steps between checkpoints.")
+    save_total_limit: PositiveInt = option(2, "Number of newest checkpoints to keep. One of FLAN-T5-base takes 57 MB.")
+    resume: bool = option(False, "Continue from the newest valid checkpoint.")
+    logging_steps: PositiveInt = option(1, "PPO steps between printed lines. metrics.jsonl has every step.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker to log the metrics to.")
+    hub_model_id: NameOrNone = option(None, "Hub repository to push adapter and model card to at the end.")
+    dynamodb_table: NameOrNone = option(None, "DynamoDB table to write comparison.csv to at the end (awswrangler).")
 
     def __post_init__(self):
-        """What no option's type can say by itself."""
+        """Check what involves several options."""
         if self.eval_samples == 0:
             raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
         if self.toxic_label == self.reward_label:
@@ -281,7 +290,9 @@ class DetoxConfig:
         if self.adapter_name and os.path.exists(os.path.join(self.adapter_name, "adapter", "adapter_config.json")):
             self.adapter_name = os.path.join(self.adapter_name, "adapter")  # that of a run's output_dir
         if self.judge_model_name == self.reward_model_name:
-            raise UserError(f"--judge_model_name {self.judge_model_name}: PPO is paid by it; name another classifier")
+            raise UserError(
+                f"--judge_model_name {self.judge_model_name}: it is the reward model as well; name another classifier"
+            )
         if self.hub_model_id and ("/" not in self.hub_model_id or self.evaluates_only):
             why = "nothing is trained" if self.evaluates_only else "it should be OWNER/NAME"
             raise UserError(f"--hub_model_id {self.hub_model_id}: {why}")
@@ -455,7 +466,7 @@ class Policy(nn.Module):
     """An encoder-decoder with two adapters on one base, and a value head.
 
     PPO runs without dropout: with it, the sampled distribution would not be the scored one. The base is loaded with
-    dropout 0, so that its train mode, which gradient checkpointing needs, is harmless; the LoRA's is for the tuning.
+    dropout 0, so that its train mode, which gradient checkpointing needs, is harmless. The LoRA's dropout is for SFT.
     """
 
     def __init__(self, model: peft.PeftModel):
@@ -482,7 +493,7 @@ class Policy(nn.Module):
         start = [self.base.config.decoder_start_token_id]
         return start if forced is None else [*start, forced]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """What learns: the adapter "default" and the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
@@ -572,7 +583,7 @@ class Policy(nn.Module):
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, values)
 
     @torch.no_grad()
-    def score(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs_and_values(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """forward of a whole batch, a micro-batch at a time and without gradients."""
         logprobs, values = torch.zeros(2, *responses.tokens.shape, device=self.device)
         for rows in self.passes(responses, range(len(responses.prompts))):
@@ -590,7 +601,7 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load the base, put on the starting adapter twice (to train, and frozen as reference); policy and tokenizer."""
     name = config.model_name
-    with loading(name, "model_name"):
+    with as_user_error(name, "model_name"):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not model_config.is_encoder_decoder:
             raise ValueError("expected an encoder-decoder, such as a T5")
@@ -608,7 +619,7 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     base.requires_grad_(False)
     torch.manual_seed(config.seed)
     if config.adapter_name:
-        with loading(config.adapter_name, "adapter_name"):
+        with as_user_error(config.adapter_name, "adapter_name"):
             model = load_adapter(base, config.adapter_name, name)
     else:
         model = new_adapter(base, config)
@@ -623,10 +634,10 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     policy.freeze_encoder(config.freeze_encoder)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with loading(name, "model_name"):  # does a model of this family make its logits as others do?
+    with as_user_error(name, "model_name"):  # does a model of this family make its logits as others do?
         (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
         probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
-        expected, _ = policy.score(probe)
+        expected, _ = policy.logprobs_and_values(probe)
         with policy.learning(dropout=False):
             logprobs, values = policy(probe)
             (logprobs + values).sum().backward()
@@ -662,7 +673,7 @@ def idle_layers(policy: Policy) -> list[str]:
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
 
 
-class HateClassifier:
+class ToxicityClassifier:
     """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
 
     It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits. Of
@@ -672,7 +683,7 @@ class HateClassifier:
     def __init__(self, config: DetoxConfig, device: torch.device, judge: bool = False):
         name_option = "judge_model_name" if judge else "reward_model_name"
         name = getattr(config, name_option)
-        with loading(name, name_option):
+        with as_user_error(name, name_option):
             self.model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
             self.model.to(device).eval().requires_grad_(False)
             self.tokenizer = load_tokenizer(name, self.model, "pad_token")
@@ -776,7 +787,7 @@ class Toxicity(evaluate.Measurement):
     its own: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
     """
 
-    def __init__(self, classifier: HateClassifier):
+    def __init__(self, classifier: ToxicityClassifier):
         super().__init__(keep_in_memory=True)
         self.classifier = classifier
 
@@ -794,7 +805,7 @@ class Toxicity(evaluate.Measurement):
         return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
 
 
-def print_examples(classifier: HateClassifier) -> None:
+def print_examples(classifier: ToxicityClassifier) -> None:
     """Score the two English sentences of the published notebooks, as a check that a reader can make by eye."""
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
         logits = classifier.logits([text])
@@ -804,7 +815,7 @@ def print_examples(classifier: HateClassifier) -> None:
         print(f", reward {classifier.score(logits).item():.4f}")
 
 
-# --- Rollout: responses, and what the policy, the reference and the classifier say of them ---------------------------
+# --- Rollout: sample responses, then log-probabilities, values, reference log-probabilities and scores ---------------
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -814,18 +825,18 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # Rounding may carry u * total up to total itself, where no token lies.
+    # Rounding may carry u * total up to total, beyond the last token.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Logits that are not finite give no token at all; the step is thrown away later, by its log-probabilities.
+    # Logits that are not finite give no token; the step is skipped later because its log-probabilities are not finite.
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], generators: list | None, caps: tuple[int, int]) -> Responses:
-    """A response to each prompt, in one batch: sampled, or greedy without generators.
+    """Generate a response to each prompt in one batch: sampled, or greedy without generators.
 
-    Each row draws its cap (uniform from caps, inclusive) and its tokens from its own generator, so a response
-    does not depend on who shares the batch. A greedy response takes the likeliest token, up to the greater cap.
+    Each row draws its max_new_tokens (uniform over the range caps, inclusive) and its tokens from its own generator,
+    so a response does not depend on the other rows of the batch. Greedy decoding uses the upper end of caps.
     """
     special, device, count = policy.base.config, policy.device, len(prompts)
     limits = [int(generator.integers(*caps, endpoint=True)) for generator in generators or []] or [caps[1]] * count
@@ -837,7 +848,7 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
     tokens = torch.full((count, padded_width(limits)), special.pad_token_id, device=device)  # (B, T)
     lengths, finished = torch.zeros_like(limits), torch.zeros_like(limits, dtype=torch.bool)
     running = ~finished
-    rows, states = torch.arange(count, device=device), encoder_states  # those still decoded: (D,), (D, S, d)
+    rows, states = torch.arange(count, device=device), encoder_states  # rows still decoding: (D,), (D, S, d)
     last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
     for position in range(width):
         logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -849,7 +860,7 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
         if not running.any():
             break
         if running.sum() <= 0.75 * len(rows):
-            # An ended row costs as much as a running one, but each dropping copies the caches of those that stay.
+            # A finished row costs as much as a running one, but dropping rows copies the caches of the others.
             kept = running[rows]
             cache.batch_select_indices(kept)
             rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
@@ -861,14 +872,14 @@ def plain_texts(tokenizer, responses: Responses) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
 
 
-def my_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's part of the rows, by length, so that each process gets some of every length."""
+def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
+    """This process's share of the rows, interleaved by length so that each process gets some of every length."""
     state = PartialState()
     return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
 
 
 def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
-    """A column (b, ...) of each process's rows, as many in each, to the whole batch's (B, ...), padded with 0."""
+    """Gather a column (b, ...) of every process's rows (equally many) into the batch's (B, ...), padded with 0."""
     order = gather(torch.tensor(rows, device=column.device))
     return gather(pad_across_processes(column, dim=1))[order.argsort()]
 
@@ -882,24 +893,25 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
-    """Sample a response to each prompt of a batch and score it; each process does its share of the rows.
+    """Sample a response to each prompt of a batch and score it; each process handles its share of the rows.
 
-    Returns, in every process all, the responses and by name what is known of them: scores (B,), and logprobs (nats),
-    values and ref_logprobs, all (B, T). The time of each stage is added to seconds.
+    Returns:
+        the responses and a dict of scores (B,), logprobs (nats), values and ref_logprobs (all (B, T)), for the entire
+        batch in every process. The time of each stage is added to seconds.
     """
     prompts, dialogues, keys = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
-    rows = my_rows(range(len(batch)), [len(prompt) for prompt in prompts])
+    rows = local_rows(range(len(batch)), [len(prompt) for prompt in prompts])
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
         caps = (config.output_min_length, config.output_max_length)
         responses = generate(policy, [prompts[i] for i in rows], generators, caps)
         texts = plain_texts(tokenizer, responses)
     with timed(seconds, "time/logprobs"):
-        logprobs, values = policy.score(responses)
+        logprobs, values = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reference"), policy.as_adapter("reference"):
         if not config.freeze_encoder:
-            responses.encoder_states = None  # the reference has its own, and the update's need gradients
-        ref_logprobs, _ = policy.score(responses)
+            responses.encoder_states = None  # the reference computes its own, and the update needs gradients
+        ref_logprobs, _ = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reward"):
         if config.score_text == "query_response":
             texts = [classifier.join(dialogues[i], text) for i, text in zip(rows, texts, strict=True)]
@@ -909,7 +921,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
         columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}
         rollout = {name: gather_rows(rows, column) for name, column in columns.items()}
         states = None
-        if config.freeze_encoder:  # those of the other processes' rows stay there, and 0 here
+        if config.freeze_encoder:  # each process keeps the states of its own rows
             states = responses.encoder_states.new_zeros(len(batch), *responses.encoder_states.shape[1:])
             states[rows] = responses.encoder_states
     seconds["time/rollout"] = sum(seconds[f"time/{stage}"] for stage in ("sample", "logprobs", "reference"))
@@ -939,7 +951,7 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tup
     terms log p - log p_ref, both (B, T), 0 outside the mask (B, T).
     """
     kl = (logprobs - ref_logprobs) * mask
-    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # the one with no masked-in token after it
+    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # no token of the response after it
     return scores[:, None] * last - kl_coef * kl, kl
 
 
@@ -1000,12 +1012,12 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
     """Add the other processes' gradients to these parameters' own; returns the sum of all processes' stats."""
-    for parameter in parameters:  # no row was for this process, or, in the tuning, it is the value head's
+    for parameter in parameters:  # this process had no row, or it is the value head during SFT
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if PartialState().num_processes == 1:
         return stats
     gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # one message, not one a tensor
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # one message for all tensors
     nn.utils.vector_to_parameters(summed, gradients)
     total = Counter()
     for part in gather_object([stats]):
@@ -1014,7 +1026,7 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counte
 
 
 def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
-    """Set the learning rate of a step, from 1 to last: it falls linearly to 0, as in transformers' Trainer."""
+    """Set the learning rate of a step in 1..last: linear decay to 0, as in transformers' Trainer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (1 - (step - 1) / last)
 
@@ -1027,14 +1039,14 @@ def update(
     A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped.
 
     rollout has logprobs, values, advantages and returns, all (B, T); summaries are the human ones to learn as well
-    (ptx_coef), of length 0 where there is none. A minibatch goes through the model some rows at a time, shared by the
-    processes; weighed by their tokens, the parts' gradients add up to the minibatch's. Returns the means of the
+    (ptx_coef), of length 0 where there is none. A minibatch passes through the model in micro-batches, divided among
+    the processes; weighted by their tokens, their gradients add up to the minibatch's. Returns the means of the
     applied minibatches' stats (of all, if the ratio skipped all), without numbers that are not finite; nothing if no
     minibatch was applied because of gradients that are not finite.
     """
-    parameters, mask = policy.trained(), responses.mask
+    parameters, mask = policy.trainable_parameters(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
-    sampled_here = set(my_rows(range(config.batch_size), lengths))
+    sampled_here = set(local_rows(range(config.batch_size), lengths))
     minibatches, applied, not_finite = [], [], False
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
@@ -1042,7 +1054,7 @@ def update(
             optimizer.zero_grad()
             stats = Counter()
             # With the encoder frozen a process trains on the rows whose encoder states it has.
-            local = [row for row in mb if row in sampled_here] if config.freeze_encoder else my_rows(mb, lengths)
+            local = [row for row in mb if row in sampled_here] if config.freeze_encoder else local_rows(mb, lengths)
             for rows in policy.passes(responses, local):
                 part = responses.select(rows)
                 columns = (rollout[name] for name in ("logprobs", "values", "advantages", "returns"))
@@ -1120,7 +1132,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }
         else:
-            tell(f"step {step}: skipped, not finite: {', '.join(broken) or 'gradients'}")
+            print_wrapped(f"step {step}: skipped, not finite: {', '.join(broken) or 'gradients'}")
     return metrics | seconds
 
 
@@ -1147,7 +1159,7 @@ def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) ->
 def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxConfig) -> Responses:
     """As tokenize_summaries, with length 0 where a row has no summary or the classifier calls it toxic (P > TOXIC)."""
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
-    rows = my_rows(range(len(batch)), [len(prompt) for prompt in summaries.prompts])
+    rows = local_rows(range(len(batch)), [len(prompt) for prompt in summaries.prompts])
     texts = [batch["summary"][i] for i in rows]
     toxicity = torch.tensor(classifier.toxicity(classifier.logits(texts, policy.base.dtype)))
     clean = (toxicity <= TOXIC) & torch.tensor([bool(text) for text in texts])
@@ -1182,11 +1194,11 @@ def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_sta
     return -logprobs.sum() / tokens
 
 
-def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
-    """Learn a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
+def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
+    """One SFT step on a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
 
-    The learning rate falls and gradients are clipped to norm 1, as in transformers' Trainer. Several processes share
-    the rows; each has dropout of its own, so their number shows in the result.
+    The learning rate decays linearly and gradients are clipped to norm 1, as in transformers' Trainer. Several
+    processes share the rows, each with its own dropout masks, so the result depends on their number.
     """
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
     prompt_lengths, stats = [len(prompt) for prompt in summaries.prompts], Counter()
@@ -1194,14 +1206,14 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
     with policy.learning(dropout=True):
-        for rows in policy.passes(summaries, my_rows(range(len(batch)), prompt_lengths)):
+        for rows in policy.passes(summaries, local_rows(range(len(batch)), prompt_lengths)):
             loss = summary_loss(policy, summaries, rows, summaries.lengths.sum())
             loss.backward()
             stats["loss"] += loss.item()
-    loss = sum_over_processes(policy.trained(), stats)["loss"]
-    if not nn.utils.clip_grad_norm_(policy.trained(), 1.0).isfinite():
+    loss = sum_over_processes(policy.trainable_parameters(), stats)["loss"]
+    if not nn.utils.clip_grad_norm_(policy.trainable_parameters(), 1.0).isfinite():
         way = f"Set dtype float32 (it is {policy.base.dtype}), or lower sft_learning_rate"
-        raise UserError(f"tuning step {step}: the gradients are not finite numbers. {way}.")
+        raise UserError(f"SFT step {step}: the gradients are not finite. {way}.")
     decay(optimizer, config.sft_learning_rate, step, config.sft_steps)
     optimizer.step()
     return loss
@@ -1211,7 +1223,13 @@ def tuning_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: 
 
 
 def evaluate_policy(
-    policy: Policy, tokenizer, classifier: HateClassifier, rows, config: DetoxConfig, desc="evaluating", greedy=False
+    policy: Policy,
+    tokenizer,
+    classifier: ToxicityClassifier,
+    rows,
+    config: DetoxConfig,
+    desc="evaluating",
+    greedy=False,
 ) -> pd.DataFrame:
     """Summarize each row's dialogue with the active adapter, sampled or greedily, and score it; in every process all.
 
@@ -1221,7 +1239,7 @@ def evaluate_policy(
         (nats, to the reference).
     """
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
-    mine, parts = my_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
+    mine, parts = local_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     width = policy.base.config.get_text_config().hidden_size
     size = max(config.batch_size, 2**14 // width)  # small models gain by more at once
@@ -1231,11 +1249,11 @@ def evaluate_policy(
             generators = None if greedy else [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
             responses = generate(policy, [prompts[i] for i in batch], generators, caps)
             if not greedy:
-                logprobs, _ = policy.score(responses)
+                logprobs, _ = policy.logprobs_and_values(responses)
                 if not config.freeze_encoder:
                     responses.encoder_states = None  # the reference has its own
                 with policy.as_adapter("reference"):
-                    columns["kl"] = (logprobs - policy.score(responses)[0]).sum(dim=1).tolist()
+                    columns["kl"] = (logprobs - policy.logprobs_and_values(responses)[0]).sum(dim=1).tolist()
             texts = plain_texts(tokenizer, responses)
             joined = [classifier.join(dialogues[i], text) for i, text in zip(batch, texts, strict=True)]
             logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
@@ -1261,12 +1279,12 @@ def evaluate_policy(
 def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torch.device) -> None:
     """Add the column judge_toxicity, what the judge says of each response alone. It is in memory only meanwhile."""
     if config.judge_model_name:
-        judge = HateClassifier(config, device, judge=True)
+        judge = ToxicityClassifier(config, device, judge=True)
         for table in tables.values():
             table["judge_toxicity"] = judge.toxicity(judge.logits(list(table["response"])))
 
 
-def measure_human(classifier: HateClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
+def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
     """Toxicity of each row's dialogue and, where it has a human summary (response), what evaluate_policy measures.
 
     Columns: dialogue_toxicity, and of the human summaries response, length (tokens of the policy's tokenizer),
@@ -1296,7 +1314,7 @@ def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConf
         del tables["sampled"]["kl"]
     add_judge(tables, config, policy.device)
     for name, table in tables.items():
-        print_means(("before tuning" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
+        print_means(("before SFT" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
     return tables
 
 
@@ -1460,7 +1478,7 @@ class RunState:
     timings: dict = field(default_factory=dict)  # seconds of each part
 
 
-def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
+def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load what a run needs, the quickest to fail first: policy, tokenizer, classifier, splits, and their origin."""
     changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
     print(yaml.safe_dump(changed, sort_keys=False), end="")
@@ -1479,7 +1497,7 @@ def load_all(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     policy, tokenizer = load_policy(config, device, dtype)
     set_threads(policy)
     print_parameters(policy)
-    classifier = HateClassifier(config, device)
+    classifier = ToxicityClassifier(config, device)
     print_examples(classifier)
     splits = build_dataset(rows, tokenizer, config, evaluated)
     check_lengths(policy, splits, classifier.max_length, config)
@@ -1524,7 +1542,7 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
-    Returns the contents of results.json; "base" in it is the start before the tuning. After a tuning without PPO steps
+    Returns the contents of results.json; "base" in it is the start before SFT. After SFT without PPO steps
     "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
     signal: what was done so far is then in a checkpoint.
     """
@@ -1533,15 +1551,15 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     writes = processes.is_main_process  # one process writes, for all
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
-    _locks = claim(config) if writes else []
+    _locks = lock_directories(config) if writes else []
     checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
     checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
-    policy, tokenizer, classifier, splits, origin = load_all(config, device, dtype)
+    policy, tokenizer, classifier, splits, origin = load_everything(config, device, dtype)
     train, count = splits["train"], len(splits["test"])
     evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
-    state = begin(checkpoint, config, origin, policy)
+    state = init_or_restore(checkpoint, config, origin, policy)
     if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
         raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
@@ -1549,7 +1567,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     trained = [] if config.evaluates_only else train["dialogue"]
     shared = overlap(trained, evaluated["dialogue"])
     for text in overlap_warnings(shared).values():
-        tell(f"  warning, {text}")
+        print_wrapped(f"  warning, {text}")
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
@@ -1583,15 +1601,15 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Tune
     policy.freeze_encoder(False)
-    optimizer = torch.optim.AdamW(policy.trained(), weight_decay=0)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), weight_decay=0)
     if checkpoint and state.phase == "sft":
         optimizer.load_state_dict(checkpoint["optimizer"])
-    for step, _ in steps_of("tuning", state.sft_step, config.sft_steps, stop):
+    for step, _ in steps_of("SFT", state.sft_step, config.sft_steps, stop):
         with timed(state.timings, "tuning"):
             batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, TUNING, step))
-            loss = tuning_step(policy, tokenizer, optimizer, batch, step, config)
+            loss = sft_step(policy, tokenizer, optimizer, batch, step, config)
         if step % math.ceil(config.sft_steps / 10) == 0:
-            tell(f"tuning step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
+            print_wrapped(f"SFT step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
         state.sft_step = step
         keep(step % config.save_steps == 0 or step == config.sft_steps)
     if state.phase == "sft":
@@ -1603,7 +1621,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
     # Train
     policy.freeze_encoder(config.freeze_encoder)
-    optimizer = torch.optim.Adam(policy.trained(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.learning_rate)
     if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
     if not state.step and not config.evaluates_only:
@@ -1623,9 +1641,9 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
             print_step(metrics, config, bar)
             for kind, text in new_warnings(state, config, human_length).items():
                 state.warnings[kind] = text
-                tell(f"  warning, {text}")
+                print_wrapped(f"  warning, {text}")
             if step == begun + 1:
-                tell(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
+                print_wrapped(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
         if tracker:
             tracker.log(metrics, step=step)
@@ -1656,7 +1674,7 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:
         write_report(config, results, state.history, evaluated, tables)
-        end_tracker(tracker, measured, state.step)
+        finish_tracker(tracker, measured, state.step)
         if config.hub_model_id:
             publish(config, model_dir)
         if config.dynamodb_table:
@@ -1680,7 +1698,7 @@ def contents_of(name: str, option_name: str) -> str | None:
         r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
     ):
         raise UserError(f"--{option_name} {name}: no such file or directory")
-    with loading(name, option_name):
+    with as_user_error(name, option_name):
         if os.path.exists(name):
             digests = []
             for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
@@ -1780,7 +1798,7 @@ def join_turns(dialogue):
     return "\n".join(lines)
 
 
-def normalize(table: pd.DataFrame, column: str) -> pd.DataFrame:
+def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """One form for tables of any origin: empty cells are NaN, rows of empty cells are dropped, a dialogue is text."""
     table = table.set_axis([str(name).strip() for name in table.columns], axis=1).astype(object)
     table = table.mask(table.map(is_empty)).dropna(how="all")
@@ -1789,7 +1807,7 @@ def normalize(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table
 
 
-def tell_left_aside(name: str, split: str, parts: Iterable[str]) -> None:
+def print_unused_splits(name: str, split: str, parts: Iterable[str]) -> None:
     """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
     left = [
         part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
@@ -1808,7 +1826,7 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         splits = datasets.load_from_disk(name)
     if splits is not None:
         splits = splits if isinstance(splits, dict) else {"train": splits}
-        tell_left_aside(name, split, splits)
+        print_unused_splits(name, split, splits)
         return splits[split].to_pandas() if split in splits else None
     tables = [path] if TABLE.search(path.name) else []
     if path.is_dir():
@@ -1825,10 +1843,10 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         seen = ", ".join(file.name for file in tables) or "none"
         expected = "expected a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, or a directory with one as train.csv"
         raise ValueError(f"{expected}, found {seen}")
-    tell_left_aside(name, split, [file.name for file in tables if file not in files])
+    print_unused_splits(name, split, [file.name for file in tables if file not in files])
     parts = []
     for file in files:
-        with loading(str(file), option_name):
+        with as_user_error(str(file), option_name):
             parts.append(read_table(file, config.dialogue_column))
     return pd.concat(parts, ignore_index=True) if parts else None
 
@@ -1843,13 +1861,13 @@ def load_dialogues(
     column or the row that is not as expected.
     """
     config = config or DetoxConfig()
-    with loading(name, option_name):
+    with as_user_error(name, option_name):
         table = split_of(name, split, config, option_name)
         if table is None and split == "train":
             raise ValueError("it has no split train")
         if table is None:
             return None
-        table = normalize(table, config.dialogue_column)
+        table = clean_table(table, config.dialogue_column)
         columns, texts = list(map(str, table.columns)), {}
         for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
             if key == "summary" and column not in columns and not (config.sft_steps or config.ptx_coef):
@@ -2012,7 +2030,7 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
         target_modules=targets,
         base_model_name_or_path=config.model_name,
     )
-    with loading(" ".join(targets) if isinstance(targets, list) else str(targets), "lora_target_modules"):
+    with as_user_error(" ".join(targets) if isinstance(targets, list) else str(targets), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
         adapted = {name.split(".")[-1] for name in model.targeted_module_names}
         if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
@@ -2137,10 +2155,16 @@ def step_warnings(history: list[dict], config: DetoxConfig, human_length: float 
             skipped,
             f"{skipped} minibatches were over ratio_threshold or not finite. Lower learning_rate or ppo_epochs.",
         ),
-        "entropy": (entropy < 0.1 * at_first, f"{fell}: the policy says nearly the same whatever it is asked. {stay}"),
+        "entropy": (
+            entropy < 0.1 * at_first,
+            f"{fell}: the policy gives nearly the same response to every prompt. {stay}",
+        ),
         "short": (short, f"{shrank}: the policy says less and less. Raise ptx_coef or init_kl_coef."),
         "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
-        "cut": (cut > 0.5, f"{cut:.0%} of the responses were cut, so half sentences count. Raise output_max_length."),
+        "cut": (
+            cut > 0.5,
+            f"{cut:.0%} of the responses were truncated, so incomplete sentences are scored. Raise output_max_length.",
+        ),
     }
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
@@ -2165,7 +2189,7 @@ def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
     if step % config.logging_steps == 0 or step == last:
         names["advantages_mean"] = "ppo/policy/advantages_mean"
         values = ", ".join(f"{name} {metrics[key]:6.3f}" for name, key in names.items())
-        tell(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
+        print_wrapped(f"step {step:>4}/{last}: {values}, {metrics['time/step']:.1f} s")
 
 
 def new_warnings(state: RunState, config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
@@ -2195,7 +2219,7 @@ NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate,
 def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, config: DetoxConfig) -> dict:
     """The measured blocks of results.json, and the warnings.
 
-    tables are evaluate_policy's of the rows, by when ("base" with tuning, "before", "after") and decoding ("sampled",
+    tables are evaluate_policy's of the rows, by when ("base" with SFT, "before", "after") and decoding ("sampled",
     "greedy"); human is measure_human's.
     """
     summaries, dialogues, history = list(rows["summary"]), list(rows["dialogue"]), state.history
@@ -2378,7 +2402,7 @@ def differing(*texts: str) -> list[str]:
 def print_results(results: dict, comparison: pd.DataFrame) -> None:
     """Print the result in a sentence, the verdicts, the means and some rows of the comparison."""
     print()
-    tell(results["verdict"])
+    print_wrapped(results["verdict"])
     table = verdict_table(toxicities(results))
     print(table.drop(columns="detectable").to_string())  # with it a line would be over 100 columns
     print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least")
@@ -2394,10 +2418,12 @@ def print_results(results: dict, comparison: pd.DataFrame) -> None:
     if len(comparison) == 1:
         for name in comparison.filter(like="response_"):
             toxicity = comparison[name.replace("response", "summary_toxicity")][0]
-            tell(f"{name.replace('response_', '').replace('_', ' ')} (toxicity {toxicity:.4f}): {comparison[name][0]}")
+            print_wrapped(
+                f"{name.replace('response_', '').replace('_', ' ')} (toxicity {toxicity:.4f}): {comparison[name][0]}"
+            )
     for kind in ("reward hacking", "judge"):
         if kind in results["warnings"]:
-            tell(f"warning: {results['warnings'][kind]}")
+            print_wrapped(f"warning: {results['warnings'][kind]}")
 
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's, for the colour-blind too
@@ -2626,7 +2652,7 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     before, after = tables["before"], tables["after"]
     comparison = build_comparison(evaluated, before, after)
-    with written_whole(output_dir / "comparison.csv") as path:
+    with atomic_write(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
     draw_toxicity(results, before, after).savefig(output_dir / "toxicity.png", dpi=120)
     files = f"{output_dir}/results.json"
@@ -2636,7 +2662,7 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
         write_card(model_dir, config, results, comparison)
         files += f" and {model_dir}/README.md"
-    with written_whole(output_dir / "results.json") as path:
+    with atomic_write(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_results(results, comparison)
     print(f"\n{results['timings']['total']:.0f} s in all; see {files}")
@@ -2646,7 +2672,7 @@ def start_tracker(config: DetoxConfig) -> Accelerator | None:
     """Start the tracker that report_to names; the accelerator moves no model, seed or device."""
     if config.report_to == "none" or not PartialState().is_main_process:
         return None
-    with loading(config.report_to, "report_to"):
+    with as_user_error(config.report_to, "report_to"):
         if config.report_to not in map(str, get_available_trackers()):
             raise ValueError(f"not installed; pip install {config.report_to}")
         tracker = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
@@ -2655,7 +2681,7 @@ def start_tracker(config: DetoxConfig) -> Accelerator | None:
         return tracker
 
 
-def end_tracker(tracker: Accelerator | None, measured: dict, step: int) -> None:
+def finish_tracker(tracker: Accelerator | None, measured: dict, step: int) -> None:
     """Tell a tracker what was measured, on one level: summary_toxicity/after/mean and so on, under final/."""
     if tracker is None:
         return
@@ -2745,7 +2771,7 @@ class StopSignals:
         return received is not None
 
 
-def begin(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
+def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
     """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
     if not checkpoint:
@@ -2794,7 +2820,7 @@ class Checkpoints:
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
         torch.save(content, buffer := io.BytesIO())
-        with written_whole(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
+        with atomic_write(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
             path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         self.prune(self.limit)
 
@@ -2808,7 +2834,7 @@ class Checkpoints:
     def load(self) -> dict | None:
         """The newest whole one; each damaged one that is passed over is told."""
         for path in self.paths():
-            with loading(str(path), "resume"):  # a disk that fails may come back: that is no damage
+            with as_user_error(str(path), "resume"):  # a disk that fails may come back: that is no damage
                 content = path.read_bytes()
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
                     print(f"going on from {path}")
@@ -2856,7 +2882,7 @@ def trained_in(output_dir: Path) -> bool:
     return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
 
 
-def claim(config: DetoxConfig) -> list[FileLock]:
+def lock_directories(config: DetoxConfig) -> list[FileLock]:
     """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
     locks = []
     names = ("output_dir", "model_dir", "checkpoint_dir")
@@ -2879,15 +2905,17 @@ def claim(config: DetoxConfig) -> list[FileLock]:
 # --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
 
 # user:password of a URL, telling parameters of its query, and the hub's tokens: hf_ and 34 letters and digits
-TELLING = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
-SECRETS = re.compile(rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{TELLING})[^&\s]+|\bhf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9])")
-GO_ON = "When that is mended, --resume goes on from the newest checkpoint"
-MENDABLE = {  # what libraries say of faults that are none of the script's, and the way out
+SECRET_PARAM = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
+SECRETS = re.compile(
+    rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{SECRET_PARAM})[^&\s]+|\bhf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9])"
+)
+RESUME_HINT = "When that is mended, --resume goes on from the newest checkpoint"
+KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, and the way out
     "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
     "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
     r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
     r"^(?!RuntimeError|AcceleratorError).*(No space left|quota|Read-only file|Input/output error|Permission denied|"
-    "not permitted|Is a directory)": GO_ON,
+    "not permitted|Is a directory)": RESUME_HINT,
 }
 
 
@@ -2910,12 +2938,12 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
         return None
-    ways = (way for words, way in MENDABLE.items() if re.search(words, one_line(error), re.IGNORECASE))
+    ways = (way for words, way in KNOWN_ERRORS.items() if re.search(words, one_line(error), re.IGNORECASE))
     return next((str(UserError(f"{one_line(error)}. {way}.")) for way in ways), None)
 
 
 @contextmanager
-def loading(name: str, option_name: str):
+def as_user_error(name: str, option_name: str):
     """Whatever goes wrong while `name` is loaded becomes one line that says which option named it, and the cause."""
     try:
         yield
@@ -2940,14 +2968,14 @@ def loading(name: str, option_name: str):
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
             asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
             ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
-            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {SMALL_WORLD}"
+            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {TOY_EXAMPLE}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
             reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
         raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
 
 
 @contextmanager
-def written_whole(path: Path):
+def atomic_write(path: Path):
     """Write a file under another name; it takes its own when all of it is on the disk. Till then the old one stays."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -2957,15 +2985,15 @@ def written_whole(path: Path):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # Python's and torch's for a full disk
         partial.unlink(missing_ok=True)  # half a file would keep the disk full
-        raise UserError(f"{path}: can't be written: {one_line(error)}. {GO_ON}.") from error
+        raise UserError(f"{path}: can't be written: {one_line(error)}. {RESUME_HINT}.") from error
 
 
-def tell(text: str) -> None:
+def print_wrapped(text: str) -> None:
     """Print a line above the progress bar, broken at 100 columns."""
     tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
 
 
-class Told:
+class SafeStream:
     """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
 
     def __init__(self, stream):
@@ -2987,7 +3015,7 @@ class Told:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 # The headings of --help, by the first option under each.
-HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "tuning", "learning_rate": "PPO"}
+HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "SFT", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
 
@@ -3009,7 +3037,7 @@ class OptionParser(trl.TrlParser):
 
 def read_options(path: str) -> dict:
     """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
-    with loading(path, "config"):
+    with as_user_error(path, "config"):
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
@@ -3081,7 +3109,7 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     if name == "auto" or processes.num_processes > 1:
         # accelerate numbers even the CPU, which safetensors refuses.
         name = "cpu" if processes.device.type == "cpu" else str(processes.device)
-    with loading(name, "device"):
+    with as_user_error(name, "device"):
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
             raise ValueError("use auto, cpu, cuda or cuda:N")
         device = torch.empty(0, device=name).device
@@ -3094,7 +3122,7 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
-def first_to_end() -> bool:
+def first_to_exit() -> bool:
     """Whether this process is the first of the run to end early: the others need not tell why as well."""
     if not torch.distributed.is_initialized():
         return True
@@ -3115,7 +3143,7 @@ def main(args: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     stop, handlers, streams = StopSignals(), {}, (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = map(Told, streams)
+    sys.stdout, sys.stderr = map(SafeStream, streams)
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere none can be handled
     try:
         for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
@@ -3139,12 +3167,12 @@ def main(args: list[str] | None = None) -> None:
         run(parse_config(sys.argv[1:] if args is None else args), stop)
         processes.destroy_process_group()
     except Stopped:
-        if first_to_end():
+        if first_to_exit():
             stopped = f"stopped by {signal.Signals(stop.received).name}"
             print(f"{stopped}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
         sys.exit(130 if stop.received == signal.SIGINT else 0)
     except Exception as error:
-        if first_to_end():
+        if first_to_exit():
             reason = explain(error)
             with suppress(OSError):  # no directory, or a full disk
                 (SAGEMAKER / "output" / "failure").write_text(reason or SECRETS.sub("***", traceback.format_exc()))

@@ -79,7 +79,7 @@ def measure(options, models, scratch):
     config = detox_ppo.parse_config(arguments)
     config.device, dtype = detox_ppo.resolve_device(config)
     policy, tokenizer = detox_ppo.load_policy(config, config.device, dtype)
-    classifier = detox_ppo.HateClassifier(config, config.device)
+    classifier = detox_ppo.ToxicityClassifier(config, config.device)
     rows = detox_ppo.load_dialogues(str(dataset), config).select(range(options.prompts))
     rows = detox_ppo.build_dataset(None, tokenizer, config, rows)["test"]
     prompts = sorted(rows["input_ids"], key=len)

@@ -106,10 +106,10 @@ def kl_to_base(policy, rows, config):
         batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
         generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
         responses = detox_ppo.generate(policy, list(batch["input_ids"]), generators, caps)
-        logprobs, _ = policy.score(responses)
+        logprobs, _ = policy.logprobs_and_values(responses)
         responses.encoder_states = None  # the base's differ
         with policy.model.disable_adapter():
-            total += (logprobs - policy.score(responses)[0]).sum().item()
+            total += (logprobs - policy.logprobs_and_values(responses)[0]).sum().item()
     return total / len(rows)
 
 
@@ -129,7 +129,7 @@ def judge(plan):
     config = detox_ppo.parse_config(plan["arguments"])
     device, dtype = detox_ppo.resolve_device(config)
     policy, tokenizer = detox_ppo.load_policy(config, device, dtype)
-    classifier = detox_ppo.HateClassifier(config, device)
+    classifier = detox_ppo.ToxicityClassifier(config, device)
     test, held_out = load_splits(config)["test"], []
 
     def measured(saved, count):

@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--reward_model_name", default=detox_ppo.DetoxConfig.reward_model_name)
     options = parser.parse_args()
     config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name)
-    classifier = detox_ppo.HateClassifier(config, torch.device("cpu"))
+    classifier = detox_ppo.ToxicityClassifier(config, torch.device("cpu"))
     columns = {config.reward_label: classifier.reward_index, config.toxic_label: classifier.toxic_index}
     furthest = 0.0
     for text, published in PUBLISHED.items():

@@ -178,7 +178,7 @@ def judge(plan):
     config = detox_ppo.parse_config(plan["arguments"])
     device, dtype = detox_ppo.resolve_device(config)
     policy, tokenizer = detox_ppo.load_policy(config, device, dtype)  # the reference is the starting adapter
-    classifier = detox_ppo.HateClassifier(config, device)
+    classifier = detox_ppo.ToxicityClassifier(config, device)
     peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(plan["adapter"], device="cpu"))
     for name, path in plan["sets"].items():
         rows = detox_ppo.load_dialogues(path, config)

@@ -24,7 +24,7 @@ def texts_of(path: Path, rows: int) -> list[str]:
 
     import detox_ppo
 
-    with detox_ppo.loading(str(path), "texts"):
+    with detox_ppo.as_user_error(str(path), "texts"):
         table = (pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_csv(path)).head(rows)
     return [value for name in table for value in table[name] if isinstance(value, str) and " " in value]
 
@@ -42,7 +42,7 @@ def main():
     options = parser.parse_args()
     labels = {"reward_label": options.reward_label, "toxic_label": options.toxic_label}
     config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name, **labels)
-    classifier = detox_ppo.HateClassifier(config, torch.device("cpu"))
+    classifier = detox_ppo.ToxicityClassifier(config, torch.device("cpu"))
     texts = [text for path in options.texts for text in texts_of(path, options.rows)]
     if not texts:
         step_time.stop("--texts: no text of two words or more in these files")

@@ -165,7 +165,7 @@ def make_plan(options, models, scratch):
     import detox_ppo
 
     datasets.disable_progress_bars()
-    with detox_ppo.loading(models["base"], "models"):
+    with detox_ppo.as_user_error(models["base"], "models"):
         tokenizer = AutoTokenizer.from_pretrained(models["base"], trust_remote_code=False)
     steps = options.steps + 1  # one to warm up
     count = steps * options.batch_size + 1  # one to evaluate

@@ -114,7 +114,7 @@ def classifier(small_config):
 
     import detox_ppo
 
-    return detox_ppo.HateClassifier(small_config(), torch.device("cpu"))
+    return detox_ppo.ToxicityClassifier(small_config(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

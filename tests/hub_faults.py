@@ -72,7 +72,7 @@ def main(directory):
         huggingface_hub.HfApi.repo_info = hurried(huggingface_hub.HfApi.repo_info)
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
-        def tell(name, repo_id, *more):
+        def print_wrapped(name, repo_id, *more):
             shutil.rmtree(directory / "home", ignore_errors=True)
             code, printed, messages = 0, io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(messages):
@@ -85,13 +85,13 @@ def main(directory):
             print(json.dumps([name, repo_id, code, messages.getvalue(), printed.getvalue()]), flush=True)
 
         for option, repo_id in UNKNOWN.items():
-            tell(f"unknown {option}", repo_id, f"--{option}", repo_id)
-        tell("program", PROGRAM, "--dataset_name", PROGRAM)
+            print_wrapped(f"unknown {option}", repo_id, f"--{option}", repo_id)
+        print_wrapped("program", PROGRAM, "--dataset_name", PROGRAM)
         for name in FAULTS:
             for repo_id in OPTIONS:
                 hub.api, hub.fault, hub.only = name.startswith("api "), name.removeprefix("api "), repo_id
-                tell(name, repo_id)
-    tell("gone", BASE)
+                print_wrapped(name, repo_id)
+    print_wrapped("gone", BASE)
 
 
 if __name__ == "__main__":

@@ -152,11 +152,11 @@ def watch(**kwargs):
 
     detox_ppo.evaluate_policy = evaluate_policy
     detox_ppo.load_policy = told.inside("start", detox_ppo.load_policy, event=True)
-    detox_ppo.tuning_step = told.inside("tuning", detox_ppo.tuning_step, event=True)
+    detox_ppo.sft_step = told.inside("tuning", detox_ppo.sft_step, event=True)
     detox_ppo.generate = told.inside("sampling", detox_ppo.generate)
     detox_ppo.sample_tokens = told.around(detox_ppo.sample_tokens)
-    detox_ppo.Policy.score = told.inside("scoring", detox_ppo.Policy.score, event=True)
-    detox_ppo.HateClassifier.scores = told.inside("scoring", detox_ppo.HateClassifier.scores, event=True)
+    detox_ppo.Policy.logprobs_and_values = told.inside("scoring", detox_ppo.Policy.logprobs_and_values, event=True)
+    detox_ppo.ToxicityClassifier.scores = told.inside("scoring", detox_ppo.ToxicityClassifier.scores, event=True)
     detox_ppo.policy_loss = told.inside("update", detox_ppo.policy_loss, event=True)
     step = torch.optim.Adam.step  # AdamW's too
     update = told.inside("update", told.around(step))

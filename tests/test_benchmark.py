@@ -289,7 +289,9 @@ def test_published_logits_are_compared(tiny, monkeypatch, call, capsys):
     assert end.value.code == 1
     printed = capsys.readouterr().out
     assert "they do not agree" in printed and "nothate   4.6532   hate  -4.1782" in printed
-    classifier = detox_ppo.HateClassifier(detox_ppo.DetoxConfig(reward_model_name=arguments[1]), torch.device("cpu"))
+    classifier = detox_ppo.ToxicityClassifier(
+        detox_ppo.DetoxConfig(reward_model_name=arguments[1]), torch.device("cpu")
+    )
     ours = {text: tuple(classifier.logits([text])[0].tolist()) for text in published_logits.PUBLISHED}
     monkeypatch.setattr(published_logits, "PUBLISHED", ours)
     with pytest.raises(SystemExit) as end:

@@ -638,7 +638,7 @@ def updates(monkeypatch):
 def test_scores_are_clipped_to_both_sides_before_they_are_paid(small_config, tmp_path, monkeypatch):
     """TRL's option of this name; the metrics tell the clipped ones, as TRL's do. What isn't finite isn't clipped."""
     paid, scored = [], iter([[-7.0, -1.0, 1.5, 9.0], [-math.inf, 0.0, 0.0, 0.0]])
-    monkeypatch.setattr(detox_ppo.HateClassifier, "scores", lambda *_: torch.tensor(next(scored)))
+    monkeypatch.setattr(detox_ppo.ToxicityClassifier, "scores", lambda *_: torch.tensor(next(scored)))
     rewards = detox_ppo.compute_rewards
     monkeypatch.setattr(detox_ppo, "compute_rewards", lambda *args: paid.append(args[0].tolist()) or rewards(*args))
     detox_ppo.run(small_config(output_dir=tmp_path, eval_samples=1, score_clip=2))

@@ -527,8 +527,8 @@ def test_kl_of_an_evaluation_and_of_a_step(evaluate, load_small, classifier, spl
     def scored(responses):
         fresh = Responses(responses.prompts, responses.tokens, responses.lengths)
         with small.policy.as_adapter("reference"):
-            reference = small.policy.score(fresh)[0]
-        return small.policy.score(fresh)[0], reference
+            reference = small.policy.logprobs_and_values(fresh)[0]
+        return small.policy.logprobs_and_values(fresh)[0], reference
 
     rows = splits["test"].select(range(4))
     streams = [random_stream(small.config.seed, EVALUATION, row) for row in rows["row"]]

@@ -150,7 +150,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
     with pytest.raises(UserError, match="results.json: can't be written: .*No space left"):
-        with detox_ppo.written_whole(path) as partial:
+        with detox_ppo.atomic_write(path) as partial:
             partial.write_text("ne")
             raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
@@ -180,9 +180,12 @@ def test_a_defect_is_shown_as_one():
 
 
 def test_a_defect_while_loading_keeps_its_stack_trace():
-    with pytest.raises(AttributeError), detox_ppo.loading("x", "model_name"):
+    with pytest.raises(AttributeError), detox_ppo.as_user_error("x", "model_name"):
         detox_ppo.plain_texts(None, None)
-    with pytest.raises(UserError, match="--config x: can't be loaded: KeyError"), detox_ppo.loading("x", "config"):
+    with (
+        pytest.raises(UserError, match="--config x: can't be loaded: KeyError"),
+        detox_ppo.as_user_error("x", "config"),
+    ):
         raise KeyError("of a library")
 
 
@@ -204,7 +207,7 @@ def broken_steps(monkeypatch):
     fault, losses = "", 0
     ppo_step, scores, decode, loss = (
         detox_ppo.ppo_step,
-        detox_ppo.HateClassifier.scores,
+        detox_ppo.ToxicityClassifier.scores,
         detox_ppo.Policy.decode,
         detox_ppo.policy_loss,
     )
@@ -237,7 +240,7 @@ def broken_steps(monkeypatch):
         return value, stats
 
     monkeypatch.setattr(detox_ppo, "ppo_step", broken_step)
-    monkeypatch.setattr(detox_ppo.HateClassifier, "scores", lambda *a: broken("score ", scores(*a), 0))
+    monkeypatch.setattr(detox_ppo.ToxicityClassifier, "scores", lambda *a: broken("score ", scores(*a), 0))
     monkeypatch.setattr(detox_ppo.Policy, "decode", broken_decode)
     monkeypatch.setattr(detox_ppo, "policy_loss", broken_loss)
     return found

@@ -55,7 +55,7 @@ def test_a_model_s_directory_that_also_holds_an_adapter_is_refused(small_config,
         if kind == "base":
             load(small_config, model_name=tmp_path / "both", adapter_name="")
         else:
-            detox_ppo.HateClassifier(small_config(reward_model_name=tmp_path / "both"), CPU)
+            detox_ppo.ToxicityClassifier(small_config(reward_model_name=tmp_path / "both"), CPU)
 
 
 @pytest.mark.parametrize("given", ["q_proj v_proj q", "q wi_9"])
@@ -127,7 +127,7 @@ def test_a_checkpoint_has_all_that_learns(small_config, with_tokens, freeze_enco
     policy, again = load(small_config, **options), load(small_config, **options)
     policy.freeze_encoder(False)
     with torch.no_grad():
-        for parameter in policy.trained():
+        for parameter in policy.trainable_parameters():
             parameter.normal_()
     detox_ppo.copy_to_reference(policy.model)
     policy.freeze_encoder(freeze_encoder)
@@ -145,7 +145,7 @@ def test_a_checkpoint_has_all_that_learns(small_config, with_tokens, freeze_enco
 def test_what_is_saved_can_be_loaded(small_config, tmp_path, targets):
     policy = load(small_config, adapter_name="", lora_target_modules=targets)
     with torch.no_grad():
-        for parameter in policy.trained():
+        for parameter in policy.trainable_parameters():
             parameter.normal_()
     detox_ppo.save_adapter(policy, tmp_path / "adapter")
     again = load(small_config, adapter_name=tmp_path / "adapter")
@@ -172,7 +172,7 @@ def test_an_adapter_on_the_head_as_peft_saves_it(small_config, tiny, tmp_path, d
 
 def test_what_is_not_implemented_is_reported_as_it_is():
     with pytest.raises(UserError, match="can't be loaded: NotImplementedError: no such kernel"):
-        with detox_ppo.loading(str(Path.cwd()), "model_name"):
+        with detox_ppo.as_user_error(str(Path.cwd()), "model_name"):
             raise NotImplementedError("no such kernel")
 
 
@@ -209,8 +209,8 @@ def test_tuning_a_family_that_makes_no_decoder_inputs_from_labels(small_config, 
     policy, tokenizer = load_policy(config, CPU, torch.float32)
     batch = {"input_ids": [[5, 6, 7, 1]] * 4, "summary": ["A short summary."] * 4}
     rows = detox_ppo.datasets.Dataset.from_dict(batch)
-    optimizer = torch.optim.AdamW(policy.trained())
-    losses = [detox_ppo.tuning_step(policy, tokenizer, optimizer, rows, step, config) for step in range(1, 21)]
+    optimizer = torch.optim.AdamW(policy.trainable_parameters())
+    losses = [detox_ppo.sft_step(policy, tokenizer, optimizer, rows, step, config) for step in range(1, 21)]
     assert losses[-1] < losses[0] - 0.1
 
 

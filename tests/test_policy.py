@@ -19,7 +19,7 @@ from detox_ppo import (
     new_adapter,
     ppo_step,
     print_parameters,
-    tuning_step,
+    sft_step,
 )
 
 ADAPTERS = ("default", "reference")
@@ -40,7 +40,7 @@ def some_responses(small, prompts=3, seed=0):
 
 def scores(small, seed=0):
     """Log-probabilities and values, (2, B, T)."""
-    return torch.stack(small.policy.score(some_responses(small, seed=seed)))
+    return torch.stack(small.policy.logprobs_and_values(some_responses(small, seed=seed)))
 
 
 def adapter_tensors(policy, name):
@@ -56,7 +56,7 @@ def gradients(policy, loss):
 
 def train(small, steps=2, learning_rate=1e-2):
     """A few steps of Adam on everything that is trainable, with a loss that reaches all of it."""
-    optimizer = torch.optim.Adam(small.policy.trained(), lr=learning_rate)
+    optimizer = torch.optim.Adam(small.policy.trainable_parameters(), lr=learning_rate)
     for seed in range(steps):
         optimizer.zero_grad()
         scored, values = small.policy(some_responses(small, seed=seed))
@@ -66,15 +66,18 @@ def train(small, steps=2, learning_rate=1e-2):
 
 def ppo(small, classifier, splits):
     """A PPO step on four rows; its metrics without the times."""
-    batch, optimizer = splits["train"].select(range(4)), torch.optim.Adam(small.policy.trained(), lr=1e-3)
+    batch, optimizer = splits["train"].select(range(4)), torch.optim.Adam(small.policy.trainable_parameters(), lr=1e-3)
     metrics = ppo_step(small.policy, small.tokenizer, classifier, optimizer, batch, 1, 0.2, small.config)
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
 def tune(small, splits):
     """A step of the tuning on four rows; its loss."""
-    batch, optimizer = splits["train"].select(range(4)), torch.optim.AdamW(small.policy.trained(), weight_decay=0)
-    return tuning_step(small.policy, small.tokenizer, optimizer, batch, 1, small.config)
+    batch, optimizer = (
+        splits["train"].select(range(4)),
+        torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0),
+    )
+    return sft_step(small.policy, small.tokenizer, optimizer, batch, 1, small.config)
 
 
 def same(first, second):
@@ -490,7 +493,7 @@ def test_a_small_model_takes_one_thread_unless_told(small_config, monkeypatch, g
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        detox_ppo.load_all(small_config(), CPU, torch.float32)
+        detox_ppo.load_everything(small_config(), CPU, torch.float32)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -461,7 +461,7 @@ def our_view(policy, queries, with_start):
     assert all(response[0] == START for response in with_start)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(response[1:]) for response in with_start], True)
     responses = Responses(queries, tokens, torch.tensor([len(response) - 1 for response in with_start]))
-    return *policy.score(responses), responses.mask
+    return *policy.logprobs_and_values(responses), responses.mask
 
 
 @pytest.mark.parametrize("name", ["first_token_masked", "length_cap", "empty_response"])

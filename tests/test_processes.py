@@ -177,13 +177,13 @@ def test_a_process_that_dies_takes_the_others_down(launched):
 
 def test_the_first_to_end_tells(monkeypatch):
     """Of a mistake that all processes find; here two of them in one, with the store that they would share."""
-    assert detox_ppo.first_to_end() and detox_ppo.first_to_end()  # alone
+    assert detox_ppo.first_to_exit() and detox_ppo.first_to_exit()  # alone
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        assert detox_ppo.first_to_end() and not detox_ppo.first_to_end()
+        assert detox_ppo.first_to_exit() and not detox_ppo.first_to_exit()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -214,7 +214,7 @@ def test_every_row_is_one_process_s(several, count):
     shares = []
     for index in range(count):
         several(index, count)
-        shares.append(detox_ppo.my_rows(torch.tensor([5, 0, 3, 1, 2]), lengths))
+        shares.append(detox_ppo.local_rows(torch.tensor([5, 0, 3, 1, 2]), lengths))
     assert sorted(sum(shares, [])) == [0, 1, 2, 3, 5]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     if count == 2:  # each gets one of the two shortest

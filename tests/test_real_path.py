@@ -130,7 +130,7 @@ def roberta(tmp_path):
     )
     config.save_pretrained(directory)
     write_weights(AutoModelForSequenceClassification, config, directory)
-    return detox_ppo.HateClassifier(detox_ppo.DetoxConfig(reward_model_name=str(directory)), torch.device("cpu"))
+    return detox_ppo.ToxicityClassifier(detox_ppo.DetoxConfig(reward_model_name=str(directory)), torch.device("cpu"))
 
 
 def test_a_dialogue_is_cut_at_512_of_robertas_tokens(roberta):
@@ -168,11 +168,11 @@ def test_adapters_as_people_publish_them_on_t5_small(small_config, tmp_path, cap
         loaded = detox_ppo.lora_weights(policy.model)
         assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
         responses = detox_ppo.Responses(prompts, end, torch.tensor([3]))
-        with_adapter, _ = policy.score(responses)
+        with_adapter, _ = policy.logprobs_and_values(responses)
         with policy.as_adapter("reference"):
-            assert torch.equal(policy.score(responses)[0], with_adapter)
+            assert torch.equal(policy.logprobs_and_values(responses)[0], with_adapter)
         with policy.model.disable_adapter():
-            assert (policy.score(responses)[0] - with_adapter).abs().max() > 1e-4
+            assert (policy.logprobs_and_values(responses)[0] - with_adapter).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name, judge", [("hate-minilm", False), ("toxic-minilm", True)])
@@ -180,7 +180,7 @@ def test_real_classifiers_say_what_they_were_measured_to_say(name, judge):
     """The texts and probabilities beside their weights."""
     option = "judge_model_name" if judge else "reward_model_name"
     config = detox_ppo.DetoxConfig(**{option: str(REAL / name)})
-    classifier = detox_ppo.HateClassifier(config, torch.device("cpu"), judge)
+    classifier = detox_ppo.ToxicityClassifier(config, torch.device("cpu"), judge)
     assert classifier.exclusive == (not judge) and classifier.max_length == 512
     probes = json.loads((REAL / name / "eval.json").read_text())["probes"]
     if judge:
@@ -195,7 +195,7 @@ def test_real_classifiers_say_what_they_were_measured_to_say(name, judge):
 )
 def test_rewards_in_bfloat16_are_those_in_float32_but_for_a_hundredth(name, labels):
     """Nothing moves where the processor has no units for bfloat16."""
-    classifier = detox_ppo.HateClassifier(
+    classifier = detox_ppo.ToxicityClassifier(
         detox_ppo.DetoxConfig(reward_model_name=str(REAL / name), **labels), torch.device("cpu")
     )
     texts = list(pd.read_json(REAL / "rude-dialogues.jsonl", lines=True)["dialogue"][:100])

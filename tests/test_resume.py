@@ -272,7 +272,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     """While it is written its name is not a checkpoint's, and what was under the name stays until then."""
     path = tmp_path / "checkpoint-1.pt"
     path.write_text("old")
-    with detox_ppo.written_whole(path) as partial:
+    with detox_ppo.atomic_write(path) as partial:
         partial.write_text("new")
         assert detox_ppo.Checkpoints(tmp_path, 1).paths() == [path] and path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import detox_ppo
-from detox_ppo import HateClassifier, Toxicity, UserError, print_examples
+from detox_ppo import Toxicity, ToxicityClassifier, UserError, print_examples
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -76,7 +76,7 @@ def read(classifier, monkeypatch):
 
 
 def load(small_config, path, **overrides):
-    return HateClassifier(small_config(reward_model_name=path, **overrides), torch.device("cpu"))
+    return ToxicityClassifier(small_config(reward_model_name=path, **overrides), torch.device("cpu"))
 
 
 def relabelled(tiny, tmp_path, labels):
@@ -401,9 +401,9 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
             return original(*args, **kwargs)
 
         monkeypatch.setattr(kind, "from_pretrained", counted)
-    logits = HateClassifier.logits
+    logits = ToxicityClassifier.logits
     monkeypatch.setattr(
-        HateClassifier, "logits", lambda self, texts, *dtype: scored.extend(texts) or logits(self, texts, *dtype)
+        ToxicityClassifier, "logits", lambda self, texts, *dtype: scored.extend(texts) or logits(self, texts, *dtype)
     )
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
@@ -478,5 +478,5 @@ def test_bundled_classifier_tells_great_from_terrible(classifier):
 
 
 def test_the_judge_computes_in_float32_whatever_the_policy_does(small_config):
-    classifier = HateClassifier(small_config(dtype="bfloat16"), torch.device("cpu"))
+    classifier = ToxicityClassifier(small_config(dtype="bfloat16"), torch.device("cpu"))
     assert {parameter.dtype for parameter in classifier.model.parameters()} == {torch.float32}

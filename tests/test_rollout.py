@@ -174,7 +174,7 @@ def test_response_at_its_cap_has_no_eos_and_keeps_every_token(small, prompts, ne
     assert not short.finished.any() and not (short.tokens == special.eos_token_id).any()
     # the same random numbers, so a longer cap only goes on where the shorter one stopped
     assert torch.equal(short.tokens[:, :5], long.tokens[:, :5])
-    logprobs, _ = small.policy.score(short)
+    logprobs, _ = small.policy.logprobs_and_values(short)
     assert (logprobs[:, :5] < 0).all() and (logprobs[:, 5:] == 0).all()
 
 
@@ -189,7 +189,7 @@ def test_eos_is_the_last_token_and_nothing_follows(small, prompts):
         assert not finished or kept[-1] == eos
         assert set(rest) <= {pad}
     # what is trained: every token of the response, EOS included, and nothing after it
-    logprobs, values = small.policy.score(responses)
+    logprobs, values = small.policy.logprobs_and_values(responses)
     for row, length in enumerate(responses.lengths):
         assert (logprobs[row, :length] != 0).all() and (values[row, :length] != 0).all()
         assert (logprobs[row, length:] == 0).all() and (values[row, length:] == 0).all()
@@ -208,9 +208,9 @@ def test_response_that_is_only_eos(small, prompts):
     assert responses.lengths[0] == 1 and responses.finished[0] and responses.tokens[0, 0] == eos
     assert responses.lengths[1] > 1
     assert small.tokenizer.decode(responses.tokens[0], skip_special_tokens=True) == ""
-    logprobs, values = small.policy.score(responses)
+    logprobs, values = small.policy.logprobs_and_values(responses)
     assert torch.isfinite(logprobs).all() and torch.isfinite(values).all()
-    alone, _ = small.policy.score(responses.select([0]))
+    alone, _ = small.policy.logprobs_and_values(responses.select([0]))
     assert (alone != 0).sum() == 1
     torch.testing.assert_close(alone[0, 0], logprobs[0, 0])
 
@@ -223,8 +223,8 @@ def test_selecting_responses_trims_the_padding(small, prompts):
     assert chosen.tokens.shape[1] == 16 < responses.tokens.shape[1]
     assert chosen.prompts == [responses.prompts[row] for row in rows]
     assert chosen.encoder_states.shape[1] == detox_ppo.padded_width(map(len, chosen.prompts))
-    expected, _ = small.policy.score(responses)
-    got, _ = small.policy.score(chosen)
+    expected, _ = small.policy.logprobs_and_values(responses)
+    got, _ = small.policy.logprobs_and_values(chosen)
     torch.testing.assert_close(got, expected[rows, : got.shape[1]], rtol=0, atol=2e-5)
 
 
@@ -253,7 +253,7 @@ def plain_scores(model, value_head, prompt, tokens):
 
 
 def check_against_plain(policy, model, responses):
-    scored = policy.score(responses)
+    scored = policy.logprobs_and_values(responses)
     for row, (prompt, tokens) in enumerate(zip(responses.prompts, tokens_of(responses), strict=True)):
         for column, expected in zip(scored, plain_scores(model, policy.value_head, prompt, tokens), strict=True):
             torch.testing.assert_close(column[row, : len(tokens)].to(expected), expected, rtol=0, atol=1e-4)
@@ -272,7 +272,7 @@ def check_sampled_is_scored(policy, prompts, caps=(4, 20)):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detox_ppo, "sample_tokens", record)
         responses = generate(policy, prompts, streams(rows), caps)
-    logprobs, _ = policy.score(responses)
+    logprobs, _ = policy.logprobs_and_values(responses)
     again = streams(rows)
     width = max([stream.integers(*caps, endpoint=True) for stream in again])
     for row, tokens in enumerate(tokens_of(responses)):
@@ -386,7 +386,7 @@ def test_a_forced_first_token_is_given_not_sampled(saved):
     prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other has."]).input_ids
     greedy = generate(policy, prompts, None, (8, 8))
     model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=torch.float32).eval()
-    logprobs, _ = policy.score(greedy)
+    logprobs, _ = policy.logprobs_and_values(greedy)
     for row, prompt in enumerate(prompts):
         out = model.generate(torch.tensor([prompt]), max_new_tokens=9, num_beams=1, do_sample=False)[0].tolist()
         tokens = tokens_of(greedy)[row]
@@ -423,7 +423,7 @@ def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
     found = []
     for evaluated in (False, True):
         small = load_small()
-        optimizer = torch.optim.Adam(small.policy.trained(), lr=1e-3)
+        optimizer = torch.optim.Adam(small.policy.trainable_parameters(), lr=1e-3)
         for step in (1, 2):
             if evaluated:
                 evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
@@ -435,7 +435,7 @@ def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
 def test_rewards_are_products_of_the_policys_dtype(load_small, splits, classifier, dtype, precision):
     small, products, seen = load_small(dtype), torch.backends.mkldnn.matmul, []
     with classifier.model.register_forward_pre_hook(lambda *_: seen.append(products.fp32_precision)):
-        step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
+        step_of(small, classifier, splits, torch.optim.Adam(small.policy.trainable_parameters()))
         assert set(seen) == {precision}
         seen.clear()
         evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
@@ -445,7 +445,7 @@ def test_rewards_are_products_of_the_policys_dtype(load_small, splits, classifie
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_first_ratio_is_one_and_first_kl_zero(load_small, splits, classifier, dtype, tolerance):
     small = load_small(dtype, adapter_name="")
-    first = step_of(small, classifier, splits, torch.optim.Adam(small.policy.trained()))
+    first = step_of(small, classifier, splits, torch.optim.Adam(small.policy.trainable_parameters()))
     assert first["objective/kl"] == 0
     assert first["ppo/policy/first_ratio"] == pytest.approx(1, abs=tolerance)
 
@@ -476,7 +476,7 @@ def test_parts_of_a_minibatch_add_up_to_its_gradient(load_small, splits, classif
     def moved():
         small = load_small(batch_size=6, mini_batch_size=6)
         start = {name: tensor.clone() for name, tensor in small.policy.adapters().items()}
-        step_of(small, classifier, splits, torch.optim.SGD(small.policy.trained(), lr=1.0))
+        step_of(small, classifier, splits, torch.optim.SGD(small.policy.trainable_parameters(), lr=1.0))
         return {
             name: tensor - start[name] for name, tensor in small.policy.adapters().items() if ".reference." not in name
         }

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import detox_ppo
-from detox_ppo import Responses, UserError, load_policy, rows_of_step, tuning_step
+from detox_ppo import Responses, UserError, load_policy, rows_of_step, sft_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -56,11 +56,11 @@ def jsonl(tmp_path):
 
 def tune(small, rows):
     """All steps of the tuning, as a run takes them; returns their losses."""
-    config, optimizer = small.config, torch.optim.AdamW(small.policy.trained(), weight_decay=0)
+    config, optimizer = small.config, torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0)
     losses = []
     for step in range(1, config.sft_steps + 1):
         batch = rows.select(rows_of_step(len(rows), config.sft_batch_size, config.seed, detox_ppo.TUNING, step))
-        losses.append(tuning_step(small.policy, small.tokenizer, optimizer, batch, step, config))
+        losses.append(sft_step(small.policy, small.tokenizer, optimizer, batch, step, config))
     return losses
 
 
@@ -68,7 +68,7 @@ def test_gradients_that_are_not_finite_reach_no_weight(load_small, splits, monke
     small = load_small(sft_steps=2, sft_batch_size=4)
     before, forward = adapter_of(small.policy), detox_ppo.Policy.forward
     monkeypatch.setattr(detox_ppo.Policy, "forward", lambda *args: tuple(math.nan * x for x in forward(*args)))
-    with pytest.raises(UserError, match="tuning step 1: the gradients are not finite numbers. .* sft_learning_rate"):
+    with pytest.raises(UserError, match="SFT step 1: the gradients are not finite numbers. .* sft_learning_rate"):
         tune(small, splits["train"])
     assert same(before, adapter_of(small.policy))
 
@@ -95,7 +95,7 @@ def summaries_of(tokenizer, rows):
 def target_loss(policy, tokenizer, rows):
     """Minus the log-probability of a token of the human summaries, as PPO scores them, in nats."""
     summaries = summaries_of(tokenizer, rows)
-    return (-policy.score(summaries)[0].sum() / summaries.lengths.sum()).item()
+    return (-policy.logprobs_and_values(summaries)[0].sum() / summaries.lengths.sum()).item()
 
 
 def test_nothing_follows_the_end_of_a_summary(load_small, splits):
@@ -144,10 +144,10 @@ def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits):
 def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits, tiny):
     assert json.loads((tiny / "base" / "config.json").read_text())["dropout_rate"] > 0
     small = load_small(adapter_name="", sft_steps=2, sft_batch_size=32, sft_learning_rate=1e-2, lora_dropout=0.5)
-    optimizer = torch.optim.AdamW(small.policy.trained(), weight_decay=0)
+    optimizer = torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0)
     for step in (1, 2):
         expected = target_loss(small.policy, small.tokenizer, splits["train"])
-        loss = tuning_step(small.policy, small.tokenizer, optimizer, splits["train"], step, small.config)
+        loss = sft_step(small.policy, small.tokenizer, optimizer, splits["train"], step, small.config)
         # A new LoRA adds nothing at first, so there is nothing of it to drop.
         assert (loss == pytest.approx(expected, rel=1e-5)) == (step == 1)
     assert not any(module.training for module in small.policy.modules())
@@ -221,7 +221,7 @@ def test_a_run_that_tunes(small_config, jsonl, rows, tmp_path, capsys):
     whens = ["base", "before", "after"]
     assert [list(results[name]) for name in ("rouge", "length", "reward")] == [whens] * 3
     printed = capsys.readouterr().out
-    assert printed.count("tuning step ") == 10 and "toxicity [mean, std] before tuning: [" in printed
+    assert printed.count("SFT step ") == 10 and "toxicity [mean, std] before SFT: [" in printed
     (line,) = (line.split() for line in printed.splitlines() if line.startswith("ROUGE-L "))
     expected = [block["rouge"][when]["rougeL"] for block in (results, results["greedy"]) for when in whens]
     assert [float(x) for x in line[1:]] == pytest.approx(expected, abs=1e-4)
@@ -350,10 +350,10 @@ def test_families(small_config, jsonl, rows, tmp_path, make, make_tokenizer, sta
     with torch.no_grad():
         expected = plain(**inputs)
     chosen = expected.logits.log_softmax(-1).gather(-1, inputs["labels"].clamp(min=0)[..., None])[..., 0]
-    logprobs, _ = policy.score(summaries_of(tokenizer, batch))
+    logprobs, _ = policy.logprobs_and_values(summaries_of(tokenizer, batch))
     torch.testing.assert_close(logprobs, chosen.where(inputs["labels"] >= 0, 0), rtol=0, atol=1e-5)
-    optimizer = torch.optim.AdamW(policy.trained())
-    loss = tuning_step(policy, tokenizer, optimizer, batch, 1, config)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters())
+    loss = sft_step(policy, tokenizer, optimizer, batch, 1, config)
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
 
     results = detox_ppo.run(config)
