@@ -268,7 +268,7 @@ class DetoxConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Data type of the frozen base; the rest is float32. auto: bfloat16 if the hardware supports it."
     )
-    output_dir: Name = option("checkpoints/run", "Directory for all output.")
+    output_dir: Name = option("checkpoints/run", "Directory for everything that a run writes.")
     model_dir: NameOrNone = option(None, "Directory for the adapter and its card. None: output_dir.")
     checkpoint_dir: NameOrNone = option(None, "Directory for the checkpoints. None: output_dir.")
     save_steps: PositiveInt = option(10, "Steps between checkpoints.")
@@ -1222,6 +1222,14 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
 # --- Evaluation: the same prompts and random numbers, before and after -----------------------------------------------
 
 
+def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
+    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
+    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
+    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
+    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
+    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
+
+
 def evaluate_policy(
     policy: Policy,
     tokenizer,
@@ -1230,30 +1238,34 @@ def evaluate_policy(
     config: DetoxConfig,
     desc="evaluating",
     greedy=False,
+    trained=True,
 ) -> pd.DataFrame:
-    """Summarize each row's dialogue with the active adapter, sampled or greedily, and score it; in every process all.
+    """Summarize each row's dialogue with the active adapter, sampled or greedily, and score the summaries.
+
+    An adapter that is not trained yet equals the reference: its KL is 0 and takes no pass of the reference.
 
     Returns:
-        a line a row, in their order: response, length (tokens), finished (it ended before its cap), reward (its
-        score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and, of what was sampled, kl
-        (nats, to the reference).
+        one line per row, in their order and in every process: response, length (tokens), finished (it ended before
+        its limit), reward (its score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and,
+        if sampled, kl (nats, to the reference).
     """
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     mine, parts = local_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
     caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
-    width = policy.base.config.get_text_config().hidden_size
-    size = max(config.batch_size, 2**14 // width)  # small models gain by more at once
+    size = decoding_rows(policy, max(map(len, prompts)), config)
     with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
         for start in range(0, len(mine), size):
             batch, columns = mine[start : start + size], {}
             generators = None if greedy else [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
             responses = generate(policy, [prompts[i] for i in batch], generators, caps)
             if not greedy:
-                logprobs, _ = policy.logprobs_and_values(responses)
-                if not config.freeze_encoder:
-                    responses.encoder_states = None  # the reference has its own
-                with policy.as_adapter("reference"):
-                    columns["kl"] = (logprobs - policy.logprobs_and_values(responses)[0]).sum(dim=1).tolist()
+                logprobs = ref_logprobs = policy.logprobs_and_values(responses)[0]
+                if trained:
+                    if not config.freeze_encoder:
+                        responses.encoder_states = None  # the reference has its own
+                    with policy.as_adapter("reference"):
+                        ref_logprobs = policy.logprobs_and_values(responses)[0]
+                columns["kl"] = (logprobs - ref_logprobs).sum(dim=1).tolist()
             texts = plain_texts(tokenizer, responses)
             joined = [classifier.join(dialogues[i], text) for i, text in zip(batch, texts, strict=True)]
             logits, summary_logits = classifier.logits(joined), classifier.logits(texts)
@@ -1308,7 +1320,7 @@ def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConf
     """evaluate_policy's tables by decoding, sampled and greedy, with the judge's column; prints their means."""
     tables = {}
     for name in ("sampled", "greedy"):
-        how = (f"{when}, {name}", name == "greedy")
+        how = (f"{when}, {name}", name == "greedy", when == "after")
         tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, *how)
     if config.evaluates_only:  # the base was compared with itself, without the adapters: there is no reference
         del tables["sampled"]["kl"]

@@ -726,7 +726,7 @@ def test_steps_are_told_now_and_then_and_what_is_new_of_them_at_once(watched):
     # Half sentences were scored in every step; that is told once, at the first.
     assert all(line["tokens/finished_share"] < 0.5 for line in watched.metrics)
     (warning,) = re.findall(
-        r"^  warning, (step \d): .* cut(?:.*\n    )?.*output_max_length", watched.out, re.MULTILINE
+        r"^  warning, (step \d): .* truncated(?:.*\n    )?.*output_max_length", watched.out, re.MULTILINE
     )
     assert warning == "step 1"
 
