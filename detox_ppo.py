@@ -271,7 +271,7 @@ class DetoxConfig:
     output_dir: Name = option("checkpoints/run", "Directory for everything that a run writes.")
     model_dir: NameOrNone = option(None, "Directory for the adapter and its card. None: output_dir.")
     checkpoint_dir: NameOrNone = option(None, "Directory for the checkpoints. None: output_dir.")
-    save_steps: PositiveInt = option(10, "Steps between checkpoints.")
+    save_steps: PositiveInt = option(10, "Number of steps from one checkpoint to the next.")
     save_total_limit: PositiveInt = option(2, "Number of newest checkpoints to keep. One of FLAN-T5-base takes 57 MB.")
     resume: bool = option(False, "Continue from the newest valid checkpoint.")
     logging_steps: PositiveInt = option(1, "PPO steps between printed lines. metrics.jsonl has every step.")

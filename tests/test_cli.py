@@ -198,7 +198,7 @@ def test_help_explains_every_option(capsys, monkeypatch):
     assert headings == [
         ("models", "model_name"),
         ("data", "dataset_name"),
-        ("tuning", "sft_steps"),
+        ("SFT", "sft_steps"),
         ("PPO", "learning_rate"),
         ("responses", "output_min_length"),
         ("evaluation", "eval_samples"),
