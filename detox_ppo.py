@@ -57,7 +57,7 @@ from typing import Annotated, Literal
 
 from packaging.version import Version
 
-# The oldest versions that were tested; transformers 5.0 ties FLAN-T5's head to its embeddings and writes nonsense.
+# The oldest versions that were tested; transformers 5.0 wrongly ties FLAN-T5's head to its embeddings.
 unsupported = [
     f"{package} {version(package)} is older than {oldest}: pip install -U {package}"
     for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items()
@@ -68,19 +68,21 @@ if sys.platform == "win32":
 if unsupported and __name__ != "__main__":
     raise ImportError(unsupported[0])
 
-if __name__ == "__main__":  # settings of the process, which an import leaves to the importer
+if __name__ == "__main__":  # settings of the process: an import leaves them to the importer
     if unsupported:
         print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
         sys.exit(2)
-    # Libraries keep caches and settings in the home directory, and some end if there is none.
+    # Libraries keep caches and settings in the home directory; some fail without one.
     if not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
-        print(f"no home directory to write in; {os.environ['HOME']} serves. HF_HOME keeps downloads", file=sys.stderr)
-    # oneDNN keeps what it prepared for the last 1,024 shapes it met, half a megabyte each; fewer serve as well. It
-    # reads this when torch first uses it.
+        print(
+            f"no writable home directory: using {os.environ['HOME']}. Set HF_HOME to keep downloads", file=sys.stderr
+        )
+    # oneDNN caches its kernels for the last 1,024 shapes, half a megabyte each; 128 are enough. It reads the variable
+    # on its first use.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    # The imports make a million objects that stay. Without a search for garbage among them, again and again and once
-    # more at the end, a process starts and ends in two thirds of the time.
+    # The imports create a million objects that stay. Keeping the garbage collector from scanning them saves a third of
+    # the time that a process takes to start and end.
     gc.disable()
 
 import datasets
@@ -116,9 +118,9 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()
 
-SAGEMAKER = Path("/opt/ml")  # where a SageMaker training job finds and leaves its files
+SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
-NO_BAR = False if "ipykernel" in sys.modules else None  # None: where nobody watches, which a notebook seems to be
+NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: off unless stderr is a terminal
 TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
@@ -147,16 +149,16 @@ def normalize(value):
     name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
     if isinstance(name, str) and (not name.strip() or not name.isprintable() or SECRETS.search(name)):
         raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
-    if isinstance(name, str) and re.match("~(/|$)", name):  # a shell leaves it as it is in --output_dir=~/run
+    if isinstance(name, str) and re.match("~(/|$)", name):  # shells do not expand --output_dir=~/run
         return os.path.expanduser(name)
     return name
 
 
 def layer_names(value, validate_list):
-    """PEFT's rule: a list has names of layers; one text is a regular expression or "all-linear".
+    """PEFT's rule: a list holds names of layers; a string is a regular expression or "all-linear".
 
-    A flag gives even one text as a list. A text of names alone is a list of them: "q v", or "['q', 'v']" as a
-    SageMaker job writes it.
+    A flag gives even a single string as a list. A string of names only is a list of them: "q v", or "['q', 'v']" as
+    SageMaker writes it.
     """
     text = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(text, str):
@@ -184,13 +186,16 @@ class DetoxConfig:
     """Every option of a run. Flags win over `--config FILE.yaml`, which wins over these defaults."""
 
     # models
-    model_name: Name = option("google/flan-t5-base", "Encoder-decoder, hub id or directory. Larger ones write better.")
-    adapter_name: NameOrNone = option(None, "LoRA to start from, hub id or directory. None or empty: a new one.")
-    lora_r: PositiveInt = option(32, "Rank of a new LoRA. Lower saves memory; a loaded adapter keeps its own.")
+    model_name: Name = option(
+        "google/flan-t5-base", "Encoder-decoder: hub id or directory. Larger models write better."
+    )
+    adapter_name: NameOrNone = option(None, "LoRA to start from: hub id or directory. None or empty: a new one.")
+    lora_r: PositiveInt = option(32, "Rank of a new LoRA. Lower saves memory; a loaded adapter keeps its rank.")
     lora_alpha: PositiveInt = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "Dropout of a new LoRA during SFT.")
     lora_target_modules: LayerNames = option(
-        None, "Layers a new LoRA adapts: names, a regular expression or all-linear. None: PEFT's, as q v of a T5."
+        None,
+        "Layers that a new LoRA adapts: names, a regular expression or all-linear. None: PEFT's default (T5: q v).",
     )
     reward_model_name: Name = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
@@ -280,18 +285,18 @@ class DetoxConfig:
     dynamodb_table: NameOrNone = option(None, "DynamoDB table to write comparison.csv to at the end (awswrangler).")
 
     def __post_init__(self):
-        """Check what involves several options."""
+        """Check combinations of options."""
         if self.eval_samples == 0:
             raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
         if self.toxic_label == self.reward_label:
-            raise UserError(f"--toxic_label is {self.toxic_label!r}: it should be another label than reward_label's")
+            raise UserError(f"--toxic_label is {self.toxic_label!r}: it should differ from reward_label")
         if self.prompt.count("{dialogue}") != 1:
-            raise UserError(f"--prompt {self.prompt!r}: it should hold {{dialogue}} once")
+            raise UserError(f"--prompt {self.prompt!r}: it should contain {{dialogue}} once")
         if self.adapter_name and os.path.exists(os.path.join(self.adapter_name, "adapter", "adapter_config.json")):
-            self.adapter_name = os.path.join(self.adapter_name, "adapter")  # that of a run's output_dir
+            self.adapter_name = os.path.join(self.adapter_name, "adapter")  # a run's output_dir was given
         if self.judge_model_name == self.reward_model_name:
             raise UserError(
-                f"--judge_model_name {self.judge_model_name}: it is the reward model as well; name another classifier"
+                f"--judge_model_name {self.judge_model_name}: it is also the reward model; give another classifier"
             )
         if self.hub_model_id and ("/" not in self.hub_model_id or self.evaluates_only):
             why = "nothing is trained" if self.evaluates_only else "it should be OWNER/NAME"
@@ -320,10 +325,11 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
 
 
 def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """The tokenizer's columns of each text, input_ids among them, with special tokens only where it adds them.
+    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
+    itself adds them.
 
-    A dialogue that spells "</s>" must not end the prompt. split_special_tokens does not see to it with T5's
-    tokenizers: "</s>" is an ordinary piece of their vocabulary too.
+    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
+    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
     """
     encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -341,11 +347,12 @@ def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
 def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
     """Filter by length, build and tokenize the prompts, and split in file order.
 
-    rows are load_dialogues', or None where nothing is trained; evaluated are those to evaluate on, of all lengths, if
-    not the end of rows. Returns splits `train` and `test` with the columns of rows, query (the prompt) and input_ids.
+    rows are from load_dialogues, None if nothing is trained; evaluated are the rows to evaluate on, of all lengths,
+    None for the end of rows. Returns the splits `train` and `test` with the columns of rows, query (the prompt) and
+    input_ids.
     """
 
-    template = config.prompt  # alone, since datasets makes a fingerprint of all that the function uses
+    template = config.prompt  # not config: datasets hashes whatever the function uses
 
     def prompts(dialogues):
         queries = [build_prompt(dialogue, template) for dialogue in dialogues]
@@ -364,8 +371,8 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     counts = f"{len(rows):,} rows, {len(kept):,} with {shortest} < characters of dialogue <= {longest}"
     print(f"data: {counts}")
     if len(kept) - (math.ceil(config.test_size * len(kept)) if evaluated is None else 0) < 1:
-        ways = "Mind input_min_text_length, input_max_text_length and test_size"
-        raise UserError(f"--dataset_name {config.dataset_name}: none is left to train on of {counts}. {ways}.")
+        hint = "Change input_min_text_length, input_max_text_length or test_size"
+        raise UserError(f"--dataset_name {config.dataset_name}: no row is left to train on. {counts}. {hint}.")
     kept = kept.map(prompts, **how)
     if evaluated is None:
         splits = kept.train_test_split(test_size=config.test_size, shuffle=False)
@@ -380,14 +387,14 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
 
 
 def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
-    """How many evaluated dialogues are also trained on, and how many repeat an earlier evaluated one."""
+    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
     trained, counts = set(train), Counter(evaluated)
     also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
     return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
 
 
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
-    """Which of `count` rows are a step's batch: an epoch is a fresh shuffle, its last incomplete batch is dropped."""
+    """Indices of a step's batch among count rows. Each epoch has a new order; its last incomplete batch is dropped."""
     epoch, index = divmod(step - 1, count // size)
     return random_stream(seed, stream, epoch).permutation(count)[index * size : (index + 1) * size]
 
@@ -396,16 +403,16 @@ def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np
 
 
 def padded_width(lengths: Iterable[int]) -> int:
-    """The longest, rounded up to a multiple of 16: oneDNN generates code for every new width and never frees it."""
+    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
     return -(-max(map(int, lengths)) // 16) * 16
 
 
 def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
-    """Split rows into groups of similar length, in tokens, for one forward pass of a model each.
+    """Split rows into groups of similar length (tokens), one forward pass each.
 
-    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of a hidden state, so
-    that small models get large groups, and those of the logits, which are given by row. Both bounds are larger
-    without gradients, as little is kept then, and on a GPU, which needs large groups.
+    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
+    those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
+    and on a GPU, which needs large groups.
     """
     on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
     bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
@@ -423,9 +430,9 @@ def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[i
 
 @dataclasses.dataclass
 class Responses:
-    """Responses to B prompts: tokens (B, T) padded, and lengths (B,) in tokens, EOS included, on the device.
+    """Responses to B prompts: padded tokens (B, T) and lengths (B,) in tokens, EOS included, on the device.
 
-    finished (B,) tells which ended with EOS before their cap; encoder_states (B, S, d) are the sampling policy's.
+    finished (B,): whether a response ended with EOS; encoder_states (B, S, d): those of the sampling policy.
     """
 
     prompts: list[list[int]]
@@ -436,29 +443,29 @@ class Responses:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, T): every token of a response, EOS included, nothing after it."""
+        """(B, T): true for the tokens of a response, EOS included, false after it."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     def select(self, rows: list[int]) -> Responses:
-        """Some of the responses to score, padded no wider than they need."""
+        """The responses of some rows, padded no wider than they need."""
         lengths, prompts, states = self.lengths[rows], [self.prompts[i] for i in rows], self.encoder_states
         states = None if states is None else states[rows, : padded_width(map(len, prompts))]
         return Responses(prompts, self.tokens[rows, : padded_width(lengths)], lengths, encoder_states=states)
 
 
 class ValueHead(nn.Module):
-    """Predicts the return from the decoder's last hidden state; built and named as TRL's. Its dropout is never on."""
+    """Predict the return from the decoder's last hidden state. Built and named as in TRL; its dropout is never on."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.dropout = nn.Dropout(0.1)
         self.summary = nn.Linear(hidden_size, 1)
-        # A random start would add noise to every advantage (hidden states are long: std 0.7 on the small world).
+        # A random start would add noise to every advantage (std 0.7 on the toy example, as hidden states are large).
         nn.init.zeros_(self.summary.weight)
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., d) in any dtype to (...) in float32."""
+        """Map hidden states (..., d) of any dtype to values (...) in float32."""
         return self.summary(self.dropout(hidden.float())).squeeze(-1)
 
 
@@ -488,23 +495,23 @@ class Policy(nn.Module):
 
     @property
     def decoder_start(self) -> list[int]:
-        """What the decoder is given before a response: the start token and a forced one, such as NLLB's language."""
+        """The decoder's input before a response: the start token, and a forced one such as NLLB's language."""
         forced = self.base.generation_config.forced_bos_token_id
         start = [self.base.config.decoder_start_token_id]
         return start if forced is None else [*start, forced]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What learns: the adapter "default" and the value head."""
+        """The parameters that learn: those of the adapter "default" and of the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def adapters(self) -> dict[str, torch.Tensor]:
-        """The weights of both adapters and of the value head, by name: all that a run may change."""
+        """The weights that a run may change, by name: both adapters and the value head."""
         return {name: tensor for name, tensor in self.state_dict().items() if name in self.changing}
 
     def freeze_encoder(self, frozen: bool = True) -> None:
-        """Freeze the encoder's part of the adapter "default", or train it again.
+        """Freeze the encoder's part of the adapter "default", or unfreeze it.
 
-        As long as PPO leaves it as it is, policy and reference have the same encoder states.
+        While it is frozen, policy and reference have the same encoder states.
         """
         self.encoder_is_frozen = frozen
         for name, parameter in self.base.get_encoder().named_parameters():
@@ -513,19 +520,19 @@ class Policy(nn.Module):
 
     @contextmanager
     def as_adapter(self, name: str):
-        """Run with another adapter, frozen; the one before is active again afterwards, trainable if it was."""
+        """Run with another adapter, frozen; afterwards restore the previous one, trainable if it was."""
         before = self.model.active_adapter
         self.model.set_adapter(name, inference_mode=True)
         try:
             yield
         finally:
             self.model.set_adapter(before, inference_mode=before != "default")
-            if before == "default":  # PEFT made all of it trainable
+            if before == "default":  # PEFT made the entire adapter trainable
                 self.freeze_encoder(self.encoder_is_frozen)
 
     @contextmanager
     def learning(self, dropout: bool):
-        """Train mode of the base, with the LoRA's dropout or without it; afterwards all is in eval mode again."""
+        """Put the base in train mode, with or without the LoRA's dropout; afterwards return to eval mode."""
         self.base.train()
         for name, module in self.base.named_modules():
             if "lora_dropout" in name:
@@ -541,7 +548,7 @@ class Policy(nn.Module):
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     def encode(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Encoder states (B, S, d) of prompts, a micro-batch at a time; 0 where all of them are padded."""
+        """Encoder states (B, S, d) of the prompts, one micro-batch at a time."""
         states = None
         for rows in micro_batches([len(prompt) for prompt in prompts], range(len(prompts)), self.base):
             ids, mask = self.pad([prompts[i] for i in rows])
@@ -552,14 +559,14 @@ class Policy(nn.Module):
         return states
 
     def passes(self, responses: Responses, rows: Iterable[int]) -> list[list[int]]:
-        """Groups of responses for a forward pass each, by the length of what it computes: prompts or responses."""
+        """Group responses for forward passes by the length of what a pass computes: prompts, or responses alone."""
         lengths = responses.lengths.tolist()
         logits = [4 * self.base.get_output_embeddings().weight.shape[0] * length for length in lengths]
         prompts = [len(prompt) for prompt in responses.prompts]
         return micro_batches(lengths if self.encoder_is_frozen else prompts, rows, self.base, logits)
 
     def decode(self, input_ids: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
-        """The model's own outputs, whatever its family, for (B, T) decoder inputs and (B, S, d) encoder states."""
+        """The model's outputs for decoder inputs (B, T) and encoder states (B, S, d)."""
         states = BaseModelOutput(last_hidden_state=states)
         return self.base(decoder_input_ids=input_ids, encoder_outputs=states, attention_mask=attention_mask, **kwargs)
 
@@ -573,18 +580,18 @@ class Policy(nn.Module):
         inputs, attention_mask = torch.cat([start, tokens[:, :-1]], dim=1), self.pad(responses.prompts)[1]
         scored = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # of the decoder's positions
         states = self.encode(responses.prompts) if responses.encoder_states is None else responses.encoder_states
-        # The model's head reads the N real tokens alone, never padding: (N, V) logits.
+        # The language-model head reads the N real tokens, no padding: (N, V) logits.
         with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][scored]):
             outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
         values = self.value_head(outputs.decoder_hidden_states[-1][scored])
-        # One leading row, because TRL loops over rows: (1, N, V), (1, N).
+        # One leading row, because TRL loops over rows: (1, N, V) and (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, values)
 
     @torch.no_grad()
     def logprobs_and_values(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        """forward of a whole batch, a micro-batch at a time and without gradients."""
+        """forward of an entire batch, one micro-batch at a time, without gradients."""
         logprobs, values = torch.zeros(2, *responses.tokens.shape, device=self.device)
         for rows in self.passes(responses, range(len(responses.prompts))):
             part = responses.select(rows)
@@ -594,12 +601,12 @@ class Policy(nn.Module):
 
 
 def copy_to_reference(model: peft.PeftModel) -> None:
-    """Make the reference what the trained adapter is now."""
+    """Copy the trained adapter's weights to the reference."""
     peft.set_peft_model_state_dict(model, lora_weights(model), adapter_name="reference")
 
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
-    """Load the base, put on the starting adapter twice (to train, and frozen as reference); policy and tokenizer."""
+    """Load the base and two copies of the starting adapter, one to train and one frozen; returns policy, tokenizer."""
     name = config.model_name
     with as_user_error(name, "model_name"):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -608,13 +615,13 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         remove_dropout(model_config)
         base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
         tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
-        special = base.config
-        special.pad_token_id, special.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        if getattr(special, "decoder_start_token_id", None) is None:
-            special.decoder_start_token_id = base.generation_config.decoder_start_token_id
-        if special.decoder_start_token_id is None:  # as a T5Gemma does
-            special.decoder_start_token_id = getattr(getattr(special, "decoder", None), "bos_token_id", None)
-        if special.decoder_start_token_id is None:
+        model_config = base.config
+        model_config.pad_token_id, model_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if getattr(model_config, "decoder_start_token_id", None) is None:
+            model_config.decoder_start_token_id = base.generation_config.decoder_start_token_id
+        if model_config.decoder_start_token_id is None:  # T5Gemma has none
+            model_config.decoder_start_token_id = getattr(getattr(model_config, "decoder", None), "bos_token_id", None)
+        if model_config.decoder_start_token_id is None:
             raise ValueError("its config has no decoder_start_token_id")
     base.requires_grad_(False)
     torch.manual_seed(config.seed)
@@ -634,7 +641,7 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     policy.freeze_encoder(config.freeze_encoder)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with as_user_error(name, "model_name"):  # does a model of this family make its logits as others do?
+    with as_user_error(name, "model_name"):  # does this family of models compute its logits as others do?
         (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
         probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
         expected, _ = policy.logprobs_and_values(probe)
@@ -645,13 +652,13 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
             raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
     if idle := idle_layers(policy):
         source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
-        raise UserError(f"--{source}: {idle[0]} would learn nothing: no step of the model uses it")
+        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
     policy.zero_grad()
     return policy, tokenizer
 
 
 def remove_dropout(config: transformers.PreTrainedConfig) -> None:
-    """Set dropout_rate, attention_dropout, decoder_layerdrop and their like to 0, in nested configurations too."""
+    """Set dropout_rate, attention_dropout, decoder_layerdrop and so on to 0, in nested configurations too."""
     for key, value in vars(config).items():
         if isinstance(value, transformers.PreTrainedConfig):
             remove_dropout(value)
@@ -660,7 +667,7 @@ def remove_dropout(config: transformers.PreTrainedConfig) -> None:
 
 
 def idle_layers(policy: Policy) -> list[str]:
-    """Names of what should learn but has no gradient. Of a new LoRA one matrix has none but 0, as the other is 0."""
+    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
     learning = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
@@ -674,10 +681,10 @@ def idle_layers(policy: Policy) -> list[str]:
 
 
 class ToxicityClassifier:
-    """A classifier of toxic text, that of the reward or the judge; gives raw logits of plain text.
+    """A classifier of toxic text, used as the reward model or as the judge.
 
-    It computes in float32 whatever the policy's dtype: its logits are the result, and bfloat16 keeps two digits. Of
-    rewards alone the products are in the policy's.
+    It computes in float32 whatever the policy's dtype, because its logits are the result and bfloat16 keeps two
+    digits. Only for rewards are its matrix products computed in the policy's dtype.
     """
 
     def __init__(self, config: DetoxConfig, device: torch.device, judge: bool = False):
@@ -688,19 +695,19 @@ class ToxicityClassifier:
             self.model.to(device).eval().requires_grad_(False)
             self.tokenizer = load_tokenizer(name, self.model, "pad_token")
             settings = self.model.config
-            settings.pad_token_id = self.tokenizer.pad_token_id  # a GPT-2's finds the end of a text by it
-            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # a Gemma 3's has it there
+            settings.pad_token_id = self.tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
+            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # Gemma 3 has it here
             if settings.problem_type == "regression":
-                raise ValueError("it is a regression, which gives no probability of a label")
-            # Relative positions have no end, but a text's attention has to fit into memory.
+                raise ValueError("it is a regression model, without probabilities of labels")
+            # Relative positions have no limit, but the attention has to fit in memory.
             self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
             if self.max_length < 16:
-                raise ValueError(f"it reads {self.max_length} tokens, which is no text")
+                raise ValueError(f"it reads only {self.max_length} tokens")
             self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
             self.inputs = set(inspect.signature(self.model.forward).parameters)
             self.choose_padding()
         use_fast_layers(self.model)
-        # As transformers' text-classification pipeline reads them: does one label hold of a text, or each for itself?
+        # As in transformers' text-classification pipeline: softmax over exclusive labels, or a sigmoid for each.
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
         self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
         self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
@@ -711,7 +718,7 @@ class ToxicityClassifier:
 
     @torch.no_grad()
     def choose_padding(self) -> None:
-        """Pad on the side where padding leaves the logits as they are; a ValueError if that is neither."""
+        """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
         short = "I like you."
         alone = self.tokenizer(short, return_tensors="pt").to(self.model.device)
         expected = self.model(**{k: v for k, v in alone.items() if k in self.inputs}).logits[0].float().cpu()
@@ -727,13 +734,13 @@ class ToxicityClassifier:
         label, way = getattr(config, option_name), ""
         if label not in self.labels:
             if option_name == "reward_label":
-                way = "; None pays minus the logit of toxic_label"
+                way = "; with None the score is minus the logit of toxic_label"
             known = ", ".join(self.labels)
             raise UserError(f"--{option_name} {label!r} is no label of {self.model.name_or_path}: it has {known}{way}")
         return self.labels.index(label)
 
     def join(self, dialogue: str, summary: str) -> str:
-        """Dialogue + summary as one plain text that fits the classifier: the dialogue is cut, never the summary."""
+        """Dialogue + summary as one text that fits the classifier; the dialogue is truncated, never the summary."""
 
         def joined(characters):
             return f"{dialogue[:characters].rstrip()} {summary.strip()}".strip()
@@ -743,15 +750,15 @@ class ToxicityClassifier:
 
         if tokens(len(dialogue)) <= self.max_length:
             return joined(len(dialogue))
-        # Cut by characters: one character can be several tokens, so the tokens' own offsets would cut too late.
+        # Truncate by characters: one character can be several tokens, so token offsets would truncate too late.
         return joined(max(0, bisect.bisect_right(range(len(dialogue)), self.max_length, key=tokens) - 1))
 
     @torch.no_grad()
     def logits(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Raw logits (texts, labels) in float32 on the CPU, batched by length to save padding.
 
-        bfloat16 takes a CPU with units for it half the time: the products are of bfloat16, their sums in float32. It
-        moves P(toxic) by less than 0.01 (benchmarks/reward_precision.py), which rewards can bear and results need not.
+        With dtype bfloat16 the matrix products are in bfloat16, summed in float32: half the time on a CPU with
+        bfloat16 units. P(toxic) changes by less than 0.01 (benchmarks/reward_precision.py), so only rewards use it.
         """
         encoded = tokenize(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
         lengths = [len(row["input_ids"]) for row in encoded]
@@ -773,7 +780,7 @@ class ToxicityClassifier:
         return probabilities[:, index].tolist()
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
-        """What PPO raises, (texts,): the raw logit of the reward label, or minus that of the toxic one."""
+        """The score (texts,) that PPO maximizes: the raw logit of reward_label, or minus that of toxic_label."""
         return -logits[:, self.toxic_index] if self.reward_index is None else logits[:, self.reward_index]
 
     def scores(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -781,10 +788,10 @@ class ToxicityClassifier:
 
 
 class Toxicity(evaluate.Measurement):
-    """The toxicity measurement of `evaluate`, over a classifier that is already in memory.
+    """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
 
-    `evaluate.load("toxicity")` would download and run code, and load the classifier once more. The interface is
-    its own: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
+    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
     """
 
     def __init__(self, classifier: ToxicityClassifier):
@@ -806,7 +813,7 @@ class Toxicity(evaluate.Measurement):
 
 
 def print_examples(classifier: ToxicityClassifier) -> None:
-    """Score the two English sentences of the published notebooks, as a check that a reader can make by eye."""
+    """Score the two example sentences of the published notebooks, for a check by eye."""
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
         logits = classifier.logits([text])
         probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
@@ -819,48 +826,51 @@ def print_examples(classifier: ToxicityClassifier) -> None:
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row from softmax(logits (B, V)) by inverting its cumulative sum at uniforms (B,) in [0, 1).
+    """Draw one token per row from softmax(logits (B, V)) by inverting its cumulative sum at uniforms (B,) in [0, 1).
 
-    One uniform a row instead of V exponentials: the draw costs little, and each row can own its random numbers.
+    One uniform per row instead of V exponentials: cheap, and each row has its own random numbers.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # Rounding may carry u * total up to total, beyond the last token.
+    # Rounding may push u * total up to total, beyond the last token.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Logits that are not finite give no token; the step is skipped later because its log-probabilities are not finite.
+    # Logits that are not finite give an arbitrary token; the step is skipped later, as its log-probabilities are not
+    # finite either.
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: list[list[int]], generators: list | None, caps: tuple[int, int]) -> Responses:
+def generate(policy: Policy, prompts: list[list[int]], generators: list | None, limits: tuple[int, int]) -> Responses:
     """Generate a response to each prompt in one batch: sampled, or greedy without generators.
 
-    Each row draws its max_new_tokens (uniform over the range caps, inclusive) and its tokens from its own generator,
-    so a response does not depend on the other rows of the batch. Greedy decoding uses the upper end of caps.
+    Each row draws its max_new_tokens (uniform in limits, inclusive) and its tokens from its own generator, so a
+    response does not depend on the other rows of the batch. Greedy decoding uses the upper limit.
     """
-    special, device, count = policy.base.config, policy.device, len(prompts)
-    limits = [int(generator.integers(*caps, endpoint=True)) for generator in generators or []] or [caps[1]] * count
-    width, limits = max(limits), torch.tensor(limits, device=device)
+    model_config, device, count = policy.base.config, policy.device, len(prompts)
+    max_new_tokens = [limits[1]] * count
+    if generators:
+        max_new_tokens = [int(generator.integers(*limits, endpoint=True)) for generator in generators]
+    width, max_new_tokens = max(max_new_tokens), torch.tensor(max_new_tokens, device=device)  # (B,)
     if generators:
         uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
     attention_mask, encoder_states = policy.pad(prompts)[1], policy.encode(prompts)  # (B, S), (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-    tokens = torch.full((count, padded_width(limits)), special.pad_token_id, device=device)  # (B, T)
-    lengths, finished = torch.zeros_like(limits), torch.zeros_like(limits, dtype=torch.bool)
+    tokens = torch.full((count, padded_width(max_new_tokens)), model_config.pad_token_id, device=device)  # (B, T)
+    lengths, finished = torch.zeros_like(max_new_tokens), torch.zeros_like(max_new_tokens, dtype=torch.bool)
     running = ~finished
-    rows, states = torch.arange(count, device=device), encoder_states  # rows still decoding: (D,), (D, S, d)
+    rows, states = torch.arange(count, device=device), encoder_states  # of the D rows still decoding: (D,), (D, S, d)
     last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
     for position in range(width):
         logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
         drawn = sample_tokens(logits.float(), uniforms[rows, position]) if generators else logits.argmax(-1)  # (D,)
-        tokens[rows, position] = torch.where(running[rows], drawn, special.pad_token_id)
+        tokens[rows, position] = torch.where(running[rows], drawn, model_config.pad_token_id)
         lengths += running
-        finished |= running & (tokens[:, position] == special.eos_token_id)
-        running = ~finished & (lengths < limits)
+        finished |= running & (tokens[:, position] == model_config.eos_token_id)
+        running = ~finished & (lengths < max_new_tokens)
         if not running.any():
             break
         if running.sum() <= 0.75 * len(rows):
-            # A finished row costs as much as a running one, but dropping rows copies the caches of the others.
+            # A finished row costs as much as a running one, but dropping rows copies the caches of the kept ones.
             kept = running[rows]
             cache.batch_select_indices(kept)
             rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
@@ -873,20 +883,20 @@ def plain_texts(tokenizer, responses: Responses) -> list[str]:
 
 
 def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's share of the rows, interleaved by length so that each process gets some of every length."""
+    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
     state = PartialState()
     return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
 
 
 def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
-    """Gather a column (b, ...) of every process's rows (equally many) into the batch's (B, ...), padded with 0."""
+    """Gather a column (b, ...) of each process's rows (equally many) into the batch's (B, ...), padded with 0."""
     order = gather(torch.tensor(rows, device=column.device))
     return gather(pad_across_processes(column, dim=1))[order.argsort()]
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str):
-    """Add the seconds that a block takes to seconds[name]."""
+    """Add the duration of a block, in seconds, to seconds[name]."""
     started = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
@@ -896,15 +906,15 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     """Sample a response to each prompt of a batch and score it; each process handles its share of the rows.
 
     Returns:
-        the responses and a dict of scores (B,), logprobs (nats), values and ref_logprobs (all (B, T)), for the entire
-        batch in every process. The time of each stage is added to seconds.
+        the responses, and a dict with scores (B,), logprobs (nats), values and ref_logprobs (all (B, T)) of the entire
+        batch, in every process. Adds the time of each stage to seconds.
     """
     prompts, dialogues, keys = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
     rows = local_rows(range(len(batch)), [len(prompt) for prompt in prompts])
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
-        caps = (config.output_min_length, config.output_max_length)
-        responses = generate(policy, [prompts[i] for i in rows], generators, caps)
+        limits = (config.output_min_length, config.output_max_length)
+        responses = generate(policy, [prompts[i] for i in rows], generators, limits)
         texts = plain_texts(tokenizer, responses)
     with timed(seconds, "time/logprobs"):
         logprobs, values = policy.logprobs_and_values(responses)
@@ -1251,13 +1261,13 @@ def evaluate_policy(
     """
     prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     mine, parts = local_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
-    caps = (config.eval_max_new_tokens, config.eval_max_new_tokens)
+    limits = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     size = decoding_rows(policy, max(map(len, prompts)), config)
     with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
         for start in range(0, len(mine), size):
             batch, columns = mine[start : start + size], {}
             generators = None if greedy else [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
-            responses = generate(policy, [prompts[i] for i in batch], generators, caps)
+            responses = generate(policy, [prompts[i] for i in batch], generators, limits)
             if not greedy:
                 logprobs = ref_logprobs = policy.logprobs_and_values(responses)[0]
                 if trained:
