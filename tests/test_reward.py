@@ -296,7 +296,7 @@ def test_judge(small_config, tiny, tmp_path):
     assert table["judge_toxicity"].tolist() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="--judge_label 'rude' is no label of .*: it has insult, toxic"):
         detox_ppo.add_judge({}, small_config(judge_model_name=path, judge_label="rude"), torch.device("cpu"))
-    with pytest.raises(UserError, match="--judge_model_name .* it is the reward model as well"):
+    with pytest.raises(UserError, match="--judge_model_name .* it is also the reward model"):
         small_config(judge_model_name=tiny / "classifier")
 
 
