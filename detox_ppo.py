@@ -961,7 +961,7 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tup
     terms log p - log p_ref, both (B, T), 0 outside the mask (B, T).
     """
     kl = (logprobs - ref_logprobs) * mask
-    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # no token of the response after it
+    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # the response ends here
     return scores[:, None] * last - kl_coef * kl, kl
 
 
@@ -1001,7 +1001,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> t
 
 
 def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tuple[torch.Tensor, dict]:
-    """Half the mean squared error of values (B, T), each moved by cliprange_value at most; and the clipped share."""
+    """Half the mean squared error of values (B, T), clipped to old_values +- cliprange_value; clipped share."""
     clipped = torch.max(torch.min(values, old_values + cliprange_value), old_values - cliprange_value)
     losses, clipped_losses = (values - returns) ** 2, (clipped - returns) ** 2
     stats = {"ppo/val/clipfrac": masked_mean((clipped_losses > losses).float(), mask)}
@@ -1021,13 +1021,13 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
-    """Add the other processes' gradients to these parameters' own; returns the sum of all processes' stats."""
-    for parameter in parameters:  # this process had no row, or it is the value head during SFT
+    """Add up the gradients of all processes in place; returns the sum of their stats."""
+    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if PartialState().num_processes == 1:
         return stats
     gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # one message for all tensors
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
     nn.utils.vector_to_parameters(summed, gradients)
     total = Counter()
     for part in gather_object([stats]):
@@ -1044,15 +1044,19 @@ def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
 def update(
     policy: Policy, optimizer, responses: Responses, summaries: Responses | None, rollout: dict, step: int, config
 ) -> dict:
-    """Learn from a batch, minibatch by minibatch.
+    """Optimize the policy on a batch, one minibatch at a time.
 
-    A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped.
+    A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped. It passes
+    through the model in micro-batches, divided among the processes; weighted by their tokens, their gradients add up
+    to the minibatch's.
 
-    rollout has logprobs, values, advantages and returns, all (B, T); summaries are the human ones to learn as well
-    (ptx_coef), of length 0 where there is none. A minibatch passes through the model in micro-batches, divided among
-    the processes; weighted by their tokens, their gradients add up to the minibatch's. Returns the means of the
-    applied minibatches' stats (of all, if the ratio skipped all), without numbers that are not finite; nothing if no
-    minibatch was applied because of gradients that are not finite.
+    Args:
+        rollout: logprobs, values, advantages and returns, all (B, T).
+        summaries: human summaries for the loss of ptx_coef, of length 0 where a row has none; None without that loss.
+
+    Returns:
+        the means of the stats of the applied minibatches (of all of them, if the ratio skipped all), without values
+        that are not finite. Empty if gradients that are not finite left no minibatch to apply.
     """
     parameters, mask = policy.trainable_parameters(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
@@ -1063,7 +1067,7 @@ def update(
         for mb in order.reshape(-1, config.mini_batch_size):
             optimizer.zero_grad()
             stats = Counter()
-            # With the encoder frozen a process trains on the rows whose encoder states it has.
+            # With a frozen encoder, a process trains on the rows whose encoder states it holds.
             local = [row for row in mb if row in sampled_here] if config.freeze_encoder else local_rows(mb, lengths)
             for rows in policy.passes(responses, local):
                 part = responses.select(rows)
@@ -1104,10 +1108,10 @@ def update(
 
 
 def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int, kl_coef: float, config) -> dict:
-    """Sample responses to a batch of prompts, score them, and learn from them; returns the step's metrics.
+    """One PPO step: sample responses to a batch of prompts, score them, optimize; returns the step's metrics.
 
-    Numbers that are not finite never reach a weight. ppo/skipped_steps is 1 if the rollout has any, or if no minibatch
-    was applied because of gradients that are not finite; ppo/skipped_minibatches counts single ones.
+    Values that are not finite never reach a weight. ppo/skipped_steps is 1 if the rollout has any, or if gradients
+    that are not finite left no minibatch to apply; ppo/skipped_minibatches counts skipped minibatches.
     """
     if config.lr_scheduler_type == "linear":
         decay(optimizer, config.learning_rate, step, config.max_ppo_steps)
@@ -1152,8 +1156,9 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
 def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) -> Responses:
     """A batch's human summaries, as responses to its prompts.
 
-    Each ends with EOS, whether or not the tokenizer adds it. One over sft_max_target_length loses it with its end, so
-    that none teaches to stop in mid-sentence. Behind a forced token the tokenizer's own first one is left out.
+    Each ends with EOS, whether or not the tokenizer adds one. A truncated summary (sft_max_target_length) has no EOS,
+    so that the policy does not learn to stop in mid-sentence. The tokenizer's first special token is dropped where the
+    decoder starts with a forced one.
     """
     eos, summaries = policy.base.config.eos_token_id, []
     for ids in token_ids(tokenizer, list(batch["summary"])):
@@ -1167,7 +1172,7 @@ def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) ->
 
 
 def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxConfig) -> Responses:
-    """As tokenize_summaries, with length 0 where a row has no summary or the classifier calls it toxic (P > TOXIC)."""
+    """tokenize_summaries with length 0 for rows without a summary and for toxic summaries (P > TOXIC)."""
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
     rows = local_rows(range(len(batch)), [len(prompt) for prompt in summaries.prompts])
     texts = [batch["summary"][i] for i in rows]
@@ -1178,21 +1183,21 @@ def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxC
 
 
 def check_summaries(classifier, train, config: DetoxConfig) -> None:
-    """End with a UserError before the first step if ptx_coef has no clean human summary to learn."""
+    """Raise a UserError if there is no clean human summary for the loss of ptx_coef."""
     texts = [text for text in train["summary"] if text]
     for start in range(0, len(texts), config.batch_size):
         if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
             return
-    fault = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
-    way = "Set it to 0, or name other dialogues with --dataset_name"
-    raise UserError(f"--ptx_coef {config.ptx_coef} learns the clean human summaries, but {fault}. {way}.")
+    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
+    hint = "Set it to 0, or give other dialogues with --dataset_name"
+    raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
 
 
 def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_states=None) -> torch.Tensor:
-    """Minus the log-probabilities of some rows' human summaries, in nats, summed and divided by a count of tokens.
+    """Negative log-likelihood of the human summaries of some rows, in nats: their sum divided by a number of tokens.
 
-    encoder_states (rows, S, d) are computed unless they are given; summaries of length 0 take no part. In PPO this is
-    the pretraining loss of PPO-ptx (Ouyang et al., 2022, section 3.5), on the task's own summaries.
+    encoder_states (rows, S, d) are computed if not given; summaries of length 0 are skipped. In PPO this is the
+    pretraining loss of PPO-ptx (Ouyang et al., 2022, section 3.5), with the task's own summaries as data.
     """
     with_summary = [i for i, row in enumerate(rows) if summaries.lengths[row] > 0]
     if not with_summary:
@@ -1205,10 +1210,10 @@ def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_sta
 
 
 def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
-    """One SFT step on a batch of human summaries; returns the loss, the mean of -log p over their tokens, in nats.
+    """One SFT step on a batch of human summaries; returns the loss, the mean of -log p per token, in nats.
 
-    The learning rate decays linearly and gradients are clipped to norm 1, as in transformers' Trainer. Several
-    processes share the rows, each with its own dropout masks, so the result depends on their number.
+    The learning rate decays linearly and gradients are clipped to norm 1, as in transformers' Trainer. Each process
+    draws its own dropout masks, so the result depends on the number of processes.
     """
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
     prompt_lengths, stats = [len(prompt) for prompt in summaries.prompts], Counter()
@@ -1222,8 +1227,8 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
             stats["loss"] += loss.item()
     loss = sum_over_processes(policy.trainable_parameters(), stats)["loss"]
     if not nn.utils.clip_grad_norm_(policy.trainable_parameters(), 1.0).isfinite():
-        way = f"Set dtype float32 (it is {policy.base.dtype}), or lower sft_learning_rate"
-        raise UserError(f"SFT step {step}: the gradients are not finite. {way}.")
+        hint = f"Set dtype float32 (it is {policy.base.dtype}), or lower sft_learning_rate"
+        raise UserError(f"SFT step {step}: the gradients are not finite. {hint}.")
     decay(optimizer, config.sft_learning_rate, step, config.sft_steps)
     optimizer.step()
     return loss

@@ -215,7 +215,9 @@ def test_labels_that_do_not_exclude_each_other_need_no_reward_label(small_config
 
 def test_without_a_harmless_label_the_message_names_the_way_out(small_config, tiny, tmp_path):
     path = one_of("bert", tiny, tmp_path / "one", ["toxic"])
-    with pytest.raises(UserError, match="--reward_label 'nothate' is no label of .* it has toxic; with None the score is minus"):
+    with pytest.raises(
+        UserError, match="--reward_label 'nothate' is no label of .* it has toxic; with None the score is minus"
+    ):
         load(small_config, path, toxic_label="toxic")
 
 
