@@ -1,11 +1,26 @@
-"""freeze_encoder, the bounds of its passes, and R@1: whether a summary is nearest to its own dialogue."""
+"""freeze_encoder, ptx_coef, the bounds of their passes, and R@1: is a summary nearest to its own dialogue?"""
 
+import dataclasses
+
+import datasets
 import numpy as np
+import peft
 import pytest
 import torch
-from test_policy import ppo
+from test_policy import ppo, some_responses
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from detox_ppo import UserError, character_counts, micro_batches, retrieval_at_1
+import detox_ppo
+from detox_ppo import (
+    UserError,
+    character_counts,
+    clean_summaries,
+    micro_batches,
+    random_stream,
+    retrieval_at_1,
+    roll_out,
+    update,
+)
 
 
 def test_retrieval_at_1_by_hand():
@@ -28,8 +43,9 @@ def test_many_short_prompts_with_long_responses_are_split_by_their_logits(small)
     assert split == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-def test_only_the_decoder_and_the_value_head_learn(load_small, classifier, splits):
-    small = load_small(freeze_encoder=True)
+@pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
+def test_only_the_decoder_and_the_value_head_learn(load_small, classifier, splits, ptx_coef):
+    small = load_small(freeze_encoder=True, ptx_coef=ptx_coef)
     policy = small.policy
     before = {name: value.clone() for name, value in policy.adapters().items()}
     rows = []
@@ -40,9 +56,172 @@ def test_only_the_decoder_and_the_value_head_learn(load_small, classifier, split
     hook.remove()
     assert sum(rows) == 4
     assert metrics["objective/kl"] == 0
+    assert ("ppo/loss/ptx" in metrics) == (ptx_coef > 0)
+    parts = metrics["ppo/loss/policy"] + small.config.vf_coef * metrics["ppo/loss/value"]
+    parts += ptx_coef * metrics.get("ppo/loss/ptx", 0)
+    assert metrics["ppo/loss/total"] == pytest.approx(parts, rel=1e-5)
     changed = {name for name, value in policy.adapters().items() if not torch.equal(value, before[name])}
     assert changed and any(name.startswith("value_head.") for name in changed)
     assert all(name.startswith("value_head.") or ".decoder." in name and ".default." in name for name in changed)
+
+
+# What an update learns
+
+
+@pytest.fixture(scope="module")
+def learner(load_small):
+    """A policy whose updates leave its weights as they are."""
+    return load_small()
+
+
+def gradients_of_update(small, batch, frozen, summaries=None, **options):
+    """The gradients of each minibatch of an update on made-up responses, by name, and the update's stats."""
+    policy, generator = small.policy, torch.Generator().manual_seed(0)
+    options = {"batch_size": len(batch), "mini_batch_size": len(batch), "freeze_encoder": frozen} | options
+    config = dataclasses.replace(small.config, **options)
+    responses = some_responses(small, len(batch))
+    responses.prompts = list(batch["input_ids"])
+    scored = policy.logprobs_and_values(responses)
+    noise = torch.randn(4, *responses.tokens.shape, generator=generator)
+    rollout = {"logprobs": scored[0] + 0.3 * noise[0], "values": scored[1] + 0.3 * noise[1]}
+    rollout |= {"advantages": noise[2], "returns": noise[3]}
+    if frozen:
+        with torch.no_grad():
+            responses.encoder_states = policy.encode(responses.prompts)
+    found = []
+    policy.zero_grad()
+    policy.freeze_encoder(frozen)
+    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0)
+    optimizer.register_step_pre_hook(
+        lambda *_: found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    )
+    stats = update(policy, optimizer, responses, summaries, rollout, 1, config)
+    policy.freeze_encoder(False)
+    assert stats["ppo/skipped_minibatches"] == 0
+    return found, stats
+
+
+def assert_close(found, expected):
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max(), name
+
+
+def test_a_frozen_encoder_leaves_the_other_gradients_as_they_are(learner, splits):
+    batch = splits["train"].select(range(12))
+    (expected,), stats = gradients_of_update(learner, batch, frozen=False)
+    (found,), frozen_stats = gradients_of_update(learner, batch, frozen=True)
+    assert frozen_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+    of_the_encoder = {name for name in expected if ".encoder." in name}
+    assert of_the_encoder and found.keys() == expected.keys() - of_the_encoder
+    assert all(gradient.any() for gradient in expected.values())
+    assert_close(found, expected)
+
+
+def test_a_rollout_shares_the_encoder_states_with_the_reference(load_small, classifier, splits):
+    """After a step, by which policy and reference differ; without sharing, each has its own."""
+    small, batch = load_small(freeze_encoder=True), splits["train"].select(range(4, 8))
+    ppo(small, classifier, splits)
+    rollouts = []
+    for frozen in (True, False):
+        config = dataclasses.replace(small.config, freeze_encoder=frozen)
+        responses, rollout = roll_out(small.policy, small.tokenizer, classifier, batch, 2, config, {})
+        assert (responses.encoder_states is None) != frozen
+        rollouts.append(rollout | {"tokens": responses.tokens})
+    torch.testing.assert_close(*rollouts, rtol=1e-4, atol=1e-4)
+    assert (rollouts[0]["ref_logprobs"] - rollouts[0]["logprobs"]).abs().max() > 1e-3
+
+
+# ptx_coef: the clean human summaries
+
+
+RUDE = "#Person1# is a stupid idiot."
+
+
+@pytest.fixture(scope="module")
+def batch(splits):
+    """Twelve rows: two without a human summary, some with a toxic one."""
+    columns = splits["train"].select(range(12)).to_dict()
+    for row in (2, 7):
+        columns["summary"][row] = ""
+    return datasets.Dataset.from_dict(columns)
+
+
+@pytest.fixture(scope="module")
+def clean(tiny, batch):
+    """Which rows have a summary that the classifier, as transformers loads it, does not call toxic."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "classifier").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "classifier")
+    inputs = tokenizer(list(batch["summary"]), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        toxicity = model(**inputs).logits.softmax(dim=-1)[:, model.config.label2id["hate"]]
+    assert (toxicity > 0.5).sum() >= 3
+    return [row for row, text in enumerate(batch["summary"]) if text and toxicity[row] <= 0.5]
+
+
+def labels_loss(tiny, batch, rows):
+    """The loss and gradients that transformers and PEFT give for human summaries as labels, padding ignored."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tiny / "base", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tiny / "adapter", is_trainable=True).eval()
+    inputs = tokenizer([batch["query"][row] for row in rows], padding=True, return_tensors="pt")
+    targets = tokenizer(text_target=[batch["summary"][row] for row in rows], padding=True, return_tensors="pt")
+    labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
+    loss = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
+    loss.backward()
+    return loss.item(), {f"model.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows_per_pass", [1, 12])
+def test_ptx_adds_the_gradient_of_the_labels_loss(
+    learner, classifier, tiny, batch, clean, frozen, rows_per_pass, monkeypatch
+):
+    """For each minibatch, a mean over the tokens of its clean summaries, however many passes it takes."""
+    if rows_per_pass == 1:
+        monkeypatch.setattr(detox_ppo, "micro_batches", lambda lengths, rows, *_: [[int(row)] for row in rows])
+    summaries = clean_summaries(learner.policy, learner.tokenizer, classifier, batch, learner.config)
+    options = {"mini_batch_size": 4, "ptx_coef": 0.7}
+    without, _ = gradients_of_update(learner, batch, frozen, **options)
+    found, stats = gradients_of_update(learner, batch, frozen, summaries, **options)
+    order = random_stream(learner.config.seed, detox_ppo.MINIBATCH, 1, 0).permutation(12).reshape(3, 4)
+    losses = []
+    for minibatch, alone, both in zip(order, without, found, strict=True):
+        loss, expected = labels_loss(tiny, batch, [row for row in minibatch if row in clean])
+        losses.append(loss)
+        assert both.keys() == alone.keys() and (frozen or expected.keys() < both.keys())
+        assert_close(
+            {name: both[name] - alone[name] for name in expected.keys() & both.keys()},
+            {name: 0.7 * gradient for name, gradient in expected.items()},
+        )
+        assert all(torch.equal(both[name], alone[name]) for name in both.keys() - expected.keys())
+    assert stats["ppo/loss/ptx"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("text", ["", RUDE])
+def test_rows_without_a_clean_summary_add_nothing(learner, classifier, batch, frozen, text):
+    rows = datasets.Dataset.from_dict(batch.to_dict() | {"summary": [text] * 12})
+    summaries = clean_summaries(learner.policy, learner.tokenizer, classifier, rows, learner.config)
+    (without,), _ = gradients_of_update(learner, rows, frozen)
+    (found,), stats = gradients_of_update(learner, rows, frozen, summaries, ptx_coef=0.7)
+    assert stats["ppo/loss/ptx"] == 0 and found.keys() == without.keys()
+    assert all(torch.equal(found[name], without[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "text, fault", [("", "but there are none. Set it to 0"), (RUDE, "classifier calls all of them toxic. Set it to 0")]
+)
+def test_ptx_without_a_clean_summary_is_a_mistake(small_arguments, dialogues, tmp_path, capsys, text, fault):
+    path = tmp_path / "rows.csv"
+    detox_ppo.read_table(dialogues / "train.csv").assign(summary=text).to_csv(path, index=False)
+    options = {"dataset_name": path, "ptx_coef": 0.5, "output_dir": tmp_path / "run"}
+    with pytest.raises(SystemExit) as end:
+        detox_ppo.main(small_arguments(**options))
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "error" in line]
+    assert end.value.code == 2 and "--ptx_coef 0.5" in line and fault in line
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]  # no checkpoint, no evaluation
+    assert "before detox" not in printed.out
 
 
 def test_a_lora_of_the_encoder_alone_leaves_nothing_to_freeze(load_small):
