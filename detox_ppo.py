@@ -2131,7 +2131,7 @@ def print_parameters(policy: Policy) -> None:
     print(policy.value_head)
     head = sum(parameter.numel() for parameter in policy.value_head.parameters())
     trained, both = policy.model.get_nb_trainable_parameters()
-    total = both - trained  # with one LoRA, not the reference's as well
+    total = both - sum(tensor.numel() for tensor in lora_weights(policy.model, "reference").values())
     with policy.as_adapter("reference"):
         frozen, _ = policy.model.get_nb_trainable_parameters()
     counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
