@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_policy import ppo, some_responses
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -129,6 +130,18 @@ def test_a_rollout_shares_the_encoder_states_with_the_reference(load_small, clas
         rollouts.append(rollout | {"tokens": responses.tokens})
     torch.testing.assert_close(*rollouts, rtol=1e-4, atol=1e-4)
     assert (rollouts[0]["ref_logprobs"] - rollouts[0]["logprobs"]).abs().max() > 1e-3
+
+
+def test_sft_trains_the_encoder_that_ppo_then_leaves(small_config, quick, tmp_path):
+    """By the files that a run leaves: the adapter after SFT, whose start was the identity, and the one after PPO."""
+    options = {"adapter_name": "", "sft_steps": 2, "sft_batch_size": 4, "max_ppo_steps": 1, "learning_rate": 1e-3}
+    detox_ppo.run(small_config(freeze_encoder=True, output_dir=tmp_path, eval_samples=1, **options))
+    sft, ppo = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sft_adapter", "adapter"))
+    assert sft.keys() == ppo.keys()
+    unchanged = {name for name, tensor in sft.items() if torch.equal(tensor, ppo[name])}
+    of_the_encoder = {name for name in sft if ".encoder." in name}
+    assert of_the_encoder == unchanged
+    assert all(sft[name].any() for name in of_the_encoder if "lora_B" in name)
 
 
 # ptx_coef: the clean human summaries

@@ -125,6 +125,12 @@ def test_counts_at_flan_t5_base(small_config, capsys):
         assert "policy with value head: trainable 3,539,713 of 251,117,569 = 1.41%" in printed
         assert "reference: trainable 0 of 251,117,569 = 0.00%" in printed
         assert "Dropout(p=0.1" in printed and "Linear(in_features=768, out_features=1, bias=True)" in printed
+    policy.freeze_encoder()  # what is left: q and v of the decoder's self- and cross-attention
+    print_parameters(policy)
+    printed = capsys.readouterr().out
+    assert "policy: trainable 2,359,296 of 251,116,800 = 0.94%" in printed
+    assert "policy with value head: trainable 2,360,065 of 251,117,569 = 0.94%" in printed
+    assert sum(parameter.numel() for parameter in policy.trainable_parameters()) == 2_359_296 + 769
 
 
 # Two adapters on one base

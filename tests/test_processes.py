@@ -116,10 +116,22 @@ def launched(endless, tmp_path_factory):
     process.wait()
 
 
+def run_by_one_and_two(forked, args, base):
+    """Directories of the same run by one process and by two; "told" in each: what all of its processes printed."""
+    found = {1: base / "one", 2: base / "two"}
+    runs = {
+        count: fork(forked, args, path, [FAST, ["noted_run:note", {"directory": str(path)}]], count)
+        for count, path in found.items()
+    }
+    for count, path in found.items():
+        assert [run.wait() for run in runs[count]] == [0] * count, [run.output for run in runs[count]]
+        (path / "told").write_text("".join(run.output for run in runs[count]))
+    return found
+
+
 @pytest.fixture(scope="module")
 def ended(small_arguments, forked, tmp_path_factory):
-    """Directories of the same run by one process and by two; "told" in each: what all of its processes printed."""
-    base = tmp_path_factory.mktemp("ended")
+    """A run with all its stages, by one process and by two."""
     args = small_arguments(
         adapter_name="",
         lora_dropout=0,  # each process would have its own
@@ -135,15 +147,7 @@ def ended(small_arguments, forked, tmp_path_factory):
         save_total_limit=9,
         report_to="tensorboard",
     )
-    found = {1: base / "one", 2: base / "two"}
-    runs = {
-        count: fork(forked, args, path, [FAST, ["noted_run:note", {"directory": str(path)}]], count)
-        for count, path in found.items()
-    }
-    for count, path in found.items():
-        assert [run.wait() for run in runs[count]] == [0] * count, [run.output for run in runs[count]]
-        (path / "told").write_text("".join(run.output for run in runs[count]))
-    return found
+    return run_by_one_and_two(forked, args, tmp_path_factory.mktemp("ended"))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, tmp_path):
@@ -253,6 +257,19 @@ def test_two_processes_learn_what_one_does(ended):
         assert (tensor - adapters[1][name]).norm() < 1e-2 * tensor.norm(), name
     texts = [pd.read_csv(path / "run" / "comparison.csv", dtype=str) for path in (one, two)]
     assert texts[0]["response_after"].equals(texts[1]["response_after"])
+
+
+def test_two_processes_share_the_encoder_states_and_the_human_summaries(small_arguments, forked, tmp_path):
+    """Each trains on the rows that it sampled: of a minibatch of three it may have none or all."""
+    options = {"freeze_encoder": True, "ptx_coef": 0.5, "batch_size": 6, "mini_batch_size": 3, "ppo_epochs": 2}
+    args = small_arguments(learning_rate=1e-3, eval_samples=2, **options)
+    one, two = run_by_one_and_two(forked, args, tmp_path).values()
+    equal, count, worst, difference = compare(one, two)
+    assert count == 2 * 6 + 2 * 2 * 2 and equal == 1 and difference < 1e-3, worst
+    assert min(line["ppo/loss/ptx"] for line in read_metrics(one)) > 0
+    adapters = [load_file(path / "run" / "adapter" / "adapter_model.safetensors") for path in (one, two)]
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).norm() < 1e-2 * tensor.norm(), name
 
 
 def test_one_process_speaks_and_writes(ended):

@@ -33,7 +33,8 @@ def complaint(args, capsys):
 
 def test_kill_points(forked, tmp_path):
     """A few of them: python tests/kill_points.py runs through 132."""
-    found = kill_points.main(11, forked, tmp_path, sft_steps=2, max_ppo_steps=2)
+    options = {"sft_steps": 2, "max_ppo_steps": 2, "freeze_encoder": True, "ptx_coef": 0.5}
+    found = kill_points.main(11, forked, tmp_path, **options)
     assert found["lost"] == [] and found["survived"] == found["points"] == 11 and found["kills"] >= 11
     assert all(row["points"] for row in found["phases"].values())
 
