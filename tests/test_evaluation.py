@@ -324,6 +324,24 @@ def test_a_policy_that_says_the_same_of_everything_is_found_out(small, tiny, few
     assert ("content lost: R@1 " if bland else "content kept: R@1 ") in results["verdict"]
 
 
+@pytest.mark.parametrize("toxicity, warned", [(0.1, ["reward hacking"]), (0.9, [])])
+def test_a_bland_policy_is_found_out_without_human_summaries(small, tiny, few, capsys, toxicity, warned):
+    """By R@1 alone, which needs none; where toxicity did not fall, no reward was hacked, but the content is lost."""
+    rows = pd.read_csv(tiny / "dialogues" / "train.csv").head(40)
+    before = table_of([f"{text} He is an idiot." for text in rows["summary"]], np.linspace(0.5, 0.8, 40))
+    tables = {"before": before, "after": table_of([BLAND] * 40, toxicity)}
+    both = {when: {"sampled": table, "greedy": table} for when, table in tables.items()}
+    human = pd.DataFrame({"dialogue_toxicity": [0.1] * 40, "response": None})
+    results = build_results(both, human, rows.assign(summary=""), RunState({}, {}), small.config)
+    assert "rougeL" not in results["quality"]["after"] and list(results["warnings"]) == warned
+    print_results(results, build_comparison(rows.assign(summary=""), *both.values()))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "; content lost: R@1 " in results["verdict"] and results["verdict"] in printed
+    assert all(f"warning: {results['warnings'][kind]}" in printed for kind in warned)
+    for block in (results, results["greedy"]):
+        assert block["quality"]["after"]["retrieval_at_1"] <= 1 / 40
+
+
 def test_the_verdict_has_toxicity_and_content(small, few):
     human = {"toxicity": [0.1] * 12, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
     texts = [f"{count} tickets" for count in range(12)]
