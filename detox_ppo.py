@@ -2941,8 +2941,6 @@ KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, 
     "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
     "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
     r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
-    r"^(?!RuntimeError|AcceleratorError).*(No space left|quota|Read-only file|Input/output error|Permission denied|"
-    "not permitted|Is a directory)": RESUME_HINT,
 }
 
 
@@ -2966,7 +2964,8 @@ def explain(error: Exception) -> str | None:
     if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
         return None
     ways = (way for words, way in KNOWN_ERRORS.items() if re.search(words, one_line(error), re.IGNORECASE))
-    return next((str(UserError(f"{one_line(error)}. {way}.")) for way in ways), None)
+    way = next(ways, RESUME_HINT if isinstance(error, OSError | SafetensorError) else None)
+    return way and str(UserError(f"{one_line(error)}. {way}."))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from kill_points import FAST, content, differences, left, strike, wait_for_steps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import detox_ppo
@@ -175,8 +176,19 @@ def test_every_kind_of_out_of_memory(allocate):
 
 def test_a_defect_is_shown_as_one():
     assert detox_ppo.explain(ValueError("a defect")) is None
-    assert detox_ppo.explain(RuntimeError("CUDA error: operation not permitted")) is None  # no disk is full
-    assert detox_ppo.explain(OSError(1, "Operation not permitted")) is not None
+    assert detox_ppo.explain(RuntimeError("CUDA error: operation not permitted")) is None  # no file is at fault
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(1, "Operation not permitted"),
+        OSError(116, "Stale file handle", "metrics.jsonl"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_failing_disk_is_one_line(error):
+    assert detox_ppo.explain(error).endswith(f"{detox_ppo.RESUME_HINT}.")
 
 
 def test_a_defect_while_loading_keeps_its_stack_trace():
