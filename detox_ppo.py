@@ -3068,9 +3068,13 @@ def read_options(path: str) -> dict:
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError("expected a YAML mapping, a line `option: value` for each option")
-        keys = Counter(str(key.value) for key, _ in yaml.compose(text).value)
+        nodes = yaml.compose(text).value
+        keys = Counter(str(key.value) for key, _ in nodes)
         if twice := [name for name, count in keys.items() if count > 1]:  # YAML takes the second in silence
             raise ValueError(f"{twice[0]} stands twice")
+        for key, node in nodes:
+            if node.tag.endswith(":int") and re.match(r"[-+]?0\d|.*:", node.value):  # YAML 1.1: 016 is 14
+                raise ValueError(f"{key.value}: {node.value} is octal or base 60 in YAML; write a decimal number")
     if unknown := [str(name) for name in options if name not in OPTIONS]:
         raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
     return options
@@ -3080,6 +3084,8 @@ def unknown_option(given: str) -> str:
     """The complaint about what is no option, with the option that is meant or most like it."""
     name = given.split("=")[0].strip("-").replace("-", "_")
     close = difflib.get_close_matches(name, OPTIONS, n=1)
+    if name.startswith("no_") and isinstance(getattr(DetoxConfig, name[3:], None), bool):
+        close = [f"{name[3:]} false"]
     if given.endswith((".yaml", ".yml")):
         close = ["config " + given]
     hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"

@@ -380,6 +380,8 @@ def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, 
         ("--kl_coef=0.1", "--init_kl_coef"),
         ("--learning_rat", "--learning_rate"),
         ("config.yaml", "--config config.yaml"),
+        ("--no_resume", "--resume false"),
+        ("--no-freeze-encoder", "--freeze_encoder false"),
     ],
 )
 def test_the_name_that_was_meant_is_told(given, meant):
