@@ -2890,16 +2890,28 @@ class Checkpoints:
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
 
 
+WRITTEN = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png")
+
+
 def refuse_foreign_files(directory: Path, option_name: str) -> None:
     """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
     if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
         return
-    written = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png", "adapter")
-    theirs = [name for name in written if os.path.lexists(directory / name)]
+    theirs = [name for name in (*WRITTEN, "adapter") if os.path.lexists(directory / name)]
     theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
     if theirs:
         holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
         raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+
+
+def check_writable(directory: Path, option_name: str) -> None:
+    """An error at the start where a run could not write one of its files at the end."""
+    folders = [directory, *(directory / name for name in ("adapter", "sft_adapter", "start_adapter"))]
+    names = (*WRITTEN, "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
+    for path in [*folders, *(folder / name for folder in folders for name in names)]:
+        kind, fits = ("directory", path.is_dir()) if path in folders else ("file", path.is_file())
+        if path.exists() and not (fits and os.access(path, os.W_OK)):
+            raise UserError(f"--{option_name} {directory}: can't be written: {path} is not a writable {kind}")
 
 
 def trained_in(output_dir: Path) -> bool:
@@ -2922,6 +2934,7 @@ def lock_directories(config: DetoxConfig) -> list[FileLock]:
             # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
             locks.append(FileLock(directory / ".lock", is_singleton=True))
             locks[-1].acquire(timeout=0)
+            check_writable(directory, name)
         except Timeout as error:
             raise UserError(f"--{name} {directory}: another run is writing there; choose another") from error
         except OSError as error:

@@ -112,12 +112,26 @@ def test_a_directory_on_a_read_only_disk_is_found_first(small_arguments, tmp_pat
         assert told == f"--output_dir {directory}: can't be written: Read-only file system"
 
 
-def test_a_directory_where_a_file_should_go(small_arguments, tmp_path, capsys):
-    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(SystemExit) as stopped:
-        detox_ppo.main(small_arguments(output_dir=tmp_path / "run"))
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert stopped.value.code == 2 and "Is a directory" in error and "metrics.jsonl" in error
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "README.md", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("option", ["output_dir", "model_dir"])
+def test_a_directory_where_a_file_should_go_is_found_first(option, name, small_arguments, tmp_path, capsys):
+    directory = tmp_path / "ours"
+    (directory / name).mkdir(parents=True)
+    (directory / ".lock").touch()
+    options = {"model_name": "nobody/nothing", "output_dir": tmp_path / "run"} | {option: directory}
+    told = refusal(small_arguments(**options), capsys)
+    assert told == f"--{option} {directory}: can't be written: {directory / name} is not a writable file"
+
+
+def test_a_file_where_a_directory_should_go_and_one_that_is_read_only(tmp_path, monkeypatch):
+    (tmp_path / "adapter").touch()
+    with pytest.raises(UserError, match="--model_dir .*adapter is not a writable directory"):
+        detox_ppo.check_writable(tmp_path, "model_dir")
+    (tmp_path / "adapter").rename(tmp_path / "training.png")
+    detox_ppo.check_writable(tmp_path, "model_dir")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "training.png")  # root may write anything
+    with pytest.raises(UserError, match="training.png is not a writable file"):
+        detox_ppo.check_writable(tmp_path, "model_dir")
 
 
 @pytest.mark.parametrize("name", ["README.md", "results.json", "adapter", "checkpoint-500.pt"])
