@@ -48,7 +48,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field
 from decimal import Decimal
 from importlib.metadata import version
@@ -1565,7 +1565,6 @@ def steps_of(desc: str, done: int, last: int, stop: StopSignals):
         raise Stopped
 
 
-@own_settings()
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
@@ -1573,12 +1572,17 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
     signal: what was done so far is then in a checkpoint.
     """
+    with own_settings(), lock_directories(config):
+        return run_locked(config, stop or StopSignals())
+
+
+def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
+    """The stages of a run, in settings and directories that are its own."""
     # Load
-    started, stop, processes = time.perf_counter(), stop or StopSignals(), PartialState()
+    started, processes = time.perf_counter(), PartialState()
     writes = processes.is_main_process  # one process writes, for all
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
-    _locks = lock_directories(config) if writes else []
     checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
     checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
@@ -2921,25 +2925,36 @@ def trained_in(output_dir: Path) -> bool:
     return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
 
 
-def lock_directories(config: DetoxConfig) -> list[FileLock]:
-    """Make the run's directories and lock them, for as long as somebody keeps the locks and the process lives."""
-    locks = []
-    names = ("output_dir", "model_dir", "checkpoint_dir")
-    directories = {name: Path(getattr(config, name) or config.output_dir) for name in names}
-    for name, directory in directories.items():
+@contextmanager
+def lock_directories(config: DetoxConfig):
+    """Make and lock the run's directories, in one process for all. What nothing is written to is removed again."""
+    names = ("checkpoint_dir", "model_dir", "output_dir") if PartialState().is_main_process else ()
+    directories = {Path(getattr(config, name) or config.output_dir): name for name in names}
+    for directory, name in directories.items():
         refuse_foreign_files(directory, name)
-    for name, directory in directories.items():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # A singleton, so that a notebook may run again after a failure whose traceback still keeps the lock.
-            locks.append(FileLock(directory / ".lock", is_singleton=True))
-            locks[-1].acquire(timeout=0)
+    with ExitStack() as at_end:
+        for directory, name in directories.items():
+            new = [path for path in (directory, *directory.parents) if not path.exists()]
+            before = set(directory.glob("*"))
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                at_end.enter_context(FileLock(directory / ".lock").acquire(timeout=0))
+            except Timeout as error:
+                raise UserError(f"--{name} {directory}: another run is writing there; choose another") from error
+            except OSError as error:
+                raise UserError(f"--{name} {directory}: can't be written: {error.strerror}") from error
+            at_end.callback(remove_unused, directory, before, new)
             check_writable(directory, name)
-        except Timeout as error:
-            raise UserError(f"--{name} {directory}: another run is writing there; choose another") from error
-        except OSError as error:
-            raise UserError(f"--{name} {directory}: can't be written: {error.strerror}") from error
-    return locks
+        yield
+
+
+def remove_unused(directory: Path, before: set[Path], new: list[Path]) -> None:
+    """Remove a directory's lock if it is all that is not as before, then new directories that are empty."""
+    with suppress(OSError):
+        if set(directory.glob("*")) - before == {directory / ".lock"}:
+            (directory / ".lock").unlink()
+        for path in new:
+            path.rmdir()
 
 
 # --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------

@@ -151,6 +151,19 @@ def test_a_directory_with_files_of_others_is_refused(option, name, small_argumen
     assert "it holds" not in refusal(small_arguments(**options), capsys)
 
 
+@pytest.mark.parametrize("model_dir", ["run/at/model", "run", "elsewhere/model"])
+@pytest.mark.parametrize("there", [[], ["run"], ["run/notes.txt", "elsewhere/model/.lock"]])
+def test_a_refused_run_leaves_nothing_behind(there, model_dir, small_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for path in map(Path, there):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch() if path.suffix or path.name == ".lock" else path.mkdir()
+    before = set(Path().rglob("*"))
+    options = {"output_dir": "run/at", "model_dir": model_dir, "checkpoint_dir": tmp_path / "elsewhere"}
+    assert "--model_name nobody/nothing" in refusal(small_arguments(model_name="nobody/nothing", **options), capsys)
+    assert set(Path().rglob("*")) == before
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_of_others_are_kept(zipped, tmp_path, capsys):
     theirs = tmp_path / "checkpoint-500.pt"
