@@ -121,6 +121,7 @@ if __name__ == "__main__":
 SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: off unless stderr is a terminal
+PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
 TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
@@ -1728,7 +1729,7 @@ def contents_of(name: str, option_name: str) -> str | None:
     if not os.path.lexists(name) and re.search(
         r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
     ):
-        raise UserError(f"--{option_name} {name}: no such file or directory")
+        raise UserError(f"--{option_name} {name}: no such file or directory ({PATHS})")
     with as_user_error(name, option_name):
         if os.path.exists(name):
             digests = []
@@ -3020,7 +3021,9 @@ def as_user_error(name: str, option_name: str):
         ):  # one that no weights were for
             reason = "its weights have another shape than its config.json says"
         elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
-            asked = f"No such file or directory, so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
+            asked = (
+                f"No such file or directory ({PATHS}), so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
+            )
             ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
             reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {TOY_EXAMPLE}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
@@ -3105,6 +3108,11 @@ def read_options(path: str) -> dict:
                 raise ValueError(f"{key.value}: {node.value} is octal or base 60 in YAML; write a decimal number")
     if unknown := [str(name) for name in options if name not in OPTIONS]:
         raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
+    folders = ("", Path(path).expanduser().parent, Path(__file__).parent)
+    for name in FROM_HUB:
+        if (value := options.get(name)) and isinstance(value, str):
+            paths = (os.path.join(folder, value) for folder in folders)
+            options[name] = next(filter(os.path.exists, paths), value)
     return options
 
 

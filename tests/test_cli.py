@@ -231,6 +231,23 @@ def test_home_directory_in_paths(tmp_path, monkeypatch):
     assert config.adapter_name is None and config.toxic_label == "~hate"  # YAML's ~ is null
 
 
+def test_paths_in_a_file_are_found_next_to_it_or_to_the_script(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--config", str(tiny / "config.yaml")])
+    assert (config.model_name, config.judge_model_name) == (str(tiny / "base"), str(tiny / "judge"))
+    assert config.output_dir == "checkpoints/tiny-run"  # what is written is written here
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    text = "dataset_name: data\nmodel_name: t5-small\nadapter_name: ''\noutput_dir: data\n"
+    (tmp_path / "project" / "options.yaml").write_text(text)
+    args = ["--config", "project/options.yaml"]
+    config = parse_config(args)
+    assert (config.dataset_name, config.output_dir) == ("project/data", "data")
+    assert (config.model_name, config.adapter_name) == ("t5-small", None)
+    assert parse_config([*args, "--dataset_name", "checkpoints/tiny"]).dataset_name == "checkpoints/tiny"
+    (tmp_path / "data").mkdir()
+    assert parse_config(args).dataset_name == "data"
+
+
 def test_values_are_of_their_options_types(tmp_path):
     text = "gamma: 1\nlearning_rate: 1e-4\nlora_target_modules: q\nadaptive_kl: off\nmax_grad_norm: null\n"
     config = parse_config(["--config", str(yaml_file(tmp_path, text))])

@@ -391,7 +391,9 @@ def test_the_name_that_was_meant_is_told(given, meant):
 
 @pytest.mark.parametrize("name", ["./models/t5", "/models/t5", "a/b/c", "dialogues.csv", "~/adapter", "data.jsonl.gz"])
 def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(name):
-    with pytest.raises(UserError, match=re.escape(f"--dataset_name {name}: no such file or directory")):
+    with pytest.raises(
+        UserError, match=re.escape(f"--dataset_name {name}: no such file or directory (relative paths start")
+    ):
         detox_ppo.contents_of(name, "dataset_name")
 
 
