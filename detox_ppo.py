@@ -2278,22 +2278,21 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
-    blocks, less = toxicities(results), "less toxic"
+    table = results_table(results)
+    changes, less = toxicity_rows(table, "after")["verdict"], "less toxic"
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
     human_length = results["human"].get("length", {"mean": math.inf})["mean"]
     hacked, blind, lost = [], [], False
     for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
-        found = blocks[decoding]
-        judged = blocks.get(f"judge, {decoding}", found)  # without a judge the classifier agrees with itself
         worse = degradation(block["quality"]["before"], block["quality"]["after"], human_length)
         lost = lost or bool(worse)
-        if worse and found["paired_difference"]["mean"] < 0:
+        if worse and block["summary_toxicity"]["paired_difference"]["mean"] < 0:
             hacked.append(f"{'; '.join(worse)} ({decoding})")
-        if found["verdict"]["change"] == less != judged["verdict"]["change"]:
+        if changes[decoding] == less and changes.get(f"judge, {decoding}", less) != less:
             blind.append(decoding)
-    results["verdict"] = verdict_sentence(results, lost)
+    results["verdict"] = verdict_sentence(results, table, lost)
     if hacked:
         fell = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
         warned["reward hacking"] = f"{fell}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
@@ -2317,20 +2316,68 @@ def human_figures(human: pd.DataFrame, dialogues: list[str]) -> dict[str, dict |
     return figures
 
 
-def toxicities(results: dict) -> dict[str, dict]:
-    """The paired statistics of the summaries' toxicity, by decoding and judge; last that with their dialogues."""
-    blocks = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
-    if judge := results.get("judge"):
-        blocks |= {"judge, sampled": judge["summary_toxicity"], "judge, greedy": judge["greedy"]["summary_toxicity"]}
-    return blocks | {"with dialogue": results["toxicity"]}
+MEASURES = {  # their names in terminal, card and picture, and in results.json
+    "toxicity": "summary_toxicity",
+    "judge's toxicity": "judge_toxicity",
+    "with dialogue": "toxicity",
+    "R@1": "retrieval_at_1",
+    "ROUGE-L": "rougeL",
+    "length": "length",
+    "reward": "reward",
+}
 
 
-CONTENT = {"retrieval_at_1": "R@1", "rougeL": "ROUGE-L", "length": "length"}  # the first that a run has shows content
+def results_table(results: dict) -> pd.DataFrame:
+    """The measures of results.json as one long table, from which terminal, card and picture select.
+
+    A row per measure, decoding (sampled, greedy) and phase (base, before, after), and per measure of the human
+    summaries (decoding and phase: human). Columns: mean; of toxicities std, n and share, and after the training those
+    of format_change. The measure "share toxic" has the shares of "toxicity" as its mean.
+    """
+    blocks, judge = {"sampled": dict(results), "greedy": dict(results["greedy"])}, results.get("judge")
+    if judge:
+        blocks["sampled"]["judge_toxicity"] = judge["summary_toxicity"]
+        blocks["greedy"]["judge_toxicity"] = judge["greedy"]["summary_toxicity"]
+    rows = {}
+    for (measure, key), (decoding, block) in itertools.product(MEASURES.items(), blocks.items()):
+        for phase, quality in block["quality"].items():
+            if key in quality or key in block:
+                rows[measure, decoding, phase] = {"mean": quality[key]} if key in quality else block[key][phase]
+        if "verdict" in block.get(key, {}):
+            rows[measure, decoding, "after"] = block[key]["after"] | format_change(block[key])
+    for measure, key in MEASURES.items():
+        if key in results["human"]:
+            value = results["human"][key]
+            rows[measure, "human", "human"] = value if isinstance(value, dict) else {"mean": value}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["measure", "decoding", "phase"])
+    shares = table.loc[["toxicity"], ["share"]].set_axis(["mean"], axis=1)
+    return pd.concat([shares.rename({"toxicity": "share toxic"}), table])
 
 
-def content_measure(results: dict) -> str:
-    """The key in CONTENT of the measure that shows how much of the content is kept: R@1, else ROUGE-L, else length."""
-    return next(key for key in CONTENT if key in results["quality"]["before"])
+def format_change(statistics: dict) -> dict[str, str]:
+    """A result of paired_statistics as columns of a table."""
+    paired, verdict, reduced = (statistics[key] for key in ("paired_difference", "verdict", "reduction_percent"))
+    return {
+        **{f"{key} change": "was 0" if of is None else f"{0 - of:+.1f}%" for key, of in reduced.items()},
+        "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
+        "p": format_p(paired["p_value"]).removeprefix("= "),
+        "fell": f"{verdict['better']:.0%}",
+        "rose": f"{verdict['worse']:.0%}",
+        "verdict": verdict["change"],
+        "detectable": "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}",
+    }
+
+
+def toxicity_rows(table: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """The toxicities of results_table in a phase, by decoding and judge; last that with the dialogues, sampled."""
+    rows = table.xs(phase, level="phase").dropna(subset="share").drop(("with dialogue", "greedy"))
+    names = {"toxicity": "{}", "judge's toxicity": "judge, {}", "with dialogue": "with dialogue"}
+    return rows.set_axis([names[measure].format(decoding) for measure, decoding in rows.index])
+
+
+def content_measure(table: pd.DataFrame) -> str:
+    """The measure that shows how much of the content is kept: R@1, else ROUGE-L, else length."""
+    return next(name for name in ("R@1", "ROUGE-L", "length") if (name, "sampled", "before") in table.index)
 
 
 def format_p(p_value: float) -> str:
@@ -2338,67 +2385,29 @@ def format_p(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.4f}"
 
 
-def verdict_sentence(results: dict, lost: bool) -> str:
+def verdict_sentence(results: dict, table: pd.DataFrame, lost: bool) -> str:
     """The result in one sentence: toxic summaries before and after, and content; lost if degradation has any fault."""
-    blocks = toxicities(results)
-    shares = [f"{100 * block[when]['share']:.1f}%" for block in blocks.values() for when in ("before", "after")]
+    pairs = zip(*(toxicity_rows(table, phase)["share"] for phase in ("before", "after")), strict=True)
+    shares = [f"{100 * share:.1f}%" for pair in pairs for share in pair]
     text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
-    if "judge, sampled" in blocks:
+    if "judge" in results:
         text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
-    sampled = blocks["sampled"]
+    sampled = results["summary_toxicity"]
     change, p_value = sampled["verdict"]["change"], sampled["paired_difference"]["p_value"]
     text += f"; {sampled['before']['n']} prompts, p {format_p(p_value)}: {change}"
     measures = []
-    for key in dict.fromkeys([content_measure(results), "length"]):
-        digits, unit = (1, " tokens") if key == "length" else (3, "")
+    for measure in dict.fromkeys([content_measure(table), "length"]):
+        digits, unit = (1, " tokens") if measure == "length" else (3, "")
         changes = []
-        for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
-            before, after = (block["quality"][when][key] for when in ("before", "after"))
+        for decoding in ("sampled", "greedy"):
+            before, after = (table["mean"][measure, decoding, phase] for phase in ("before", "after"))
             changes.append(f"{before:.{digits}f} -> {after:.{digits}f}{unit} {decoding}")
-        measures.append(f"{CONTENT[key]} {', '.join(changes)}")
+        measures.append(f"{measure} {', '.join(changes)}")
     text += f"; content {'lost' if lost else 'kept'}: {', '.join(measures)}"
     if change == "no detectable change":
         text += "; for a clear change, train for more steps (--max_ppo_steps)"
         text += " or use --config checkpoints/flan-t5-base.yaml"
     return text
-
-
-def verdict_table(blocks: dict[str, dict]) -> pd.DataFrame:
-    """A line a result of paired_statistics: changes, interval, p-value, verdict and what would have been detected."""
-    lines = {}
-    for name, block in blocks.items():
-        paired, verdict, reduced = block["paired_difference"], block["verdict"], block["reduction_percent"]
-        lines[name] = {
-            **{f"{key} change": "was 0" if of is None else f"{0 - of:+.1f}%" for key, of in reduced.items()},
-            "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
-            "p": format_p(paired["p_value"]).removeprefix("= "),
-            "fell": f"{verdict['better']:.0%}",
-            "rose": f"{verdict['worse']:.0%}",
-            "detectable": "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}",
-            "verdict": verdict["change"],
-        }
-    return pd.DataFrame.from_dict(lines, orient="index")
-
-
-def figures_of(results: dict) -> pd.DataFrame:
-    """The means that a run measured, a line a measure; a column for base, before and after, greedy too, and human."""
-    columns, human = {}, results["human"]
-    for label, block, judge in (("", results, "judge, sampled"), ("greedy ", results["greedy"], "judge, greedy")):
-        measures = {"toxicity": block["summary_toxicity"], "with dialogue": block["toxicity"]}
-        measures |= {"judge's toxicity": toxicities(results)[judge]} if "judge" in results else {}
-        for when in block["length"]:
-            column = {"share toxic": measures["toxicity"][when]["share"]}
-            column |= {name: statistics[when]["mean"] for name, statistics in measures.items()}
-            quality = block["quality"][when]
-            column |= {"R@1": quality.get("retrieval_at_1"), "ROUGE-L": quality.get("rougeL")}
-            column |= {"length": block["length"][when]["mean"]}
-            columns[label + when] = column | {"reward": block["reward"][when]["mean"]}
-    columns["human"] = {"share toxic": human["summary_toxicity"]["share"]} if human else {}
-    names = {"toxicity": "summary_toxicity", "with dialogue": "toxicity", "judge's toxicity": "judge_toxicity"}
-    names |= {"length": "length"}
-    columns["human"] |= {name: human[key]["mean"] for name, key in names.items() if key in human}
-    columns["human"] |= {"R@1": human.get("retrieval_at_1")}
-    return pd.DataFrame(columns, dtype=float).dropna(how="all")  # a line only for what was measured
 
 
 def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -2413,46 +2422,28 @@ def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.
     return table.sort_values("reward_diff", ascending=False, kind="stable", ignore_index=True)
 
 
-def examples_of(comparison: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The best, the median and the worst rows, `count` of each; their summaries from where they differ."""
-    middle = max(0, (len(comparison) - count) // 2)
-    lines = {*range(count), *range(middle, middle + count), *range(len(comparison) - count, len(comparison))}
-    chosen = comparison.iloc[sorted(lines & {*range(len(comparison))})]
-    texts = [differing(*pair) for pair in zip(chosen["response_before"], chosen["response_after"], strict=True)]
-    table = pd.DataFrame(texts, columns=["before", "after"], index=chosen.index)
-    return table.assign(reward_diff=chosen["reward_diff"], dialogue=chosen["dialogue"])
-
-
-def differing(*texts: str) -> list[str]:
-    """Texts from two words before the first that differs; whole if none does."""
-    words = [text.split(" ") for text in texts]
-    same = len(os.path.commonprefix(words))
-    cut = same - 2 if same > 3 and len(set(texts)) > 1 else 0
-    return ["… " * (cut > 0) + " ".join(text[cut:]) for text in words]
-
-
-def print_results(results: dict, comparison: pd.DataFrame) -> None:
-    """Print the result in a sentence, the verdicts, the means and some rows of the comparison."""
+def print_results(results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> None:
+    """Print the result in a sentence, the toxicities, the means and the examples, which are rows of the comparison."""
     print()
     print_wrapped(results["verdict"])
-    table = verdict_table(toxicities(results))
-    print(table.drop(columns="detectable").to_string())  # with it a line would be over 100 columns
+    after = toxicity_rows(table, "after")
+    print(after.loc[:, "mean change":"verdict"].to_string())
     print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least")
-    sampled, greedy = table.loc[["sampled", "greedy"], "detectable"]
+    sampled, greedy = after["detectable"][["sampled", "greedy"]]
     print(f"mean change that is detectable with 80% power: {sampled} sampled, {greedy} greedy")
     if toxic := results["toxic_dialogues"]["n"]:
         before, after = (results["toxic_dialogues"]["summary_toxicity"][when]["mean"] for when in ("before", "after"))
         print(f"summaries of the {toxic} prompts with a toxic dialogue: {before:.4f} before, {after:.4f} after")
-    print(f"\n{figures_of(results).to_string(float_format='{:.4f}'.format, na_rep='')}")
-    print(f"\n{'before':<42}  {'after':<42}  reward_diff")
-    for row in examples_of(comparison, 2).itertuples():
-        print(f"{row.before[:42]:<42}  {row.after[:42]:<42}  {row.reward_diff:+.3f}")
-    if len(comparison) == 1:
-        for name in comparison.filter(like="response_"):
-            toxicity = comparison[name.replace("response", "summary_toxicity")][0]
-            print_wrapped(
-                f"{name.replace('response_', '').replace('_', ' ')} (toxicity {toxicity:.4f}): {comparison[name][0]}"
-            )
+    means = table["mean"].unstack(["decoding", "phase"], sort=False).rename_axis(None)
+    means.columns = [f"greedy {phase}" if decoding == "greedy" else phase for decoding, phase in means.columns]
+    print(f"\n{means.to_string(float_format='{:.4f}'.format, na_rep='')}")
+    kinds = ("response", "greedy_response") if len(examples) == 1 else ("response",)
+    for row in examples.to_dict("records"):
+        print(f"\nreward {row['reward_diff']:+.3f}")
+        for name in [f"{kind}_{when}" for kind in kinds for when in ("before", "after")]:
+            toxicity = row[name.replace("response", "summary_toxicity")]
+            label = name.replace("response_", "").replace("_", " ")
+            print_wrapped(f"{label} (toxicity {toxicity:.4f}): {row[name]}")
     for kind in ("reward hacking", "judge"):
         if kind in results["warnings"]:
             print_wrapped(f"warning: {results['warnings'][kind]}")
@@ -2493,26 +2484,25 @@ def draw_training(history: list[dict]) -> Figure:
     return figure
 
 
-def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> Figure:
+def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> Figure:
     """The share of toxic summaries by decoding and classifier, each prompt's change, and how much content is kept.
 
-    before and after are evaluate_policy's tables by decoding.
+    table is results_table's; before and after are evaluate_policy's tables by decoding.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     shares, changes, contents = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-    blocks = toxicities(results)
-    key, qualities = content_measure(results), [results["quality"], results["greedy"]["quality"]]
+    measure, names = content_measure(table), toxicity_rows(table, "after").index
     for shift, when, colour in ((-0.2, "before", ORANGE), (0.2, "after", BLUE)):
-        heights = [quality[when][key] for quality in qualities]
+        heights = [table["mean"][measure, decoding, when] for decoding in ("sampled", "greedy")]
         bars = contents.bar(np.arange(2) + shift, heights, 0.38, color=colour, label=when)
-        contents.bar_label(bars, fmt="%.1f" if key == "length" else "%.3f", padding=2)
-        heights = [100 * block[when]["share"] for block in blocks.values()]
-        bars = shares.bar(np.arange(len(blocks)) + shift, heights, 0.38, color=colour, label=when)
+        contents.bar_label(bars, fmt="%.1f" if measure == "length" else "%.3f", padding=2)
+        heights = 100 * toxicity_rows(table, when)["share"]
+        bars = shares.bar(np.arange(len(names)) + shift, heights, 0.38, color=colour, label=when)
         shares.bar_label(bars, fmt="%.1f", padding=2)
-    shares.set_xticks(range(len(blocks)), [name.replace(" ", "\n") for name in blocks])
+    shares.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     shares.set(ylim=(0, 100), ylabel="%")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
-    count = blocks["sampled"]["before"]["n"]
+    count = len(before["sampled"])
     for colour, decoding in ((GREEN, "sampled"), (PURPLE, "greedy")):
         difference = after[decoding]["summary_toxicity"] - before[decoding]["summary_toxicity"]
         place = np.linspace(0, 100, count + 1)  # steps, since a thousand bars take seconds to draw
@@ -2520,13 +2510,12 @@ def draw_toxicity(results: dict, before: dict[str, pd.DataFrame], after: dict[st
     changes.axhline(0, color="black", linewidth=0.8)
     changes.set(xlim=(0, 100), ylim=(-1, 1), title="change of a summary's toxicity")
     changes.set_xlabel(f"% of the {count} prompts, by change")
-    human = results["human"].get(key)
-    if human is not None:
-        level = human["mean"] if key == "length" else human
+    if (measure, "human", "human") in table.index:
+        level = table["mean"][measure, "human", "human"]
         contents.axhline(level, color="black", linestyle="--", linewidth=1.5, label="human")
     contents.set_xticks(range(2), ["sampled", "greedy"])
     contents.margins(y=0.15)
-    contents.set_ylabel("mean length (tokens)" if key == "length" else CONTENT[key])
+    contents.set_ylabel("mean length (tokens)" if measure == "length" else measure)
     contents.set_title("content kept", pad=14)
     for axes in (shares, changes, contents):
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
@@ -2632,7 +2621,7 @@ def start_directory(config: DetoxConfig) -> str | None:
     return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
 
 
-def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: pd.DataFrame) -> None:
+def write_card(directory: Path, config: DetoxConfig, results: dict, table: pd.DataFrame, examples: pd.DataFrame):
     """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
     dataset = card_name(config.dataset_name)
     hub, begun = config.hub_model_id, start_directory(config)
@@ -2649,7 +2638,8 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         metrics=["toxicity", "rouge"],
         tags=["lora", "ppo", "detoxification"],
     )
-    measured = {f"toxicity, {name}": block for name, block in toxicities(results).items()}
+    names = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
+    measured = {f"toxicity, {name}": block for name, block in names.items()}
     if results["rouge"]["after"]:
         measured["ROUGE-L"] = {when: {"mean": block["rougeL"]} for when, block in results["rouge"].items()}
     data.eval_results = []
@@ -2657,6 +2647,7 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         kind, before = "rouge" if name == "ROUGE-L" else "toxicity", block["before"]["mean"]
         value = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(block["after"]["mean"], 4)}
         data.eval_results.append(EvalResult("summarization", dataset, dataset, metric_type=kind, **value))
+    changes = toxicity_rows(table, "after").loc[:, "mean change":"verdict"]
     card = ModelCard.from_template(
         data,
         template_str=CARD,
@@ -2668,11 +2659,11 @@ def write_card(directory: Path, config: DetoxConfig, results: dict, comparison: 
         reward=f"the {escape(label)} of {scored}",
         limit=TOXIC,
         start_directory=begun,
-        verdicts=markdown_table(verdict_table(toxicities(results)).rename_axis("toxicity").reset_index()),
+        verdicts=markdown_table(changes.rename_axis("toxicity").reset_index()),
         warnings=results["warnings"].values(),
-        figures=markdown_table(figures_of(results).rename_axis("mean").reset_index()),
-        examples=markdown_table(examples_of(comparison, 3)),
-        dialogue=comparison["dialogue"][0],
+        figures=markdown_table(table["mean"].unstack("phase", sort=False).reset_index()),
+        examples=markdown_table(examples[["response_before", "response_after", "reward_diff", "dialogue"]]),
+        dialogue=examples["dialogue"][0],
         place=f'"{hub}"' if hub else '"adapter"',
         start_place=f'"{hub}", subfolder="{begun}"' if hub else f'"{begun}"',
     )
@@ -2686,17 +2677,20 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     comparison = build_comparison(evaluated, before, after)
     with atomic_write(output_dir / "comparison.csv") as path:
         comparison.to_csv(path, index=False)
-    draw_toxicity(results, before, after).savefig(output_dir / "toxicity.png", dpi=120)
+    # The largest, the median and the smallest gain in reward.
+    examples = comparison.iloc[sorted({0, len(comparison) // 2, len(comparison) - 1})]
+    table = results_table(results)
+    draw_toxicity(table, before, after).savefig(output_dir / "toxicity.png", dpi=120)
     files = f"{output_dir}/results.json"
     if not config.evaluates_only:
         draw_training(history).savefig(output_dir / "training.png", dpi=120)
         for name in ("toxicity.png", "training.png"):  # where the card shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
-        write_card(model_dir, config, results, comparison)
+        write_card(model_dir, config, results, table, examples)
         files += f" and {model_dir}/README.md"
     with atomic_write(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_results(results, comparison)
+    print_results(results, table, examples)
     print(f"\n{results['timings']['total']:.0f} s in all; see {files}")
 
 

@@ -464,10 +464,11 @@ def test_a_run_prints_what_it_measures(runs, results, metrics):
     assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
     assert "You are a great person and i like you." in out
     assert results["verdict"] in " ".join(out.split())
-    for name, told in detox_ppo.toxicities(results).items():
-        paired = told["paired_difference"]
+    told = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
+    for name, statistics in (told | {"with dialogue": results["toxicity"]}).items():
+        paired = statistics["paired_difference"]
         interval = re.escape(f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}  {paired['p_value']:.4f} ")
-        assert re.findall(rf"^{name} +[-+]\d.*{interval}.*{told['verdict']['change']}$", out, re.MULTILINE)
+        assert re.findall(rf"^{name} +[-+]\d.*{interval}.*{statistics['verdict']['change']}$", out, re.MULTILINE)
     for line in metrics:
         (told,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)
         shown = [
@@ -496,7 +497,8 @@ def test_lines_come_when_they_are_printed(runs):
 def test_lines_fit_a_terminal(runs, results, capsys):
     assert "warning, step 1: " in runs[0].out  # the longest lines that are broken
     warnings = {"reward hacking": "reward hacking: " + "the summaries got worse; " * 8}
-    detox_ppo.print_results(results | {"warnings": warnings}, pd.read_csv(runs[0].left / "comparison.csv"))
+    comparison = pd.read_csv(runs[0].left / "comparison.csv")
+    detox_ppo.print_results(results | {"warnings": warnings}, detox_ppo.results_table(results), comparison)
     for line in [*runs[0].out.splitlines(), *capsys.readouterr().out.splitlines()]:
         assert len(line) <= 100, line
 

@@ -17,16 +17,17 @@ from detox_ppo import (
     build_results,
     degradation,
     evaluate_policy,
+    format_change,
     generate,
     minutes_left,
     new_warnings,
     paired_statistics,
     print_results,
     random_stream,
+    results_table,
     roll_out,
     step_warnings,
     summary_quality,
-    verdict_table,
 )
 
 
@@ -138,12 +139,10 @@ def test_verdict_in_words(few):
     for shift, change in ((-0.1, "less toxic"), (0.1, "more toxic"), (0, "no detectable change")):
         statistics = paired_statistics(before, [value + shift for value in before], seed=0)
         assert statistics["verdict"]["change"] == change
-        assert verdict_table({"sampled": statistics}).loc["sampled", "verdict"] == change
+        assert format_change(statistics)["verdict"] == change
     # Nothing changed, so that anything would have shown; of one prompt nobody knows.
     for values, least in (([0.3, 0.5], "0.0000"), ([0.3], "unknown")):
-        assert (
-            verdict_table({"greedy": paired_statistics(values, values, seed=0)}).loc["greedy", "detectable"] == least
-        )
+        assert format_change(paired_statistics(values, values, seed=0))["detectable"] == least
 
 
 def test_pairs_matter():
@@ -189,16 +188,11 @@ def test_a_change_has_its_true_direction(few):
         "fell": ([0.2, 0.35, 0.5], [0.1, 0.2, 0.3]),
         "was 0": ([0, 0], [0.1, 0.3]),
     }
-    table = verdict_table({name: paired_statistics(*pair, seed=0) for name, pair in pairs.items()})
-    assert table.loc["rose", ["mean change", "std change"]].tolist() == ["+75.0%", "+50.0%"]
-    assert table.loc["fell", ["mean change", "std change", "fell", "rose"]].tolist() == [
-        "-42.9%",
-        "-33.3%",
-        "100%",
-        "0%",
-    ]
-    assert table.loc["was 0", ["mean change", "std change"]].tolist() == ["was 0", "was 0"]
-    assert table.loc["was 0", "95% interval"] == "+0.100 to +0.300"
+    rose, fell, was_0 = (format_change(paired_statistics(*pair, seed=0)) for pair in pairs.values())
+    assert (rose["mean change"], rose["std change"]) == ("+75.0%", "+50.0%")
+    assert (fell["mean change"], fell["std change"], fell["fell"], fell["rose"]) == ("-42.9%", "-33.3%", "100%", "0%")
+    assert (was_0["mean change"], was_0["std change"]) == ("was 0", "was 0")
+    assert was_0["95% interval"] == "+0.100 to +0.300"
 
 
 # Still a summary?
@@ -286,7 +280,7 @@ def test_a_hacked_reward_is_called_so(small, capsys, few):
         assert results["summary_toxicity"]["verdict"]["change"] == "less toxic"
         assert list(results["warnings"]) == ["reward hacking"] * bool(warned)
         sides = ({"sampled": before, "greedy": before}, {"sampled": after, "greedy": greedy})
-        print_results(results, build_comparison(rows, *sides))
+        print_results(results, results_table(results), build_comparison(rows, *sides))
         printed = " ".join(capsys.readouterr().out.split())
         warning = results["warnings"].get("reward hacking", "")
         assert f"warning: {warning}" in printed if warned else "reward hacking" not in printed
@@ -369,7 +363,7 @@ def test_the_verdict_has_toxicity_and_content(small, few):
 def test_a_small_p_value_is_not_exact():
     assert [detox_ppo.format_p(value) for value in (1 / 10001, 0.001, 0.25)] == ["< 0.001", "= 0.0010", "= 0.2500"]
     fell = paired_statistics([0.9] * 40, [0.1] * 40, seed=0)
-    assert verdict_table({"sampled": fell}).loc["sampled", "p"] == "< 0.001"
+    assert format_change(fell)["p"] == "< 0.001"
 
 
 @pytest.mark.parametrize("after, warned", [(0.1, []), (0.8, ["judge"])])
@@ -384,7 +378,8 @@ def test_a_judge_that_sees_no_change_is_heard(small, capsys, few, after, warned)
     results = results_of(tables, human, texts, config)
     assert list(results["warnings"]) == warned
     rows = {"dialogue": texts, "summary": texts}
-    print_results(results, build_comparison(rows, *({"sampled": t, "greedy": t} for t in tables.values())))
+    comparison = build_comparison(rows, *({"sampled": t, "greedy": t} for t in tables.values()))
+    print_results(results, results_table(results), comparison)
     printed = " ".join(capsys.readouterr().out.split())
     assert results["verdict"] in printed and f"by the judge 100.0% and {100 * (after > 0.5):.1f}%" in printed
     assert results["judge"]["greedy"]["summary_toxicity"]["after"]["mean"] == pytest.approx(after)
@@ -398,7 +393,7 @@ def test_means_of_empty_summaries_are_printed(capsys, texts):
     assert len(capsys.readouterr().out.splitlines()) == 2  # with dialogue, and alone
 
 
-def test_results_by_hand(small, few):
+def test_results_by_hand(small, capsys, few):
     """The measures of each evaluation, of the human summaries, and of the toxic dialogues alone; the warnings."""
     toxicities = {"base": [0.9, 0.5, 0.1], "before": [0.5, 0.4, 0.3], "after": [0.1, 0.4, 0.1]}
     tables = {when: table_of(["a", "b", "c"], values, reward=1.0) for when, values in toxicities.items()}
@@ -424,12 +419,23 @@ def test_results_by_hand(small, few):
     assert toxic["summary_toxicity"]["paired_difference"]["mean"] == pytest.approx((-0.4 - 0.2) / 2)
     assert results["rouge"]["after"]["rouge1"] == pytest.approx(2 / 3)
     assert results["reward"] == {when: {"mean": 1} for when in toxicities}
-    figures = detox_ppo.figures_of(results)
-    greedy_columns = [f"greedy {when}" for when in toxicities]
-    assert list(figures.columns) == [*toxicities, *greedy_columns, "human"]
-    assert figures.loc["toxicity"].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.8, 0.8, 0.8, 0.1])
-    assert figures.loc["length"].tolist() == [5, 5, 5, 7, 7, 7, 6]
-    assert "R@1" not in figures.index  # of three dialogues
+    table = results_table(results)
+    assert table.index.is_unique and "R@1" not in table.index.get_level_values("measure")  # of three dialogues
+    means = {measure: rows.droplevel("measure") for measure, rows in table["mean"].groupby(level="measure")}
+    places = [(decoding, when) for decoding in ("sampled", "greedy") for when in toxicities] + [("human", "human")]
+    assert means["toxicity"][places].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.8, 0.8, 0.8, 0.1])
+    assert means["length"][places].tolist() == [5, 5, 5, 7, 7, 7, 6]
+    assert means["share toxic"][places].tolist() == [pytest.approx(1 / 3), 0, 0, 1, 1, 1, 0]
+    assert means["reward"][places[:-1]].tolist() == [1] * 6 and len(means["reward"]) == 6
+    assert table.loc[("toxicity", "sampled", "after"), "p"] == format_change(found)["p"]
+    sides = ({"sampled": tables[when], "greedy": greedy[when]} for when in ("before", "after"))
+    print_results(results, table, build_comparison({"dialogue": "abd", "summary": "abd"}, *sides))
+    printed = capsys.readouterr().out
+    shown = [line.split() for line in printed.splitlines()]
+    assert "base before after greedy base greedy before greedy after human".split() in shown
+    assert "toxicity 0.5000 0.4000 0.2000 0.8000 0.8000 0.8000 0.1000".split() in shown
+    best, median, worst = printed.split("\nreward ")[1:]
+    assert best.startswith("+0.000\nbefore (toxicity 0.5000): a\nafter (toxicity 0.1000): a\n") and "c\n" in worst
 
 
 def test_only_rows_with_a_human_summary_count(small, classifier):
@@ -668,19 +674,3 @@ def test_comparison_shows_the_largest_gain_first():
         ["d1", "s1", "a", "A!", 0.1, 0.5],
         ["d2", "s2", "b", "B!", 0.1, -2.0],
     ]
-
-
-def test_examples_are_the_best_the_median_and_the_worst():
-    table = pd.DataFrame({"reward_diff": np.arange(9.0, 0, -1), "dialogue": "d"})
-    table["response_before"], table["response_after"] = "a b c d e", "a b c d f"
-    found = detox_ppo.examples_of(table, 2)
-    assert found["reward_diff"].tolist() == [9, 8, 6, 5, 2, 1]
-    assert found[["before", "after"]].values.tolist() == [["… c d e", "… c d f"]] * 6
-    for count in (1, 3, 5):
-        assert list(detox_ppo.examples_of(table[:count], 3).index) == list(range(count))
-
-
-def test_texts_that_differ_early_or_not_at_all_are_whole():
-    assert detox_ppo.differing("a b c", "x b c") == ["a b c", "x b c"]
-    assert detox_ppo.differing("one two three four five", "one two three four five") == ["one two three four five"] * 2
-    assert detox_ppo.differing("a b c d", "a b c d e") == ["… c d", "… c d e"]

@@ -96,14 +96,16 @@ def toxicity_picture(before, after, judged=False, human=None, content="retrieval
     tables = [pd.DataFrame({"summary_toxicity": values}) for values in (before, after)]
     sampled = paired_statistics(before, after, 0, resamples=10)
     greedy = paired_statistics([0.0] * len(before), [0.0] * len(after), 0, resamples=10)
-    results = {"summary_toxicity": sampled, "greedy": {"summary_toxicity": greedy}, "toxicity": sampled}
+    results = {"summary_toxicity": sampled, "toxicity": sampled}
+    results["greedy"] = {"summary_toxicity": greedy, "toxicity": greedy}
     results["quality"] = {"before": {content: 0.75, "length": 20.0}, "after": {content: 0.5, "length": 10.0}}
     results["greedy"]["quality"] = {when: {name: 1.0 for name in of} for when, of in results["quality"].items()}
     results["human"] = human or {}
     if judged:
         inverted = paired_statistics(1 - np.array(before), 1 - np.array(after), 0, resamples=10)
         results["judge"] = {"summary_toxicity": inverted, "greedy": {"summary_toxicity": greedy}}
-    return draw_toxicity(results, *({"sampled": table, "greedy": 0 * table} for table in tables))
+    table = detox_ppo.results_table(results)
+    return draw_toxicity(table, *({"sampled": table, "greedy": 0 * table} for table in tables))
 
 
 @pytest.mark.parametrize("judged", [False, True])

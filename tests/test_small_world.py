@@ -158,8 +158,9 @@ def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
     assert statistics["reduction_percent"]["mean"] > 50
     assert statistics["paired_difference"]["p_value"] < 0.001
     assert results["verdict"] in " ".join(capsys.readouterr().out.split())
-    for found in detox_ppo.toxicities(results).values():  # greedy and by the judge too
-        assert found["verdict"]["change"] == "less toxic" and found["before"]["share"] > 0.3
+    before, after = (detox_ppo.toxicity_rows(detox_ppo.results_table(results), when) for when in ("before", "after"))
+    assert set(after["verdict"]) == {"less toxic"} and len(after) == 5  # greedy and by the judge too
+    assert (before["share"] > 0.3).all()
     assert not results["warnings"].keys() & {"judge", "reward hacking"}
 
     # The slots that the summaries copy are counted from the run's own comparison, by a script of the small world.
@@ -188,7 +189,7 @@ def test_a_policy_that_hides_from_its_classifier_is_found_out(options, build, tm
     monkeypatch.setattr(detox_ppo, "save_adapter", save)
     notebooks = {"ptx_coef": 0, "freeze_encoder": False}  # so that a single step changes little but the words
     results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=1, eval_samples=48, **notebooks))
-    changes = {name: told["verdict"]["change"] for name, told in detox_ppo.toxicities(results).items()}
+    changes = detox_ppo.toxicity_rows(detox_ppo.results_table(results), "after")["verdict"]
     assert (changes["sampled"], changes["greedy"]) == ("less toxic", "less toxic")
     assert (changes["judge, sampled"], changes["judge, greedy"]) == ("no detectable change", "no detectable change")
     warning = results["warnings"]["judge"]
