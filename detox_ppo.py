@@ -100,7 +100,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather, gather_object, pad_across_processes, parse_flag_from_env, reduce
 from filelock import FileLock, Timeout
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from pandas.io.common import get_handle
 from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
@@ -2523,27 +2523,23 @@ def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: d
 
 
 CARD = """---
-{{ card_data }}
----
+{metadata}---
 
-# {{ e(name) }}: a LoRA adapter for summaries that are not toxic
+# {name}: a LoRA adapter for summaries that are not toxic
 
-**{{ verdict }}.** PPO trained it to raise the score of {{ named(config.reward_model_name) }}, {{ reward }}; toxic
-means that its probability of "{{ e(config.toxic_label) }}" is above {{ limit }}
-{%- if config.judge_model_name %}. The judge is {{ named(config.judge_model_name) }} by its
-"{{ e(config.judge_label) }}"; it took no part in the training
-{%- endif %}. The adapter started from {{ named(config.adapter_name) or "a new LoRA" }} on {{ e(base_model) }}. The
-same prompts before and after:
+**{verdict}.**{warnings}
 
-{{ verdicts }}
-{% for text in warnings %}
-- **Warning:** {{ e(text, 1000) }}
-{%- endfor %}
+Trained by PPO with these options:
 
-{{ figures }}
+```json
+{options}
+```
 
-"with dialogue" is the toxicity of dialogue and summary as one text. results.json has all that was measured,
-comparison.csv every prompt.
+{table}
+
+Toxic: the classifier's probability of toxic_label is above {limit}. "with dialogue" is the toxicity of dialogue and
+summary as one text. The judge took no part in the training. All measures are in results.json, all prompts in
+comparison.csv.
 
 ![Toxic summaries before and after, the change of each prompt, and the content kept](toxicity.png)
 
@@ -2551,62 +2547,39 @@ comparison.csv every prompt.
 
 ## Examples
 
-The prompts whose reward rose most, rose as much as the median, and fell most or rose least, sampled. Some may offend.
+The prompts with the largest, the median and the smallest gain in reward, sampled. Some may offend.
 
-{{ examples }}
+{examples}
 
 ## Use
-
-{% if not config.hub_model_id %}In the directory of this card:{% endif %}
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({{ base_model.__repr__() }})
-model = AutoModelForSeq2SeqLM.from_pretrained({{ base_model.__repr__() }})
-dialogue = {{ dialogue.__repr__() }}
-prompt = {{ config.prompt.__repr__() }}.replace("{dialogue}", dialogue)
-
-
-def summarize(model):
-    summary = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens={{ config.eval_max_new_tokens }})
-    return tokenizer.decode(summary[0], skip_special_tokens=True)
-
-{% if start_directory %}
-model = PeftModel.from_pretrained(model, {{ start_place }}, adapter_name="before").eval()
-print("before:", summarize(model))
-model.load_adapter({{ place }}, adapter_name="after")
-model.set_adapter("after")
-{%- else %}
-print("before:", summarize(model.eval()))
-model = PeftModel.from_pretrained(model, {{ place }}).eval()
-{%- endif %}
-print("after:", summarize(model))
+base = {base}
+adapter = {adapter}
+prompt = {prompt!r}
+dialogue = {dialogue!r}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), adapter).eval()
+inputs = tokenizer(prompt.replace("{{dialogue}}", dialogue), return_tensors="pt")
+summary = model.generate(**inputs, max_new_tokens={max_new_tokens})
+print(tokenizer.decode(summary[0], skip_special_tokens=True))
 ```
 
 ## Limits
 
-- Toxicity is what a classifier says: the training could not remove what the one that it was paid by does not see,
-  and may have learned its blind spots. The default classifier reads English only.
-- The score does not see whether a summary is true to its dialogue, complete or useful; ROUGE only hints at it.
-- The figures hold for these prompts, all of one collection.
+- Toxicity is what a classifier detects; the policy may have learned its blind spots. The default reads English only.
+- The score does not see whether a summary is true to its dialogue, complete or useful; ROUGE and R@1 only hint at it.
+- The figures hold for these prompts, all from one dataset.
 """
 
 
-def escape(text: str, longest: int = 300) -> str:
-    """Text for the card, shown as it is: no mark-up, HTML, link, line break or invisible sign in it works."""
-    text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
-    live = r"[&<>|\\`*\[\]~$@]|(?<!\d)[.:](?=\S)|[.:](?=[^\s\d])|(?<![^\W_])_|_(?![^\W_])"  # _ inside a word is none
-    return re.sub(live, lambda sign: f"&#{ord(sign[0])};", text)
-
-
-def markdown_table(table: pd.DataFrame) -> str:
-    """A table; floats get four digits, texts are escaped."""
-    shown = table.map(lambda cell: f"{cell:.4g}".replace("nan", "") if isinstance(cell, float) else escape(str(cell)))
-    rows = [table.columns, ["---"] * table.shape[1], *shown.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def fenced(text: str) -> str:
+    """Text as a fenced code block of Markdown: the fence is longer than any run of backticks in it."""
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def card_name(name: str) -> str:
@@ -2621,53 +2594,40 @@ def start_directory(config: DetoxConfig) -> str | None:
     return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
 
 
-def write_card(directory: Path, config: DetoxConfig, results: dict, table: pd.DataFrame, examples: pd.DataFrame):
-    """Write README.md, a Hugging Face model card: verdict, figures, pictures, examples, use, limits."""
-    dataset = card_name(config.dataset_name)
-    hub, begun = config.hub_model_id, start_directory(config)
-    scored = "dialogue and summary" if config.score_text == "query_response" else "the summary"
-    label = f'"{config.reward_label}" logit' if config.reward_label else f'"{config.toxic_label}" logit, negated,'
-    data = ModelCardData(
-        model_name=config.hub_model_id or card_name(config.output_dir),
-        base_model=card_name(config.model_name),
-        library_name="peft",
-        license="apache-2.0",
-        language="en",
-        pipeline_tag="summarization",
-        datasets=[dataset],
-        metrics=["toxicity", "rouge"],
-        tags=["lora", "ppo", "detoxification"],
-    )
-    names = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
-    measured = {f"toxicity, {name}": block for name, block in names.items()}
-    if results["rouge"]["after"]:
-        measured["ROUGE-L"] = {when: {"mean": block["rougeL"]} for when, block in results["rouge"].items()}
-    data.eval_results = []
-    for name, block in measured.items():
-        kind, before = "rouge" if name == "ROUGE-L" else "toxicity", block["before"]["mean"]
-        value = {"metric_name": f"{name} (before: {before:.4f})", "metric_value": round(block["after"]["mean"], 4)}
-        data.eval_results.append(EvalResult("summarization", dataset, dataset, metric_type=kind, **value))
-    changes = toxicity_rows(table, "after").loc[:, "mean change":"verdict"]
-    card = ModelCard.from_template(
-        data,
-        template_str=CARD,
-        name=data.model_name,
-        e=escape,
-        named=lambda name: name and escape(card_name(name)),
-        config=config,
+def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> str:
+    """A Hugging Face model card: verdict, options, table, pictures, examples, use, limits; no local paths."""
+    names = {option: card_name(name) for option in FROM_HUB if (name := getattr(config, option))}
+    metadata = {"base_model": names["model_name"], "library_name": "peft", "pipeline_tag": "summarization"}
+    metadata["tags"] = ["lora", "ppo", "detoxification"]
+    if not Path(config.dataset_name).exists():
+        metadata["datasets"] = [names["dataset_name"]]
+    shown = "reward_label toxic_label judge_label score_text sft_steps max_ppo_steps learning_rate init_kl_coef seed"
+    options = names | {option: getattr(config, option) for option in shown.split()}
+    phases, columns = table.index.unique("phase"), ["mean change", "95% interval", "p"]
+    lines = [["measure", "decoding", *phases, *columns], ["---"] * (len(phases) + 5)]
+    for (measure, decoding), changes in table.xs("after", level="phase")[columns].fillna("").iterrows():
+        places = [(measure, "human" if phase == "human" else decoding, phase) for phase in phases]
+        means = [f"{table['mean'][place]:.4g}" if place in table.index else "" for place in places]
+        lines.append([measure, decoding, *means, *changes])
+    example = "{dialogue}\n\nbefore: {response_before}\n\nafter: {response_after}\n\nreward: {reward_diff:+.3f}"
+    base = repr(names["model_name"])
+    if Path(config.model_name).exists():
+        base = f'"path/to/base"  # set this to the local directory of the base model, {base}'
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=config.hub_model_id or card_name(config.output_dir),
         verdict=results["verdict"],
-        reward=f"the {escape(label)} of {scored}",
+        warnings="".join(f"\n\n**Warning:** {text}" for text in results["warnings"].values()),
+        options=json.dumps(options, indent=2, ensure_ascii=False),
+        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
         limit=TOXIC,
-        start_directory=begun,
-        verdicts=markdown_table(changes.rename_axis("toxicity").reset_index()),
-        warnings=results["warnings"].values(),
-        figures=markdown_table(table["mean"].unstack("phase", sort=False).reset_index()),
-        examples=markdown_table(examples[["response_before", "response_after", "reward_diff", "dialogue"]]),
+        examples="\n\n".join(fenced(example.format(**row)) for row in examples.to_dict("records")),
+        base=base,
+        adapter=repr(config.hub_model_id) if config.hub_model_id else '"adapter"  # in the directory of this card',
+        prompt=config.prompt,
         dialogue=examples["dialogue"][0],
-        place=f'"{hub}"' if hub else '"adapter"',
-        start_place=f'"{hub}", subfolder="{begun}"' if hub else f'"{begun}"',
+        max_new_tokens=config.eval_max_new_tokens,
     )
-    card.save(directory / "README.md")
 
 
 def write_report(config: DetoxConfig, results: dict, history: list[dict], evaluated, tables: dict[str, dict]) -> None:
@@ -2686,7 +2646,8 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
         draw_training(history).savefig(output_dir / "training.png", dpi=120)
         for name in ("toxicity.png", "training.png"):  # where the card shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
-        write_card(model_dir, config, results, table, examples)
+        card = model_card(config, results, table, examples)
+        (model_dir / "README.md").write_text(card, encoding="utf-8")
         files += f" and {model_dir}/README.md"
     with atomic_write(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

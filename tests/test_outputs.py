@@ -1,6 +1,7 @@
 """What a run leaves to look at and to hand on: pictures, the model card, the DynamoDB table."""
 
 import copy
+import json
 import re
 import sys
 from decimal import Decimal
@@ -16,7 +17,7 @@ from markdown_it import MarkdownIt
 from matplotlib.image import imread
 
 import detox_ppo
-from detox_ppo import UserError, card_name, draw_toxicity, draw_training, escape, paired_statistics, run
+from detox_ppo import UserError, card_name, draw_toxicity, draw_training, fenced, paired_statistics, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = [
@@ -149,47 +150,36 @@ def test_toxicity_picture_without_a_change(values, tmp_path):
 
 
 def html(markdown):
-    """The page that a renderer which lets HTML through makes of it, parsed."""
+    """The page that a renderer which lets HTML through makes of it, parsed; XML has no control characters."""
     page = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    page = re.sub(r"[\x00-\x08\x0b-\x1f]", "", page)
     return ElementTree.fromstring(f"<page>{page}</page>")
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_escaped_text_is_shown_as_it_is(text):
-    page = html(f"| a | b |\n| --- | --- |\n| {escape(text)} | end |\n\nIn a line: {escape(text)} end\n")
-    (row,) = page.findall("./table/tbody/tr")
-    visible = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-    assert ["".join(cell.itertext()) for cell in row] == [visible, "end"]
-    assert not list(row[0])  # no element in it: no link, picture, emphasis or code
-    (line,) = page.findall("./p")
-    assert " ".join("".join(line.itertext()).split()) == " ".join(f"In a line: {visible} end".split()) and not list(
-        line
-    )
-    # what GitHub makes links of even without mark-up
-    assert not re.search(r"https?://|www\.|\w@\w", escape(text))
-
-
-def test_long_texts_are_cut_before_they_are_escaped():
-    assert escape("|" * 301) == "&#124;" * 299 + "…"
-    assert escape("|" * 300) == "&#124;" * 300
+@pytest.mark.parametrize("text", [*NASTY, "````\na\n`````\n</pre>", "~~~"])
+def test_fenced_text_is_shown_as_it_is(text):
+    page = html(f"{fenced(text)}\n\nend\n")
+    block, after = list(page)
+    assert block.tag == "pre" and [code.tag for code in block] == ["code"] and not list(block[0])
+    shown = text.replace("\x00", "\ufffd").replace("\x1b", "")
+    assert block[0].text == shown + "\n" and after.text == "end"
 
 
 def test_card_metadata(finished):
+    """Neither licence nor language, which a run does not know; a data set only if it is the hub's."""
     config, directory, results = finished
-    data = ModelCard.load(directory / "model" / "README.md").data
-    assert data.library_name == "peft" and data.metrics == ["toxicity", "rouge"]
-    assert (data.base_model, data.datasets, data.model_name) == ("base", ["dialogues"], "some-run")
-    assert (data.license, data.language) == ("apache-2.0", "en")
-    found = {result.metric_name.split(" (")[0]: result for result in data.eval_results}
-    expected = {"toxicity, sampled": results["summary_toxicity"], "toxicity, with dialogue": results["toxicity"]}
-    expected["toxicity, greedy"] = results["greedy"]["summary_toxicity"]
-    expected = {name: told["after"]["mean"] for name, told in expected.items()}
-    expected["ROUGE-L"] = results["rouge"]["after"]["rougeL"]
-    assert found.keys() == expected.keys()
-    for name, told in expected.items():
-        assert found[name].metric_value == pytest.approx(told, abs=1e-4)
-        assert found[name].metric_type == ("rouge" if "ROUGE" in name else "toxicity")
-        assert found[name].dataset_name == "dialogues"
+    expected = {"base_model": "base", "library_name": "peft", "pipeline_tag": "summarization"}
+    expected["tags"] = ["lora", "ppo", "detoxification"]
+    assert ModelCard.load(directory / "model" / "README.md").data.to_dict() == expected
+    of_the_hub = copy.copy(config)
+    vars(of_the_hub).update(model_name="google/flan-t5-base@main", dataset_name="knkarthick/dialogsum@main")
+    data = card_of(of_the_hub, results, directory).data
+    assert (data.base_model, data.datasets) == ("google/flan-t5-base", ["knkarthick/dialogsum"])
+
+
+def card_of(config, results, directory):
+    comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
+    return ModelCard(detox_ppo.model_card(config, results, detox_ppo.results_table(results), comparison[:1]))
 
 
 def test_names_in_the_metadata(tmp_path):
@@ -214,67 +204,67 @@ def test_card_tells_the_run(finished):
     text = " ".join("".join(page.itertext()).split())
     assert text.startswith("some-run") and results["verdict"] in text
     assert [image.get("src") for image in page.iter("img")] == ["toxicity.png", "training.png"]
-    verdicts, figures, examples = page.findall("./table")
-    told = detox_ppo.verdict_table(detox_ppo.toxicities(results))
-    assert rows_of(verdicts) == [[name, *cells] for name, *cells in told.itertuples()]
-    columns = ["mean", "before", "after", "greedy before", "greedy after", "human"]
-    assert ["".join(cell.itertext()) for cell in figures.find("./thead/tr")] == columns
-    rows = {name: cells for name, *cells in rows_of(figures)}
-    assert len(rows) == 6
-    blocks = (results, results["greedy"])
-    for name, key in (("toxicity", "summary_toxicity"), ("length", "length"), ("reward", "reward")):
-        means = [f"{block[key][when]['mean']:.4g}" for block in blocks for when in ("before", "after")]
-        human = "" if key == "reward" else f"{results['human'][key]['mean']:.4g}"
-        assert rows[name] == [*means, human]
+    assert [title.text for title in page.iter("h2")] == ["Examples", "Use", "Limits"]
+    (table,) = page.findall("./table")
+    columns = ["measure", "decoding", "before", "after", "human", "mean change", "95% interval", "p"]
+    assert ["".join(cell.itertext()) for cell in table.find("./thead/tr")] == columns
+    rows = {(measure, decoding): cells for measure, decoding, *cells in rows_of(table)}
+    assert len(rows) == 12
+    for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
+        for name, key in (("toxicity", "summary_toxicity"), ("length", "length"), ("reward", "reward")):
+            means = [f"{block[key][when]['mean']:.4g}" for when in ("before", "after")]
+            human = "" if key == "reward" else f"{results['human'][key]['mean']:.4g}"
+            told = detox_ppo.format_change(block[key]) if name == "toxicity" else {}
+            assert rows[name, decoding] == [*means, human, *(told.get(column, "") for column in columns[-3:])]
+    options, *examples, code = ["".join(block.itertext()) for block in page.iter("pre")]
+    assert json.loads(options)["model_name"] == "base" and json.loads(options)["learning_rate"] == 0.01
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
-    shown = rows_of(examples)
-    assert len(shown) == len(comparison) == 4
-    for row, told in zip(shown, comparison.itertuples(), strict=True):
-        texts = detox_ppo.differing(told.response_before, told.response_after)
-        assert row[:2] == [" ".join(text.split()) for text in texts]
-        assert row[3][:100] in " ".join(told.dialogue.split()) and not row[3].startswith("Summarize")
+    for shown, row in zip(examples, (0, 2, 3), strict=True):
+        told = comparison.iloc[row]
+        assert shown.startswith(f"{told.dialogue}\n\nbefore: {told.response_before}\n\nafter: {told.response_after}\n")
     for word in ("English", "does not see", "comparison.csv"):
         assert word in text
     assert not any(str(place) in card for place in (Path.home(), directory, ROOT))
 
 
-def test_nothing_works_in_the_card(finished, tmp_path):
-    """Names, warnings and dialogues that are mark-up stay text; nine examples at most."""
+def test_nothing_works_in_the_card(finished):
+    """Dialogues, summaries and labels that are mark-up stay text; warnings are the script's own."""
     config, _, results = finished
-    texts = (NASTY * 2)[:12]
-    found = pd.DataFrame({"response": texts, "reward": np.arange(12.0)})
+    found = pd.DataFrame({"response": NASTY, "reward": np.arange(len(NASTY))})
     both = {"sampled": found, "greedy": found}
-    table = detox_ppo.build_comparison({"dialogue": texts, "summary": texts}, both, both)
-    names = {"adapter_name": "<b>x</b>\n---", "reward_label": "```", "toxic_label": "|x|"}
-    changed, warning = copy.copy(config), "reward hacking: <b>summaries</b> are empty"
-    vars(changed).update(names, output_dir=str(tmp_path))
-    detox_ppo.write_card(tmp_path, changed, results | {"warnings": {"reward hacking": warning}}, table)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "base"
+    comparison = detox_ppo.build_comparison({"dialogue": NASTY, "summary": NASTY}, both, both)
+    changed, warned = copy.copy(config), results | {"warnings": {"reward hacking": "summaries are empty"}}
+    vars(changed).update(reward_label="```", toxic_label="|x|\n```\n<b>x</b>")
+    card = ModelCard(detox_ppo.model_card(changed, warned, detox_ppo.results_table(results), comparison))
     page = html(card.text)
-    assert page.find("./ul")[0].find("strong").tail == f" {warning}"
-    assert [len(row) for row in rows_of(page.findall("./table")[2])] == [4] * 9
-    assert not list(page.iter("script")) and not list(page.iter("a")) and not list(page.iter("b"))
-    assert [title.text for title in page.iter("h2")][-3:] == ["Examples", "Use", "Limits"]
-    assert len(list(page.iter("pre"))) == 1
-    text = " ".join("".join(page.itertext()).split())
-    assert all(shown in text for shown in ("<b>x</b> ---", 'the "```" logit', '"|x|"'))
+    assert not [tag for tag in ("script", "a", "b", "em", "del") if page.findall(f".//{tag}")]
+    assert [title.text for title in page.iter("h2")] == ["Examples", "Use", "Limits"]
+    blocks = ["".join(block.itertext()) for block in page.iter("pre")]
+    assert len(blocks) == 2 + len(NASTY)
+    assert json.loads(blocks[0])["toxic_label"] == changed.toxic_label
+    for text, block in zip(NASTY, blocks[1:], strict=False):
+        assert text.replace("\x00", "\ufffd").replace("\x1b", "") in block
+    compile(blocks[-1], "card", "exec")
+    assert "Warning: summaries are empty" in " ".join("".join(page.itertext()).split())
 
 
-def test_the_card_s_code_runs_as_pasted(finished, tiny, small_config, capsys, monkeypatch):
-    """Where the base has the name that the card gives it; the summaries are those that the run found greedily."""
-    config, directory, _ = finished
-    card = (directory / "model" / "README.md").read_text(encoding="utf-8")
+def test_the_card_s_code_runs_as_pasted(finished, tiny, capsys, monkeypatch):
+    """With a base of the hub as it is; a local one is to be set first. It prints what the run found greedily."""
+    config, directory, results = finished
     monkeypatch.chdir(directory / "model")
-    Path("base").symlink_to(tiny / "base")
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    unset = "base = \"path/to/base\"  # set this to the local directory of the base model, 'base'"
+    assert unset in code.splitlines()
     names = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
-    assert names["prompt"] == detox_ppo.build_prompt(names["dialogue"])
-    told = {
-        when: text.strip() for when, text in (line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    }
+    exec(code.replace(unset, f"base = {str(tiny / 'base')!r}"), names)
+    assert names["prompt"] == detox_ppo.PROMPT
+    printed = capsys.readouterr().out.strip()
     comparison = pd.read_csv("../comparison.csv", keep_default_na=False).set_index("dialogue").loc[names["dialogue"]]
-    assert told == {when: comparison[f"greedy_response_{when}"] for when in ("before", "after")}
+    assert printed == comparison["greedy_response_after"]
+    of_the_hub = copy.copy(config)
+    vars(of_the_hub).update(model_name="google/flan-t5-base", hub_model_id="example/clean")
+    text = card_of(of_the_hub, results, directory).text
+    assert "\nbase = 'google/flan-t5-base'\nadapter = 'example/clean'\n" in text and "path/to" not in text
 
 
 # DynamoDB

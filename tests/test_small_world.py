@@ -195,5 +195,4 @@ def test_a_policy_that_hides_from_its_classifier_is_found_out(options, build, tm
     warning = results["warnings"]["judge"]
     assert "the judge does not" in warning and "blind spots" in warning
     assert f"warning: {warning}" in " ".join(capsys.readouterr().out.split())
-    text = " ".join((tmp_path / "README.md").read_text().replace("&#46;", ".").split())
-    assert detox_ppo.escape(warning, 1000).replace("&#46;", ".") in text
+    assert f"**Warning:** {warning}\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
