@@ -2278,24 +2278,23 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
-    table = results_table(results)
-    changes, less = toxicity_rows(table, "after")["verdict"], "less toxic"
     warned = results["warnings"] = dict(state.warnings)
     if skipped := sum(line["ppo/skipped_steps"] for line in history):
         warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
     human_length = results["human"].get("length", {"mean": math.inf})["mean"]
-    hacked, blind, lost = [], [], False
-    for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
-        worse = degradation(block["quality"]["before"], block["quality"]["after"], human_length)
-        lost = lost or bool(worse)
-        if worse and block["summary_toxicity"]["paired_difference"]["mean"] < 0:
-            hacked.append(f"{'; '.join(worse)} ({decoding})")
-        if changes[decoding] == less and changes.get(f"judge, {decoding}", less) != less:
-            blind.append(decoding)
-    results["verdict"] = verdict_sentence(results, table, lost)
+    faults = {
+        decoding: degradation(block["quality"]["before"], block["quality"]["after"], human_length)
+        for decoding, block in (("sampled", results), ("greedy", results["greedy"]))
+    }
+    table = results_table(results)
+    results["verdict"] = verdict_sentence(results, table, lost=any(faults.values()))
+    before, after = (toxicity_rows(table, phase) for phase in ("before", "after"))
+    fell, change, less = after["mean"] < before["mean"], after["verdict"], "less toxic"
+    hacked = [f"{'; '.join(worse)} ({decoding})" for decoding, worse in faults.items() if worse and fell[decoding]]
+    blind = [name for name in faults if change[name] == less and change.get(f"judge, {name}", less) != less]
     if hacked:
-        fell = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
-        warned["reward hacking"] = f"{fell}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
+        worse = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
+        warned["reward hacking"] = f"{worse}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
     if blind:
         says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
         way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
@@ -2491,15 +2490,14 @@ def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: d
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     shares, changes, contents = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-    measure, names = content_measure(table), toxicity_rows(table, "after").index
-    for shift, when, colour in ((-0.2, "before", ORANGE), (0.2, "after", BLUE)):
-        heights = [table["mean"][measure, decoding, when] for decoding in ("sampled", "greedy")]
-        bars = contents.bar(np.arange(2) + shift, heights, 0.38, color=colour, label=when)
-        contents.bar_label(bars, fmt="%.1f" if measure == "length" else "%.3f", padding=2)
-        heights = 100 * toxicity_rows(table, when)["share"]
-        bars = shares.bar(np.arange(len(names)) + shift, heights, 0.38, color=colour, label=when)
-        shares.bar_label(bars, fmt="%.1f", padding=2)
-    shares.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    measure, whens = content_measure(table), {"before": ORANGE, "after": BLUE}
+    toxic = pd.DataFrame({when: 100 * toxicity_rows(table, when)["share"] for when in whens})
+    content = table["mean"].unstack("phase").loc[[(measure, "sampled"), (measure, "greedy")]].droplevel("measure")
+    for axes, panel, digits in ((shares, toxic, 1), (contents, content, 1 if measure == "length" else 3)):
+        for shift, (when, colour) in zip((-0.2, 0.2), whens.items(), strict=True):
+            bars = axes.bar(np.arange(len(panel)) + shift, panel[when], 0.38, color=colour, label=when)
+            axes.bar_label(bars, fmt=f"%.{digits}f", padding=2)
+        axes.set_xticks(range(len(panel)), [name.replace(" ", "\n") for name in panel.index])
     shares.set(ylim=(0, 100), ylabel="%")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
     count = len(before["sampled"])
@@ -2513,7 +2511,6 @@ def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: d
     if (measure, "human", "human") in table.index:
         level = table["mean"][measure, "human", "human"]
         contents.axhline(level, color="black", linestyle="--", linewidth=1.5, label="human")
-    contents.set_xticks(range(2), ["sampled", "greedy"])
     contents.margins(y=0.15)
     contents.set_ylabel("mean length (tokens)" if measure == "length" else measure)
     contents.set_title("content kept", pad=14)
@@ -2523,23 +2520,23 @@ def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: d
 
 
 CARD = """---
-{metadata}---
+base_model: {base_model}
+library_name: peft
+pipeline_tag: summarization
+tags: [lora, ppo, detoxification]{datasets}
+---
 
 # {name}: a LoRA adapter for summaries that are not toxic
 
 **{verdict}.**{warnings}
 
-Trained by PPO with these options:
-
-```json
-{options}
-```
-
 {table}
 
 Toxic: the classifier's probability of toxic_label is above {limit}. "with dialogue" is the toxicity of dialogue and
 summary as one text. The judge took no part in the training. All measures are in results.json, all prompts in
-comparison.csv.
+comparison.csv. Options of the training with PPO:
+
+{options}
 
 ![Toxic summaries before and after, the change of each prompt, and the content kept](toxicity.png)
 
@@ -2557,8 +2554,8 @@ The prompts with the largest, the median and the smallest gain in reward, sample
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-base = {base}
-adapter = {adapter}
+base = {base!r}  # hub id or local directory of the base model
+adapter = {adapter!r}  # hub id, or the directory next to this card
 prompt = {prompt!r}
 dialogue = {dialogue!r}
 tokenizer = AutoTokenizer.from_pretrained(base)
@@ -2595,12 +2592,8 @@ def start_directory(config: DetoxConfig) -> str | None:
 
 
 def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> str:
-    """A Hugging Face model card: verdict, options, table, pictures, examples, use, limits; no local paths."""
+    """A Hugging Face model card: verdict, table, options, pictures, examples, use, limits; no local paths."""
     names = {option: card_name(name) for option in FROM_HUB if (name := getattr(config, option))}
-    metadata = {"base_model": names["model_name"], "library_name": "peft", "pipeline_tag": "summarization"}
-    metadata["tags"] = ["lora", "ppo", "detoxification"]
-    if not Path(config.dataset_name).exists():
-        metadata["datasets"] = [names["dataset_name"]]
     shown = "reward_label toxic_label judge_label score_text sft_steps max_ppo_steps learning_rate init_kl_coef seed"
     options = names | {option: getattr(config, option) for option in shown.split()}
     phases, columns = table.index.unique("phase"), ["mean change", "95% interval", "p"]
@@ -2610,20 +2603,18 @@ def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples
         means = [f"{table['mean'][place]:.4g}" if place in table.index else "" for place in places]
         lines.append([measure, decoding, *means, *changes])
     example = "{dialogue}\n\nbefore: {response_before}\n\nafter: {response_after}\n\nreward: {reward_diff:+.3f}"
-    base = repr(names["model_name"])
-    if Path(config.model_name).exists():
-        base = f'"path/to/base"  # set this to the local directory of the base model, {base}'
     return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        base_model=json.dumps(names["model_name"]),
+        datasets="" if Path(config.dataset_name).exists() else f"\ndatasets: {json.dumps([names['dataset_name']])}",
         name=config.hub_model_id or card_name(config.output_dir),
         verdict=results["verdict"],
         warnings="".join(f"\n\n**Warning:** {text}" for text in results["warnings"].values()),
-        options=json.dumps(options, indent=2, ensure_ascii=False),
         table="\n".join(f"| {' | '.join(line)} |" for line in lines),
         limit=TOXIC,
+        options=fenced(yaml.safe_dump(options, sort_keys=False, allow_unicode=True).strip()),
         examples="\n\n".join(fenced(example.format(**row)) for row in examples.to_dict("records")),
-        base=base,
-        adapter=repr(config.hub_model_id) if config.hub_model_id else '"adapter"  # in the directory of this card',
+        base=f"path/to/{names['model_name']}" if Path(config.model_name).exists() else names["model_name"],
+        adapter=config.hub_model_id or "adapter",
         prompt=config.prompt,
         dialogue=examples["dialogue"][0],
         max_new_tokens=config.eval_max_new_tokens,

@@ -420,7 +420,7 @@ def test_published(ran, monkeypatch, dialogues, tmp_path):
         at_root = name in (*ADAPTER_FILES, "value_head.safetensors")
         assert content == (tmp_path / "out" / ("adapter" if at_root else "") / name).read_bytes()
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
-    assert "\n# example/clean: " in card.text and "\nadapter = 'example/clean'\n" in card.text
+    assert "\n# example/clean: " in card.text and "\nadapter = 'example/clean'  #" in card.text
     assert str(tmp_path) not in card.content
 
 
