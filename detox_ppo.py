@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import csv
 import dataclasses
 import difflib
 import functools
@@ -2421,6 +2422,18 @@ def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.
     return table.sort_values("reward_diff", ascending=False, kind="stable", ignore_index=True)
 
 
+def write_comparison(comparison: pd.DataFrame, path: Path) -> None:
+    """Write comparison.csv so that a spreadsheet shows each text and runs none."""
+    # To a spreadsheet, cells that begin with = + - @, a tab or a carriage return are formulas. They get a quote in
+    # front, and so do those that begin with a quote; .replace("^'", "", regex=True) gives a reader the texts back.
+    table = comparison.replace(r"^(['=+\-@\t\r])", r"'\1", regex=True)
+    text = table.to_csv(index=False)
+    if "\r" in text:  # quoted only on request, and a new row to most readers if it is not
+        text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    # Excel needs a BOM to read letters other than ASCII's.
+    path.write_text(text, encoding="utf-8" if text.isascii() else "utf-8-sig", newline="")
+
+
 def print_results(results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> None:
     """Print the result in a sentence, the toxicities, the means and the examples, which are rows of the comparison."""
     print()
@@ -2627,7 +2640,7 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     before, after = tables["before"], tables["after"]
     comparison = build_comparison(evaluated, before, after)
     with atomic_write(output_dir / "comparison.csv") as path:
-        comparison.to_csv(path, index=False)
+        write_comparison(comparison, path)
     # The largest, the median and the smallest gain in reward.
     examples = comparison.iloc[sorted({0, len(comparison) // 2, len(comparison) - 1})]
     table = results_table(results)
@@ -2689,7 +2702,8 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
         import awswrangler
 
         # Read as text, so that numbers reach Decimal digit by digit.
-        rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False).astype(object)
+        rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False)
+        rows = rows.replace("^'", "", regex=True).astype(object)  # see write_comparison
         rows.insert(0, "query", [build_prompt(dialogue, prompt) for dialogue in rows["dialogue"]])
         rows = rows[["query", "response_before", "response_after", "reward_before", "reward_after"]]
         for name in ("reward_before", "reward_after"):

@@ -578,7 +578,7 @@ def test_metrics(metrics):
 
 
 def test_comparison(runs):
-    with open(runs[0].left / "comparison.csv", encoding="utf-8", newline="") as file:
+    with open(runs[0].left / "comparison.csv", encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     first = ["dialogue", "human_summary", "response_before", "response_after", "reward_before", "reward_after"]
     assert list(rows[0])[:6] == first and list(rows[0])[-1] == "reward_diff" and len(rows) == 4  # every prompt

@@ -1,6 +1,7 @@
 """What a run leaves to look at and to hand on: pictures, the model card, the DynamoDB table."""
 
 import copy
+import csv
 import re
 import sys
 from decimal import Decimal
@@ -266,6 +267,25 @@ def test_the_card_s_code_runs_as_pasted(finished, tiny, capsys, monkeypatch):
     assert "\nbase = 'google/flan-t5-base'  #" in text and "\nadapter = 'example/clean'  #" in text
 
 
+# comparison.csv
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1+1", "\r=1+1", "'=1+1", "'", "a=1", "a\n=1", ""]
+
+
+@pytest.mark.parametrize("letter", ["", "\N{LATIN SMALL LETTER E WITH ACUTE}"])
+def test_a_spreadsheet_runs_no_cell_of_the_comparison(tmp_path, letter):
+    """A reader has the text back, and numbers stay as they are. Only what is not ASCII needs a BOM."""
+    table = pd.DataFrame({"dialogue": FORMULAS, "response": [text + letter for text in FORMULAS], "reward": -0.5})
+    detox_ppo.write_comparison(table, tmp_path / "comparison.csv")
+    assert (tmp_path / "comparison.csv").read_bytes().startswith(b"\xef\xbb\xbf") == bool(letter)
+    with open(tmp_path / "comparison.csv", encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == list(table.columns)
+    assert not [cell for *texts, _ in rows for cell in texts if cell.startswith(tuple("=+-@\t\r"))]
+    read = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False).replace("^'", "", regex=True)
+    pd.testing.assert_frame_equal(read, table)
+
+
 # DynamoDB
 
 
@@ -320,13 +340,14 @@ def test_rows_in_the_table(dynamodb, finished, capsys):
 
 
 def test_difficult_rows(dynamodb, tmp_path):
-    table = pd.DataFrame({"dialogue": NASTY, "response_before": "NA", "response_after": ""})
+    texts = NASTY + FORMULAS
+    table = pd.DataFrame({"dialogue": texts, "response_before": "NA", "response_after": ""})
     table["reward_before"], table["reward_after"], table["reward_diff"] = 1e-17, -1 / 3, 0.0
-    table.to_csv(tmp_path / "comparison.csv", index=False)
+    detox_ppo.write_comparison(table, tmp_path / "comparison.csv")
     detox_ppo.upload_comparison("summaries", str(tmp_path))
     items = {int(item["conversation_id"]["N"]): item for item in dynamodb.scan(TableName="summaries")["Items"]}
-    queries = [items[i]["query"]["S"] for i in range(1, len(NASTY) + 1)]
-    assert queries == list(map(detox_ppo.build_prompt, NASTY))
+    queries = [items[i]["query"]["S"] for i in range(1, len(texts) + 1)]
+    assert queries == list(map(detox_ppo.build_prompt, texts))
     assert items[1]["response_before"] == {"S": "NA"} and items[1]["response_after"] == {"S": ""}
     assert float(items[1]["reward_before"]["N"]) == 1e-17 and float(items[1]["reward_after"]["N"]) == -1 / 3
     table.head(0).to_csv(tmp_path / "comparison.csv", index=False)

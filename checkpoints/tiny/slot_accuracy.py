@@ -59,7 +59,7 @@ def main():
     parser.add_argument("comparison", type=Path, help="comparison.csv of a run")
     parser.add_argument("--dialogues", type=Path, default=HERE / "dialogues" / "train.csv")
     args = parser.parse_args()
-    with open(args.comparison, newline="", encoding="utf-8") as file:
+    with open(args.comparison, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     slots = slots_by_dialogue(args.dialogues)
     dialogues, found = [row["dialogue"] for row in rows], {}
