@@ -2338,6 +2338,8 @@ def results_table(results: dict) -> pd.DataFrame:
     if judge:
         blocks["sampled"]["judge_toxicity"] = judge["summary_toxicity"]
         blocks["greedy"]["judge_toxicity"] = judge["greedy"]["summary_toxicity"]
+    human = {key: value if isinstance(value, dict) else {"mean": value} for key, value in results["human"].items()}
+    blocks["human"] = {"quality": {"human": {}}} | {key: {"human": value} for key, value in human.items()}
     rows = {}
     for (measure, key), (decoding, block) in itertools.product(MEASURES.items(), blocks.items()):
         for phase, quality in block["quality"].items():
@@ -2345,10 +2347,6 @@ def results_table(results: dict) -> pd.DataFrame:
                 rows[measure, decoding, phase] = {"mean": quality[key]} if key in quality else block[key][phase]
         if "verdict" in block.get(key, {}):
             rows[measure, decoding, "after"] = block[key]["after"] | format_change(block[key])
-    for measure, key in MEASURES.items():
-        if key in results["human"]:
-            value = results["human"][key]
-            rows[measure, "human", "human"] = value if isinstance(value, dict) else {"mean": value}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["measure", "decoding", "phase"])
     shares = table.loc[["toxicity"], ["share"]].set_axis(["mean"], axis=1)
     return pd.concat([shares.rename({"toxicity": "share toxic"}), table])

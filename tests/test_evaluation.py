@@ -328,7 +328,7 @@ def test_a_bland_policy_is_found_out_without_human_summaries(small, tiny, few, c
     human = pd.DataFrame({"dialogue_toxicity": [0.1] * 40, "response": None})
     results = build_results(both, human, rows.assign(summary=""), RunState({}, {}), small.config)
     assert "rougeL" not in results["quality"]["after"] and list(results["warnings"]) == warned
-    print_results(results, build_comparison(rows.assign(summary=""), *both.values()))
+    print_results(results, results_table(results), build_comparison(rows.assign(summary=""), *both.values()))
     printed = " ".join(capsys.readouterr().out.split())
     assert "; content lost: R@1 " in results["verdict"] and results["verdict"] in printed
     assert all(f"warning: {results['warnings'][kind]}" in printed for kind in warned)
