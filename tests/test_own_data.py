@@ -237,7 +237,7 @@ def test_prompt(small_config, small, tmp_path):
         splits = detox_ppo.build_dataset(load_dialogues(str(tmp_path / "rows.csv")), small.tokenizer, config)
     assert splits["train"]["query"][0] == f"Tell {ROWS[0]['dialogue']} {{shortly}}."
     for prompt in ("Summarize.", "{dialogue} {dialogue}"):
-        with pytest.raises(UserError, match="--prompt .* should hold {dialogue} once"):
+        with pytest.raises(UserError, match="--prompt .* should contain {dialogue} once"):
             DetoxConfig(prompt=prompt)
 
 
