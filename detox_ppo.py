@@ -46,6 +46,7 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -93,6 +94,7 @@ import numpy as np
 import pandas as pd
 import peft
 import pydantic
+import regex
 import torch
 import transformers
 import trl
@@ -103,6 +105,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes, parse_
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from matplotlib.figure import Figure
+from nltk.stem.porter import PorterStemmer
 from pandas.io.common import get_handle
 from pydantic import BeforeValidator, ConfigDict, Field, WrapValidator
 from rouge_score import rouge_scorer
@@ -1436,6 +1439,26 @@ def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
     return float(np.mean(own > others))
 
 
+# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
+
+
+def split_words(text: str) -> list[str]:
+    """The words between spaces, lower-case; in a script without spaces each character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
+    return UNSPACED.sub(r" \g<0> ", text).split()
+
+
+class RougeTokenizer:
+    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
+
+    stem = staticmethod(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = regex.findall(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*", " ".join(split_words(text)))
+        return [self.stem(word) if len(word) > 3 else word for word in words]
+
+
 def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[str]) -> dict[str, float]:
     """What toxicity can't see of an evaluation's summaries: are they still summaries?
 
@@ -1445,10 +1468,10 @@ def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[s
     mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
     summaries; length, their mean in tokens; of what was sampled kl, to the reference in nats a summary.
     """
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeTokenizer())
     referenced = [pair for pair in zip(summaries, table["response"], strict=True) if pair[0]]
     scores = [scorer.score(*pair) for pair in referenced]
-    words = [text.lower().split() for text in table["response"]]
+    words = [split_words(text) for text in table["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
     retrieved = {}

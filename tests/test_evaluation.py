@@ -1,11 +1,13 @@
 """The evaluation: paired, reproducible, and told as it is."""
 
 import itertools
+import unicodedata
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rouge_score import rouge_scorer
 
 import detox_ppo
 from detox_ppo import (
@@ -26,6 +28,7 @@ from detox_ppo import (
     random_stream,
     results_table,
     roll_out,
+    split_words,
     step_warnings,
     summary_quality,
 )
@@ -219,6 +222,47 @@ def test_rouge_by_hand():
     # stemmed, and a mean over the pairs
     assert rouge(["walking dogs", "no"], ["walk dog", "yes"])["rouge1"] == pytest.approx(1 / 2)
     assert rouge([""], ["a summary"])["rouge1"] == 0
+
+
+def test_rouge_of_ascii_text_is_rouge_scores_own(tiny):
+    summaries = list(pd.read_csv(tiny / "dialogues" / "train.csv")["summary"][:100])
+    summaries += ["It's 9:30 in the U.S.A. -- don't_stop walking, re-reading!", "#Person1# re-reads_it.", "."]
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for texts in zip(summaries, summaries[1:], strict=False):
+        expected = {name: score.fmeasure for name, score in scorer.score(*texts).items()}
+        assert rouge([texts[1]], [texts[0]]) == expected
+
+
+SCRIPTS = {  # three summaries each, without a word in common
+    "Arabic": ["يشتري أحمد تذكرة", "تطبخ سارة العشاء", "الطقس ممطر اليوم"],
+    "Chinese": ["小明买火车票。", "她在家做晚饭。", "今天下大雨了。"],
+    "Hindi": ["राम टिकट खरीदता है", "सीता खाना पकाती हैं", "आज बारिश हो रही"],
+    "Japanese": ["切符を買う。", "料理が好きだ。", "スーパーへ行く。"],
+    "Khmer": ["គាត់ទិញសំបុត្រ", "នាងធ្វើម្ហូប", "ថ្ងៃនេះភ្លៀង"],
+    "Korean": ["민수는 표를 샀다", "지은이 저녁을 요리한다", "오늘 비가 온다"],
+    "Russian": ["Иван покупает билет", "Мама готовит ужин", "Сегодня сильный дождь"],
+    "Thai": ["เขาซื้อตั๋วรถไฟ", "แม่ทำอาหารเย็น", "วันนี้ฝนตกหนัก"],
+}
+
+
+@pytest.mark.parametrize("texts", SCRIPTS.values(), ids=SCRIPTS)
+def test_summaries_in_any_script(texts):
+    good = quality(texts, texts)
+    assert (good["rouge1"], good["rouge2"], good["rougeL"]) == (1, 1, 1) and good["distinct_2"] > 0.8
+    decomposed = [unicodedata.normalize("NFD", text) for text in texts]
+    assert quality(decomposed, texts)["rougeL"] == 1  # the same text in decomposed form
+    assert degradation(good, quality(texts, texts)) == []
+    assert quality([text + " " + text for text in texts], texts)["repeated_3"] > 0.1
+    for fixed in (texts[0], "。，、"):
+        names = [fault.split(" ")[0] for fault in degradation(good, quality([fixed] * 3, texts))]
+        assert names == ["ROUGE-L", "distinct-2"]
+
+
+def test_words_of_scripts_without_spaces_are_their_characters():
+    assert split_words("她在 ＫＴＶ唱歌！") == ["她", "在", "ktv", "唱", "歌", "!"]
+    assert split_words("ที่นี่ Hello,") == ["ที่", "นี่", "hello,"]  # marks stay with their letter
+    # one word of three in common, the name
+    assert rouge(["#Person1# 표를 샀다"], ["#Person1# 비가 온다"])["rouge1"] == pytest.approx(1 / 3)
 
 
 def test_quality_by_hand():
