@@ -172,6 +172,12 @@ def layer_names(value, validate_list):
     return validate_list(re.findall(r"[\w.]+", text) or None) if names_alone else text
 
 
+def one_or_more(value, validate_list):
+    """One name stays a text, and a list of one becomes it."""
+    names = validate_list(value if isinstance(value, list) else [value])
+    return names[0] if len(names) == 1 else names
+
+
 def option(default, help: str):
     """A field of the configuration with its --help text."""
     return field(default=default, metadata={"help": help})
@@ -184,6 +190,7 @@ PositiveOrNone, Share = Annotated[Positive | None, plain], Annotated[float, Fiel
 PartOfOne = Annotated[float, Field(gt=0, lt=1)]
 Name, NameOrNone = Annotated[str, plain], Annotated[str | None, plain]
 LayerNames = Annotated[list[str] | None, WrapValidator(layer_names)]  # or a str, which TrlParser can't declare
+OneOrMoreNames = Annotated[list[Name], Field(min_length=1), WrapValidator(one_or_more)]
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
@@ -220,7 +227,10 @@ class DetoxConfig:
         None, "Rows to evaluate on, all lengths. None: a directory's test file, or the end of the training rows."
     )
     dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
-    summary_column: Name = option("summary", "Column with the human summaries, for SFT, ptx_coef and ROUGE.")
+    summary_column: OneOrMoreNames = option(
+        "summary",
+        "Column with the human summaries, or several: ROUGE takes the best of a row, SFT and ptx_coef the first.",
+    )
     prompt: str = option(PROMPT, "Prompt template; {dialogue} is replaced by the dialogue.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
     input_max_text_length: PositiveInt = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
@@ -318,6 +328,10 @@ class DetoxConfig:
     def evaluates_only(self) -> bool:
         return self.max_ppo_steps == self.sft_steps == 0
 
+    @property
+    def summary_columns(self) -> list[str]:
+        return [self.summary_column] if isinstance(self.summary_column, str) else self.summary_column
+
 
 OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
 
@@ -384,6 +398,9 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
         print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     else:
         splits["train"] = kept
+    if config.sft_steps:
+        with as_user_error(config.dataset_name, "dataset_name"):
+            splits["train"] = without_empty(splits["train"], "summary", config.dataset_name)
     needs = [("batch_size", "train", config.max_ppo_steps), ("sft_batch_size", "train", config.sft_steps)]
     for name, split, needed in [*needs, ("eval_samples", "test", evaluated is None)]:
         if needed and len(splits[split]) < getattr(config, name):
@@ -1459,18 +1476,18 @@ class RougeTokenizer:
         return [self.stem(word) if len(word) > 3 else word for word in words]
 
 
-def summary_quality(table: pd.DataFrame, summaries: list[str], dialogues: list[str]) -> dict[str, float]:
+def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues: list[str]) -> dict[str, float]:
     """What toxicity can't see of an evaluation's summaries: are they still summaries?
 
-    Returns retrieval_at_1, from 20 dialogues on; ROUGE-1, -2 and -L F-measures against the human summaries, if there
-    are any (means, 0 to 1, stemmed);
+    Returns retrieval_at_1, from 20 dialogues on; ROUGE-1, -2 and -L F-measures against the human summaries, the best
+    of a row's, if there are any (means, 0 to 1, stemmed);
     distinct_2, the share of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the
     mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
     summaries; length, their mean in tokens; of what was sampled kl, to the reference in nats a summary.
     """
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeTokenizer())
-    referenced = [pair for pair in zip(summaries, table["response"], strict=True) if pair[0]]
-    scores = [scorer.score(*pair) for pair in referenced]
+    referenced = [pair for pair in zip(references, table["response"], strict=True) if pair[0]]
+    scores = [scorer.score_multi(*pair) for pair in referenced]
     words = [split_words(text) for text in table["response"]]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
@@ -1546,6 +1563,10 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     elif os.path.isdir(config.dataset_name):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
+    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
+    if not has_summaries and config.summary_column != DetoxConfig.summary_column:
+        names = " ".join(config.summary_columns)
+        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
     policy, tokenizer = load_policy(config, device, dtype)
     set_threads(policy)
     print_parameters(policy)
@@ -1556,6 +1577,7 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     if config.ptx_coef and config.max_ppo_steps:
         check_summaries(classifier, splits["train"], config)
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
+    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
 
@@ -1912,11 +1934,13 @@ def load_dialogues(
 ) -> datasets.Dataset | None:
     """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
 
-    Returns row (index in the file), dialogue and summary ("" where there is no such column and nothing needs it), or
-    None where a directory has no such split. Rows with an empty one are left out; a UserError names the file, and the
-    column or the row that is not as expected.
+    Returns row (index in the file), dialogue, summary and references, or None where a directory has no such split.
+    references are a row's texts in the summary_columns that the table has, summary is the first of them ("" without
+    one). Rows without a dialogue are left out; a UserError names the file, and the column or the row that is not as
+    expected.
     """
     config = config or DetoxConfig()
+    trained_on = option_name == "dataset_name" and split == "train"
     with as_user_error(name, option_name):
         table = split_of(name, split, config, option_name)
         if table is None and split == "train":
@@ -1924,39 +1948,48 @@ def load_dialogues(
         if table is None:
             return None
         table = clean_table(table, config.dialogue_column)
-        columns, texts = list(map(str, table.columns)), {}
-        for key, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
-            if key == "summary" and column not in columns and not (config.sft_steps or config.ptx_coef):
-                print(f"data: {name} has no column {column!r}: no ROUGE")
-                texts[key] = [None] * len(table)
-                continue
+        columns = list(map(str, table.columns))
+        names = one_line(", ".join(columns)) or "none"
+        summary_columns = [column for column in config.summary_columns if column in columns]
+        if not summary_columns and trained_on and (config.sft_steps or config.ptx_coef):
+            summary_columns = config.summary_columns  # whose first is reported as missing below
+        elif not summary_columns:
+            wanted = " or ".join(map(repr, config.summary_columns))
+            print(f"data: {name} has no column {wanted}, found {names}: no human summaries")
+        for column in (config.dialogue_column, *summary_columns):
+            key = "dialogue" if column == config.dialogue_column else "summary"
             if columns.count(column) != 1:
                 how_many = "more than one" if column in columns else "no"
-                names = one_line(", ".join(columns)) or "none"
                 raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
-            texts[key] = table[column].fillna("").tolist()
             turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
-            for row, text in enumerate(texts[key], start=1):
+            for row, text in enumerate(table[column].fillna(""), start=1):
                 if not isinstance(text, str):
                     raise ValueError(
                         f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}"
                     )
                 if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
                     raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
-        rows = list(zip(range(len(table)), texts["dialogue"], texts["summary"], strict=True))
-        needed = 2 if config.sft_steps else 1  # of dialogue and summary
-        empty = [row + 1 for row, *pair in rows if "" in pair[:needed]]
-        if empty:
-            note = f"{len(empty)} of {len(rows)} rows have no dialogue or no summary (rows {str(empty[:5])[1:-1]} ...)"
-            if len(empty) > len(rows) / 10:
-                raise ValueError(note)
-            print(f"data: {name}: {note}: left out")
-        if not rows:
+        if table.empty:
             raise ValueError("there is no row in it")
-    kept = [
-        (row, dialogue, summary or "") for row, dialogue, summary in rows if "" not in (dialogue, summary)[:needed]
-    ]
-    return datasets.Dataset.from_dict(dict(zip(("row", "dialogue", "summary"), zip(*kept, strict=True), strict=True)))
+        dialogues = table[config.dialogue_column].fillna("").tolist()
+        cells = table[summary_columns].fillna("").to_numpy().tolist()
+        references = [list(filter(None, texts)) for texts in cells]
+        summaries = [next(iter(texts), "") for texts in references]
+        texts = {"dialogue": dialogues, "summary": summaries, "references": references}
+        rows = datasets.Dataset.from_dict({"row": range(len(table))} | texts)
+        return without_empty(rows, "dialogue", name)
+
+
+def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
+    """Leave out rows without a text in this column and print which; more than a tenth is an error."""
+    empty = [row + 1 for row, text in zip(rows["row"], rows[column], strict=True) if not text]
+    if not empty:
+        return rows
+    note = f"{len(empty)} of {len(rows)} rows have no {column} (rows {str(empty[:5])[1:-1]} ...)"
+    if len(empty) > len(rows) / 10:
+        raise ValueError(f"{note}: that is more than a tenth. Fill them in, or remove these rows")
+    print(f"data: {name}: {note}: left out")
+    return rows.select([i for i, text in enumerate(rows[column]) if text])
 
 
 # --- Loading and checking models and adapters ------------------------------------------------------------------------
@@ -2278,7 +2311,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
     tables are evaluate_policy's of the rows, by when ("base" with SFT, "before", "after") and decoding ("sampled",
     "greedy"); human is measure_human's.
     """
-    summaries, dialogues, history = list(rows["summary"]), list(rows["dialogue"]), state.history
+    references, dialogues, history = list(rows["references"]), list(rows["dialogue"]), state.history
     keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > TOXIC
 
     def compare(decoding, key, chosen=slice(None)):
@@ -2287,7 +2320,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         return base | paired_statistics(values["before"], values["after"], config.seed)
 
     def measured(decoding):
-        quality = {when: summary_quality(both[decoding], summaries, dialogues) for when, both in tables.items()}
+        quality = {when: summary_quality(both[decoding], references, dialogues) for when, both in tables.items()}
         block = {key: compare(decoding, key) for key in keys}
         for key in ("length", "reward"):
             block[key] = {when: {"mean": float(both[decoding][key].mean())} for when, both in tables.items()}
@@ -3063,8 +3096,11 @@ class OptionParser(trl.TrlParser):
     heading = None
 
     def add_argument(self, *flags, **kwargs):
-        if title := HEADINGS.get(flags[0].removeprefix("--")):
+        name = flags[0].removeprefix("--")
+        if title := HEADINGS.get(name):
             self.heading = self.add_argument_group(title)
+        if name in OPTIONS:  # HfArgumentParser gives a list no default
+            kwargs.setdefault("default", getattr(DetoxConfig, name))
         if kind := kwargs.get("type"):  # an empty text is not given, or one that the option's own type refuses
             kwargs["type"] = functools.wraps(kind)(lambda text: kind(text) if text else text)
         return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)

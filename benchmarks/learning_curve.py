@@ -141,7 +141,7 @@ def judge(plan):
             peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(saved, device=str(device)))
         rows = test.select(range(min(count, len(test))))
         found = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config)
-        return rows, found, detox_ppo.summary_quality(found, list(rows["summary"]), list(rows["dialogue"]))
+        return rows, found, detox_ppo.summary_quality(found, list(rows["references"]), list(rows["dialogue"]))
 
     for step, saved in plan["on_the_way"]:
         _, found, quality = measured(saved, plan["curve_samples"])

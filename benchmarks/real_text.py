@@ -218,9 +218,9 @@ def measured(start, after):
 
     found = {}
     for key, table in after.items():
-        before, summaries = start[key], list(table["summary"])
+        before, references = start[key], [[text] if text else [] for text in table["summary"]]
         dialogues = list(table["dialogue"])
-        quality = [detox_ppo.summary_quality(told, summaries, dialogues) for told in (before, table)]
+        quality = [detox_ppo.summary_quality(told, references, dialogues) for told in (before, table)]
         block = {
             name: detox_ppo.paired_statistics(before[name], table[name], seed=0)
             for name in ("summary_toxicity", "judge_toxicity")

@@ -219,13 +219,10 @@ def test_dialogues(name, content, words, options, tmp_path, capsys):
     assert len(message) < 2000
 
 
-@pytest.mark.parametrize(
-    "name, content", [("a.csv", "dialogue,summary\na,b\nc,\n"), ("a.jsonl", lines(ROW, {"dialogue": "c"}))]
-)
-def test_summaries_that_sft_needs(name, content, options, tmp_path, capsys):
-    (tmp_path / name).write_text(content)
-    message = complaint(options(dataset_name=tmp_path / name, sft_steps=1), capsys)
-    assert "1 of 2 rows have no dialogue or no summary (rows 2 " in message
+def test_summaries_that_sft_needs(options, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(lines(ROW, {"dialogue": ROW["dialogue"]}, *[ROW] * 8))
+    message = complaint(options(dataset_name=tmp_path / "a.jsonl", sft_steps=1), capsys)
+    assert "1 of 8 rows have no summary (rows 2 " in message
 
 
 def huge(units, options, tmp_path):

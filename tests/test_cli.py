@@ -256,6 +256,10 @@ def test_values_are_of_their_options_types(tmp_path):
     config = parse_config(["--lora_target_modules", "k", "o", "--adaptive_kl", "false", "--adapter_name", ""])
     assert (config.lora_target_modules, config.adaptive_kl, config.adapter_name) == (["k", "o"], False, None)
     assert parse_config(["--resume", "--seed", "1"]).resume is True
+    for given, expected in ((["a b"], "a b"), (["summary1", "summary2"], ["summary1", "summary2"])):
+        path = str(yaml_file(tmp_path, {"summary_column": expected}))
+        for args in (["--summary_column", *given], ["--config", path]):
+            assert parse_config(args).summary_column == DetoxConfig(summary_column=given).summary_column == expected
     for name in REAL:
         assert type(getattr(config, name)) in (float, type(None)), name
 

@@ -52,7 +52,7 @@ def write(path, content):
 
 
 def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
-    expected = [{"row": i, **row} for i, row in enumerate(ROWS)]
+    expected = [{"row": i, **row, "references": [row["summary"]]} for i, row in enumerate(ROWS)]
     for kind in ("csv", "jsonl"):
         directory = tmp_path / kind
         directory.mkdir()
@@ -66,7 +66,7 @@ def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
 
 
 def test_other_columns_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
-    expected = [{"row": 0, "dialogue": "hello", "summary": "greeting"}]
+    expected = [{"row": 0, "dialogue": "hello", "summary": "greeting", "references": ["greeting"]}]
     path = write(tmp_path / "a.csv", b"\xef\xbb\xbfdialogue,id,summary\nhello,7,greeting\n")
     assert load_dialogues(path).to_list() == expected
     path = write(tmp_path / "a.jsonl", '\ufeff{"summary": "greeting", "id": 7, "dialogue": "hello"}\n\n \n')
@@ -137,6 +137,27 @@ def test_nothing_left_after_the_filter():
     for word in ("some/where", "3 rows, 0 with 200 <", "<= 1000", "input_min_text_length", "input_max_text_length"):
         assert word in message
     assert "0 rows" in data_complaint([])
+
+
+@pytest.mark.parametrize("without", [[3, *range(10, 20)], [1, 3], range(20)], ids=str)
+def test_sft_needs_summaries_in_the_training_rows_alone(without, capsys):
+    """Of 20 rows the last 10 are evaluated."""
+    rows = as_rows(["x" * 300] * 20, ["" if i in without else "summary" for i in range(20)])
+
+    def split(**options):
+        return build_dataset(rows, CountingTokenizer(), config(test_size=0.5, **options))
+
+    assert len(split()["train"]) == 10  # PPO needs none
+    empty = [i for i in without if i < 10]
+    if len(empty) > 1:
+        words = rf"{len(empty)} of 10 rows have no summary \(rows {empty[0] + 1}, {empty[1] + 1}"
+        with pytest.raises(UserError, match=f"--dataset_name .*{words}"):
+            split(sft_steps=1, sft_batch_size=1)
+        return
+    splits = split(sft_steps=1, sft_batch_size=1)
+    assert splits["train"]["row"] == [i for i in range(10) if i not in empty]
+    assert splits["test"]["row"] == [*range(10, 20)]
+    assert "1 of 10 rows have no summary (rows 4 ...): left out" in capsys.readouterr().out
 
 
 def test_fewer_rows_than_the_options_ask_for():

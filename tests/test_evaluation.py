@@ -203,7 +203,8 @@ def test_a_change_has_its_true_direction(few):
 
 def quality(texts, summaries, finished=True, kl=0.0):
     table = pd.DataFrame({"response": texts, "finished": finished, "kl": kl, "length": 5})
-    return summary_quality(table, summaries, dialogues=texts)
+    references = [summary if isinstance(summary, list) else [summary] for summary in summaries]
+    return summary_quality(table, references, dialogues=texts)
 
 
 def rouge(texts, summaries):
@@ -222,6 +223,9 @@ def test_rouge_by_hand():
     # stemmed, and a mean over the pairs
     assert rouge(["walking dogs", "no"], ["walk dog", "yes"])["rouge1"] == pytest.approx(1 / 2)
     assert rouge([""], ["a summary"])["rouge1"] == 0
+    # each measure by the best of several summaries; a row without one does not count
+    several = [["no", "dog the cat", "the cat"], []]
+    assert rouge(["the cat", "some text"], several) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
 
 
 def test_rouge_of_ascii_text_is_rouge_scores_own(tiny):
@@ -301,7 +305,7 @@ def table_of(texts, toxicity, reward=0.0):
 def results_of(tables, human, summaries, config, greedy=None, **state):
     """tables are of sampled summaries, and of greedy ones unless those are given; the human ones are the dialogues."""
     both = {when: {"sampled": table, "greedy": (greedy or tables)[when]} for when, table in tables.items()}
-    rows = {"dialogue": summaries, "summary": summaries}
+    rows = {"dialogue": summaries, "references": [[text] if text else [] for text in summaries]}
     human = pd.DataFrame(human | {"response": summaries, "length": 6}).replace({"response": {"": None}})
     return build_results(both, human, rows, RunState({}, {}, **state), config)
 
@@ -349,6 +353,7 @@ def test_a_policy_that_says_the_same_of_everything_is_found_out(small, tiny, few
         tables["after"][decoding] = table_of(after, 0.1)
     both = {"before": {name: tables["before"] for name in ("sampled", "greedy")}, "after": tables["after"]}
     human = {"response": texts, "length": 6, "toxicity": 0.1, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1}
+    rows = rows.assign(references=[[text] for text in texts])
     results = build_results(both, pd.DataFrame(human), rows, RunState({}, {}), small.config)
     qualities = {"sampled": results["quality"], "greedy": results["greedy"]["quality"]}
     for decoding, quality in qualities.items():
@@ -370,9 +375,10 @@ def test_a_bland_policy_is_found_out_without_human_summaries(small, tiny, few, c
     tables = {"before": before, "after": table_of([BLAND] * 40, toxicity)}
     both = {when: {"sampled": table, "greedy": table} for when, table in tables.items()}
     human = pd.DataFrame({"dialogue_toxicity": [0.1] * 40, "response": None})
-    results = build_results(both, human, rows.assign(summary=""), RunState({}, {}), small.config)
+    rows = rows.assign(summary="", references=[[]] * 40)
+    results = build_results(both, human, rows, RunState({}, {}), small.config)
     assert "rougeL" not in results["quality"]["after"] and list(results["warnings"]) == warned
-    print_results(results, results_table(results), build_comparison(rows.assign(summary=""), *both.values()))
+    print_results(results, results_table(results), build_comparison(rows, *both.values()))
     printed = " ".join(capsys.readouterr().out.split())
     assert "; content lost: R@1 " in results["verdict"] and results["verdict"] in printed
     assert all(f"warning: {results['warnings'][kind]}" in printed for kind in warned)

@@ -27,7 +27,10 @@ ROWS = [
     {"id": "2", "dialogue": "#Person1#: NA\t#Person2#: 0012", "summary": "null"},
     {"id": "3", "dialogue": "#Person1#: naïve 😀", "summary": "1e3"},
 ]
-EXPECTED = [{"row": i, "dialogue": row["dialogue"], "summary": row["summary"]} for i, row in enumerate(ROWS)]
+EXPECTED = [
+    {"row": i, "dialogue": row["dialogue"], "summary": row["summary"], "references": [row["summary"]]}
+    for i, row in enumerate(ROWS)
+]
 
 
 def write(kind, directory):
@@ -93,8 +96,8 @@ SPREADSHEETS = {
 @pytest.mark.parametrize("content", SPREADSHEETS.values(), ids=SPREADSHEETS)
 def test_csv_files_of_spreadsheets(content, tmp_path, capsys):
     (tmp_path / "a.csv").write_text(content)
-    expected = [{"row": 0, "dialogue": "a, b", "summary": "007"}, {"row": 1, "dialogue": "c", "summary": "NA"}]
-    assert load_dialogues(str(tmp_path / "a.csv")).to_list() == expected
+    found = load_dialogues(str(tmp_path / "a.csv"))
+    assert (found["dialogue"], found["summary"]) == (["a, b", "c"], ["007", "NA"])
     assert "left out" not in capsys.readouterr().out
 
 
@@ -128,9 +131,7 @@ def test_spaces_only_are_empty(kind, tmp_path, capsys):
         getattr(table, f"to_{kind}")(tmp_path / f"a.{kind}", index=False)
     kept = load_dialogues(str(tmp_path / f"a.{kind}"))
     assert kept["row"] == [row for row in range(20) if row != 4] and kept["summary"][10] == ""
-    kept = load_dialogues(str(tmp_path / f"a.{kind}"), DetoxConfig(sft_steps=1))
-    assert kept["row"] == [row for row in range(20) if row not in (4, 11)]
-    assert "(rows 5, 12 ...): left out" in capsys.readouterr().out
+    assert "(rows 5 ...): left out" in capsys.readouterr().out
 
 
 def test_json_of_one_row(tmp_path):
@@ -207,25 +208,64 @@ def test_rows_that_can_t_be_used_are_left_out_and_named(kind, empty, tmp_path, c
     getattr(pd.DataFrame(rows), {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[kind])(
         tmp_path / f"rows.{kind}", **({"orient": "records", "lines": True} if kind == "jsonl" else {})
     )
-    kept = load_dialogues(str(tmp_path / f"rows.{kind}"))  # PPO needs no summaries
+    kept = load_dialogues(str(tmp_path / f"rows.{kind}"), DetoxConfig(sft_steps=1))
     assert list(kept["row"]) == [row for row in range(20) if row != 4] and kept["summary"][10] == ""
-    assert "1 of 20 rows" in capsys.readouterr().out
-    needs_summaries = DetoxConfig(sft_steps=1)
-    found = load_dialogues(str(tmp_path / f"rows.{kind}"), needs_summaries)
-    assert list(found["row"]) == [row for row in range(20) if row not in (4, 11)]
-    assert "2 of 20 rows have no dialogue or no summary (rows 5, 12 ...): left out" in capsys.readouterr().out
-    rows[0]["dialogue"] = None
+    assert "1 of 20 rows have no dialogue (rows 5 ...): left out" in capsys.readouterr().out
+    rows[0]["dialogue"], rows[12]["dialogue"] = None, None
     pd.DataFrame(rows).to_csv(tmp_path / "more.csv", index=False)
-    with pytest.raises(UserError, match="more.csv: can't be loaded: 3 of 20 rows have no dialogue .*rows 1, 5, 12"):
-        load_dialogues(str(tmp_path / "more.csv"), needs_summaries)
+    with pytest.raises(UserError, match="more.csv: can't be loaded: 3 of 20 rows have no dialogue .*rows 1, 5, 13"):
+        load_dialogues(str(tmp_path / "more.csv"))
 
 
 def test_summaries_are_needed_for_tuning_alone(tmp_path, capsys):
     pd.DataFrame(ROWS).drop(columns="summary").to_csv(tmp_path / "rows.csv", index=False)
     assert set(load_dialogues(str(tmp_path / "rows.csv"))["summary"]) == {""}
-    assert "no column 'summary': no ROUGE" in capsys.readouterr().out
+    assert "no column 'summary', found id, dialogue: no human summaries" in capsys.readouterr().out
+    needs_summaries = DetoxConfig(sft_steps=1)
     with pytest.raises(UserError, match="no column 'summary'.* --summary_column"):
-        load_dialogues(str(tmp_path / "rows.csv"), DetoxConfig(sft_steps=1))
+        load_dialogues(str(tmp_path / "rows.csv"), needs_summaries)
+    for which in ({"option_name": "eval_dataset_name"}, {"split": "test"}):  # rows to evaluate on need none
+        assert set(load_dialogues(str(tmp_path / "rows.csv"), needs_summaries, **which)["summary"]) == {""}
+
+
+def test_several_columns_of_summaries(tmp_path, capsys):
+    """As DialogSum: one summary in the training file, three in the test file."""
+    names = ["summary", "summary1", "summary2", "summary3"]
+    config = DetoxConfig(summary_column=names, sft_steps=1)
+    pd.DataFrame(ROWS).to_csv(tmp_path / "train.csv", index=False)
+    test = pd.DataFrame({"dialogue": ["a", "b", "c"], "summary1": ["a1", "", ""], "summary2": ["a2", "b2", ""]})
+    test.assign(summary3=["a3", "b3", ""]).to_csv(tmp_path / "test.csv", index=False)
+    assert load_dialogues(str(tmp_path), config).to_list() == EXPECTED
+    found = load_dialogues(str(tmp_path), config, split="test")
+    assert found["references"] == [["a1", "a2", "a3"], ["b2", "b3"], []]
+    assert found["summary"] == ["a1", "b2", ""]
+    assert "no human summaries" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no column 'summary1', found id, dialogue, summary. Name it with --summary_c"):
+        load_dialogues(str(tmp_path), DetoxConfig(summary_column=names[1:], sft_steps=1))
+
+
+def test_rouge_is_the_best_of_several_summaries(ran, dialogues, tmp_path):
+    table = pd.read_csv(dialogues / "train.csv")[["dialogue", "summary"]]
+    table.to_csv(tmp_path / "train.csv", index=False)
+    test = table.iloc[:4].rename(columns={"summary": "summary1"})
+    test.assign(summary2=["", "xyz", "xyz", "xyz"]).to_csv(tmp_path / "test.csv", index=False)
+    options = {"max_ppo_steps": 0, "eval_dataset_name": tmp_path / "test.csv"}
+    (tmp_path / "options.yaml").write_text("summary_column: [summary, summary2, summary1]\n")
+    best, _, comparison = ran(config=tmp_path / "options.yaml", **options)
+    first, _, one = ran(summary_column="summary1", **options)
+    assert best["rouge"] == first["rouge"] and best["rouge"]["before"]["rouge1"] > 0
+    assert list(comparison.columns) == list(one.columns)
+    of_first = {"xyz": 3, one["human_summary"][one["dialogue"] == test["dialogue"][0]].item(): 1}
+    assert comparison["human_summary"].value_counts().to_dict() == of_first
+
+
+def test_a_column_of_summaries_that_is_nowhere(ran, dialogues, tmp_path, capsys):
+    """One that is named has to be in one of the tables; in the table to train on only if something learns from it."""
+    (tmp_path / "a.txt").write_text("#Person1#: Hi. #Person2#: Bye.")
+    names = {"summary_column": "tldr", "dataset_name": dialogues, "eval_dataset_name": tmp_path / "a.txt"}
+    with pytest.raises(SystemExit):
+        ran(max_ppo_steps=1, **names)
+    assert "--summary_column tldr: no row has such a summary" in capsys.readouterr().err
 
 
 def test_prompt(small_config, small, tmp_path):
@@ -313,7 +353,7 @@ def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, t
         )
     assert comparison["greedy_response_before"].tolist() == detox_ppo.plain_texts(small.tokenizer, base)
     assert (comparison["response_before"] != comparison["response_after"]).any()
-    assert not results["rouge"]["after"] and not results["human"] and "human summaries" not in printed
+    assert not results["rouge"]["after"] and not results["human"] and "of the human summaries" not in printed
     left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert left == {"results.json", "comparison.csv", "toxicity.png"}
 
