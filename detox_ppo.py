@@ -1904,6 +1904,9 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         splits = datasets.load_from_disk(name)
     if splits is not None:
         splits = splits if isinstance(splits, dict) else {"train": splits}
+        if split == "train" and split not in splits:
+            way = "save the one to train on with to_csv, and name that file"
+            raise ValueError(f"it has no split train, found {', '.join(splits)}; {way}")
         print_unused_splits(name, split, splits)
         return splits[split].to_pandas() if split in splits else None
     tables = [path] if TABLE.search(path.name) else []
@@ -1943,8 +1946,6 @@ def load_dialogues(
     trained_on = option_name == "dataset_name" and split == "train"
     with as_user_error(name, option_name):
         table = split_of(name, split, config, option_name)
-        if table is None and split == "train":
-            raise ValueError("it has no split train")
         if table is None:
             return None
         table = clean_table(table, config.dialogue_column)

@@ -191,6 +191,13 @@ def test_a_directory_with_a_file_for_each_split(tmp_path, capsys):
     assert load_dialogues(str(tmp_path), split="test") is None
 
 
+def test_splits_of_other_names_are_named(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"training": rows, "dev": rows}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="no split train, found training, dev; save the one to train on with to_csv"):
+        load_dialogues(str(tmp_path / "saved"))
+
+
 def test_other_columns(tmp_path):
     table = pd.DataFrame(ROWS).rename(columns={"dialogue": "text", "summary": "tl;dr"})
     table.to_csv(tmp_path / "rows.csv", index=False)
