@@ -3091,6 +3091,14 @@ HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "SFT", 
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
 
+def converted(kind, text: str):
+    """A flag's value; one that is empty or of another type stays text, which the option's own type reports."""
+    try:
+        return kind(text) if text else text
+    except ValueError:
+        return text
+
+
 class OptionParser(trl.TrlParser):
     """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
 
@@ -3102,8 +3110,8 @@ class OptionParser(trl.TrlParser):
             self.heading = self.add_argument_group(title)
         if name in OPTIONS:  # HfArgumentParser gives a list no default
             kwargs.setdefault("default", getattr(DetoxConfig, name))
-        if kind := kwargs.get("type"):  # an empty text is not given, or one that the option's own type refuses
-            kwargs["type"] = functools.wraps(kind)(lambda text: kind(text) if text else text)
+        if kind := kwargs.get("type"):
+            kwargs["type"] = functools.wraps(kind)(functools.partial(converted, kind))
         return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
 
     def error(self, message):
@@ -3181,7 +3189,9 @@ def parse_config(args: list[str]) -> DetoxConfig:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        raise UserError(f"--{problem['loc'][0]} is {one_line(repr(problem['input']))}: {expected}") from error
+        name = problem["loc"][0]
+        help = DetoxConfig.__dataclass_fields__[name].metadata["help"]
+        raise UserError(f"--{name} is {one_line(repr(problem['input']))}: {expected}. {help}") from error
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:

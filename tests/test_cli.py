@@ -307,6 +307,14 @@ def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_
 # Mistakes
 
 
+def test_a_value_of_the_wrong_type_is_reported_with_the_option_s_help(tmp_path):
+    for args in (["--eval_samples", "all"], ["--config", str(yaml_file(tmp_path, {"eval_samples": "all"}))]):
+        expected = (
+            "--eval_samples is 'all': it should be a valid integer. Number of test prompts to evaluate; -1: all."
+        )
+        assert complaint(args) == expected
+
+
 def test_ranges_cover_every_number():
     assert set(RANGES) == set(WHOLE) | set(REAL)
 
