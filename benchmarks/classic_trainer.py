@@ -1,14 +1,13 @@
-"""The classic trainer's side of step_time.py: TRL 0.8.0's PPOTrainer, used as the published notebooks use it.
+"""The classic side of step_time.py: TRL 0.8.0's PPOTrainer, used as in the published notebooks.
 
-It runs in an environment of its own, which step_time.py makes or is pointed at:
+step_time.py starts it in the classic environment, which it creates or which --classic_python names:
 
     python classic_trainer.py plan.json result.json
 
-Nothing it computes is changed. Its phases are timed around its own methods: generate (one prompt at a time),
-the classifier's pipeline, and inside step() the two forward passes without gradients, of the policy and of the
-reference; the rest of step() is the optimization. What differs from the notebooks makes it faster or smaller, never
-slower: the classifier is loaded once instead of three times and its pairs are cut at 512 tokens, where the notebooks
-would fail.
+Its computations are unchanged. The timed phases are generate (one prompt at a time), the classifier's pipeline, and
+inside step() the two forward passes without gradients, of the policy and of the reference. The rest of step() is the
+optimization. Two differences from the notebooks make it faster or smaller, never slower: the classifier is loaded
+once instead of three times, and its inputs are truncated to 512 tokens, where the notebooks would fail.
 """
 
 import json
@@ -24,13 +23,13 @@ import peft
 import torch
 import transformers
 import trl
-from step_time import peak_memory  # which needs the standard library alone until it is used
+from step_time import peak_memory  # step_time needs only the standard library at import
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
 
 
 def load_tokenizer(directory):
-    """A tokenizer file as it is: the configuration beside it may name classes that transformers 4 does not have."""
+    """Load tokenizer.json itself: tokenizer_config.json may name classes that transformers 4 does not have."""
     config = json.loads((Path(directory) / "tokenizer_config.json").read_text())
     tokens = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
     return PreTrainedTokenizerFast(
@@ -44,9 +43,9 @@ def load_tokenizer(directory):
 def load_trainer(plan, tokenizer):
     dtype = getattr(torch, plan["dtype"])
     base = AutoModelForSeq2SeqLM.from_pretrained(plan["base"], torch_dtype=dtype)
-    # The embeddings alone are 10% of the model: with a tied head the two sides would not run the same shapes.
+    # The embeddings are 10% of the model: with a tied head the two sides would not have the same shapes.
     if base.lm_head.weight.data_ptr() == base.get_input_embeddings().weight.data_ptr():
-        raise RuntimeError(f"{plan['base']}: its lm_head is tied to its embeddings")
+        raise RuntimeError(f"{plan['base']}: lm_head is tied to the embeddings")
     lora = peft.LoraConfig(
         r=plan["lora_r"],
         lora_alpha=plan["lora_r"],
@@ -68,7 +67,7 @@ def load_trainer(plan, tokenizer):
 
 
 def load_classifier(directory, device):
-    # The notebooks leave the classifier in float32 whatever the base's dtype.
+    # The notebooks keep the classifier in float32, whatever the base's dtype.
     model = AutoModelForSequenceClassification.from_pretrained(directory, torch_dtype=torch.float32)
     return transformers.pipeline(
         "text-classification", model=model, tokenizer=load_tokenizer(directory), framework="pt", device=device
@@ -76,7 +75,7 @@ def load_classifier(directory, device):
 
 
 def time_forward_passes(trainer):
-    """Collect the seconds of the forward passes that step() makes without gradients."""
+    """Return a list that collects the seconds of each forward pass without gradients in step()."""
     seconds, forward = [], trainer.batched_forward_pass
 
     def timed(*args, **kwargs):
@@ -91,18 +90,18 @@ def time_forward_passes(trainer):
 
 
 def count_classified(model):
-    """Collect how many tokens, without padding, each text has that the classifier reads."""
+    """Return a list that collects the length in tokens, without padding, of each text the classifier reads."""
     lengths = []
 
-    def note(module, args, kwargs):
+    def record(module, args, kwargs):
         lengths.extend(kwargs["attention_mask"].sum(dim=1).tolist())
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.register_forward_pre_hook(record, with_kwargs=True)
     return lengths
 
 
 def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified, score_text):
-    """One step of the notebooks' loop; returns its seconds by phase and its lengths in tokens."""
+    """One step of the notebooks' loop; returns seconds by phase and lengths in tokens."""
     prompts = [torch.tensor(prompt, device=trainer.accelerator.device) for prompt in step["prompts"]]
     queries = [tokenizer.decode(prompt) for prompt in prompts]
     forward_seconds.clear()
@@ -110,10 +109,10 @@ def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified, 
     clock = [time.perf_counter()]
 
     responses, lengths = [], []
-    for prompt, cap in zip(prompts, step["caps"]):  # noqa: B905
-        response = trainer.generate(prompt, max_new_tokens=cap, min_length=5, top_k=0.0, top_p=1.0, do_sample=True)
+    for prompt, limit in zip(prompts, step["caps"]):  # noqa: B905
+        response = trainer.generate(prompt, max_new_tokens=limit, min_length=5, top_k=0.0, top_p=1.0, do_sample=True)
         lengths.append(response.shape[1] - 1)  # without the start token
-        responses.append(response.squeeze()[-cap:])
+        responses.append(response.squeeze()[-limit:])
     clock.append(time.perf_counter())
 
     texts = [tokenizer.decode(response) for response in responses]
@@ -129,7 +128,7 @@ def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified, 
     clock.append(time.perf_counter())
 
     if len(forward_seconds) != 2:
-        raise RuntimeError(f"step() made {len(forward_seconds)} forward passes without gradients, not 2")
+        raise RuntimeError(f"step() ran {len(forward_seconds)} forward passes without gradients, not 2")
     logprobs, reference = forward_seconds
     seconds = {
         "sample": clock[1] - clock[0],
@@ -146,15 +145,15 @@ def ppo_step(trainer, tokenizer, classifier, step, forward_seconds, classified, 
 def main():
     plan = json.loads(Path(sys.argv[1]).read_text())
     if trl.__version__ != "0.8.0":
-        raise RuntimeError(f"the classic trainer is TRL 0.8.0's; this environment has {trl.__version__}")
+        raise RuntimeError(f"the classic trainer needs TRL 0.8.0, but this environment has {trl.__version__}")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     tokenizer = load_tokenizer(plan["base"])
     trainer = load_trainer(plan, tokenizer)
     classifier = load_classifier(plan["classifier"], plan["device"])
     forward_seconds, classified = time_forward_passes(trainer), count_classified(classifier.model)
-    notes = (forward_seconds, classified, plan["score_text"])
-    steps = [ppo_step(trainer, tokenizer, classifier, step, *notes) for step in plan["steps"]]
+    arguments = (forward_seconds, classified, plan["score_text"])
+    steps = [ppo_step(trainer, tokenizer, classifier, step, *arguments) for step in plan["steps"]]
     packages = (torch, transformers, trl, peft, accelerate, datasets, numpy)
     result = {
         "steps": steps,

@@ -1,15 +1,17 @@
-"""How the cost of a PPO step grows with the batch and with the prompts: a table, a fit and a picture.
+"""How the cost of a PPO step grows with the batch and with the prompt length: a table, a fit and a plot.
 
     python benchmarks/growth.py              # true shapes, ten to thirty minutes on 2 cores
-    python benchmarks/growth.py --short      # narrow models, two points a line, in this process: does it start?
+    python benchmarks/growth.py --short      # smoke test: narrow models, two points per line, in this process
 
-Each point is a process of its own, with one step to warm up and one that is timed, at FLAN-T5-base shapes with random
-weights (see step_time.py). The batch grows at DialogSum's prompts, the prompts grow at a batch of 8. The fit expected:
+Each point is measured in its own process: one warm-up step and one timed step, with FLAN-T5-base's shapes and random
+weights (see step_time.py). One line varies the batch size with DialogSum's prompts, the other the prompt length with
+a batch of 8. The model of the cost is
 
     seconds = a * TFLOP + b * decoded positions
 
-the step's arithmetic (step_time.step_flop) at one speed, and a time for each position that is decoded, in which the
-decoder's weights are read whatever the batch. a and b are fitted to all points by least squares of relative errors.
+The first term is the step's arithmetic (step_time.step_flop) at a constant speed. The second is a constant time per
+decoded position: each one reads all weights of the decoder, whatever the batch size. a and b are fitted to all points
+by least squares of the relative errors.
 The last line of the output is one JSON object.
 """
 
@@ -30,7 +32,7 @@ BATCHES, PROMPTS = (8, 16, 32, 64), (100, 200, 400, 700, 1000)
 
 
 def measure(options, models, shapes, batch_size, prompt_tokens, scratch):
-    """Time one step of ours: its seconds, peak memory in MiB, arithmetic in TFLOP and decoded positions."""
+    """Time one step of ours: seconds, peak memory in MiB, arithmetic in TFLOP, and decoded positions."""
     options.batch_size, options.prompt_tokens = batch_size, prompt_tokens
     dataset, steps = step_time.make_plan(options, models, scratch)
     plan = {"dtype": options.dtype, "device": options.device, "steps": steps, **models}
@@ -54,24 +56,26 @@ def measure(options, models, shapes, batch_size, prompt_tokens, scratch):
 
 
 def fit(points):
-    """The two coefficients of the expected seconds, which are added to the points, too."""
+    """Fit the two coefficients, and add the expected seconds to each point."""
     import numpy as np
 
-    causes = np.array([[point["tflop"], point["positions"]] for point in points])
+    features = np.array([[point["tflop"], point["positions"]] for point in points])
     seconds = np.array([point["seconds"] for point in points])
-    coefficients, *_ = np.linalg.lstsq(causes / seconds[:, None], np.ones(len(points)), rcond=None)
-    for point, expected in zip(points, causes @ coefficients, strict=True):
+    coefficients, *_ = np.linalg.lstsq(features / seconds[:, None], np.ones(len(points)), rcond=None)
+    for point, expected in zip(points, features @ coefficients, strict=True):
         point["expected"] = float(expected)
-    return dict(zip(("seconds_per_tflop", "seconds_per_position"), coefficients.tolist(), strict=True))
+    per_tflop, per_position = coefficients.tolist()
+    return {"seconds_per_tflop": per_tflop, "seconds_per_position": per_position}
 
 
 def draw(series, path):
-    """Measured points and fitted lines, seconds and memory, over the batch and over the prompts."""
+    """Plot seconds (measured and fitted) and memory over the batch size and over the prompt length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
-    for column, (name, title) in enumerate((("batch_size", "prompts a batch"), ("prompt_tokens", "tokens a prompt"))):
+    titles = {"batch_size": "prompts per batch", "prompt_tokens": "tokens per prompt"}
+    for column, (name, title) in enumerate(titles.items()):
         points = series[name]
         xs = [point[name] for point in points]
         axes[0][column].plot(xs, [point["expected"] for point in points], "--", color="#0072B2", label="fit")
@@ -79,20 +83,20 @@ def draw(series, path):
         axes[1][column].plot(xs, [point["memory"] for point in points], "o-", color="#D55E00")
         axes[1][column].set_xlabel(title)
     for row in axes:
-        row[0].set_ylim(bottom=0)  # of both columns, and only now that both have their points
+        row[0].set_ylim(bottom=0)  # shared by both columns, so only after both are plotted
     axes[0][0].legend(frameon=False)
-    axes[0][0].set_ylabel("seconds a step")
+    axes[0][0].set_ylabel("seconds per step")
     axes[1][0].set_ylabel("peak memory, MiB")
     figure.savefig(path, dpi=120)
 
 
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
+    parser.add_argument("--models", metavar="DIR", help="directory written by tests/hub.py (default: create models)")
     parser.add_argument("--output_dir", default="checkpoints/growth", help="for growth.png and growth.json")
     parser.add_argument("--dtype", choices=step_time.DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--short", action="store_true", help="for CI: narrow models, two points a line")
+    parser.add_argument("--short", action="store_true", help="smoke test for CI: narrow models, two points per line")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     options = parser.parse_args()
     options.steps, options.seed, options.mini_batch_size, options.dialogues = 1, 0, 4, None
@@ -100,7 +104,7 @@ def parse_options():
     return options
 
 
-@step_time.refusals()
+@step_time.user_errors()
 def main():
     options = parse_options()
     batches, prompts = (BATCHES[:2], PROMPTS[:2]) if options.short else (BATCHES, PROMPTS)

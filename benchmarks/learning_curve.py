@@ -1,32 +1,31 @@
-"""Does PPO learn better here than in the classic trainer? The small world over five seeds, side by side.
+"""Does PPO learn better here than in the classic trainer? Both train the toy example with five seeds.
 
-    python benchmarks/learning_curve.py                             # makes the classic environment first
+    python benchmarks/learning_curve.py                             # creates the classic environment first
     python benchmarks/learning_curve.py --classic_python ENV/bin/python --jobs 2
     python benchmarks/learning_curve.py --short                     # one seed, two steps, in this process
 
-Three sides train on the same prompts with the same response caps, from the same adapter, against the same
-classifier, with the hyperparameters of checkpoints/tiny/config.yaml, but TRL's clip of the values, constant
-step size and scores as they are, and paid for the summary alone; other options of detox_ppo.py may follow and hold
-for all:
+Three sides train with the same prompts, max_new_tokens, starting adapter, classifier and hyperparameters. These are
+those of checkpoints/tiny/config.yaml, except for TRL's value clip, a constant learning rate and unclipped scores, and
+the score is that of the summary without its dialogue. Further options of detox_ppo.py apply to all sides:
 
     ours              detox_ppo.py
-    classic           TRL 0.8.0's PPOTrainer as the published notebooks use it: see classic_learning.py
-    classic, mended   the same, paid the logit of the label "nothate" instead of the first of a sorted list
+    classic           TRL 0.8.0's PPOTrainer as in the published notebooks: see classic_learning.py
+    classic, fixed    the same, but the reward is the logit of the label "nothate", not the first of a sorted list
 
-All are judged by one instrument: the adapter that a run saved is loaded back here and summarizes the held-out
-prompts, with the same random numbers on every side. Its KL is measured to the starting adapter and to the bare base
-model, in nats a response. So are adapters saved on the way, on the first of those prompts: the curves of summary
-toxicity, ROUGE-L and KL to the starting adapter. The curves' score is the true nothate logit of the training
-responses, whatever the trainer was paid. The classic sides sample these with dropout, which costs them score; the
-broken lines are what the same policies scored on the same prompts without it, and "samples to 3" is taken from them.
-The curves' KL in the JSON is what each trainer itself reports: ours to the starting adapter, the classic ones to the
-bare base, without the first token.
+All sides are evaluated in the same way. The adapter that a run saved is loaded here and summarizes the held-out
+prompts, with the same random numbers for every side. Its KL, in nats per response, is measured to the starting adapter
+and to the bare base model. Intermediate adapters are evaluated on the first of these prompts; they give the curves of
+summary toxicity, ROUGE-L and KL to the starting adapter. The score curve is the true nothate logit of the training
+responses, whatever reward the trainer used. The classic sides sample with dropout, which lowers their scores. The
+dashed lines are the scores of the same policies on the same prompts without dropout; "samples to 3" uses these. The
+KL curve in the JSON is each trainer's own: ours to the starting adapter, the classic ones to the bare base, without
+the first token.
 
-What the small world can't show: its bare base names the slots and does not insult, so that the classic trainer's
-pull towards the bare base makes for clean summaries here, even with the wrong reward. "KL to base" shows it.
+A limitation of the toy example: its bare base names the slots and does not insult. The classic trainer pulls the
+policy towards the bare base and thereby towards clean summaries, even with the wrong reward. "KL to base" shows this.
 
-Every run and its log stay in output_dir; a run with a result.json is not repeated, so an interrupted benchmark goes
-on where it stopped. Each child has one thread. Seconds are those of the steps, without loading and evaluation.
+Each run and its log stay in output_dir. A run with a result.json is not repeated, so an interrupted benchmark resumes
+where it stopped. Each child process has one thread. Seconds are those of the steps, without loading and evaluation.
 """
 
 import argparse
@@ -52,27 +51,27 @@ ROOT, TINY = step_time.ROOT, step_time.TINY
 sys.path.insert(0, str(TINY))
 from slot_accuracy import slot_accuracy, slots_by_dialogue  # noqa: E402
 
-START = "start"  # the starting adapter, evaluated only
-NAMES = {START: "start", "ours": "ours", "classic": "classic", "mended": "classic, mended"}
-COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "mended": "#009E73"}  # Okabe and Ito's
-# What TRL's trainer does unless told otherwise; the summary alone is what both loops can be paid for.
+START = "start"  # the starting adapter, which is only evaluated
+NAMES = {START: "start", "ours": "ours", "classic": "classic", "fixed": "classic, fixed"}
+COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "fixed": "#009E73"}  # Okabe and Ito's
+# The defaults of TRL's trainer; both loops can score the summary without its dialogue.
 COMMON = "--score_text response --cliprange_value 0.2 --lr_scheduler_type constant --score_clip None".split()
-SMOOTHING = 10  # steps of a curve's running mean, since one batch's scores are noisy
+SMOOTHING = 10  # steps of a curve's running mean, because one batch's scores are noisy
 SAVE_STEPS = 5
-ON_THE_WAY = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # of these, the steps whose adapters are judged too
-PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats a summary)"}
-REACHED = 3.0  # of a score of 1 at the start and of 3.1 where nobody is insulted
+INTERMEDIATE_STEPS = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # their adapters are evaluated too
+PANELS = {"summary_toxicity": "summary toxicity", "rougeL": "ROUGE-L", "kl": "KL to the start (nats per summary)"}
+TARGET_SCORE = 3.0  # the score is 1 at the start and 3.1 without insults
 
 
 def run_arguments(options, seed, directory):
-    """A command line of detox_ppo.py for a seed."""
+    """The command line of detox_ppo.py for a seed."""
     values = {"seed": seed, "max_ppo_steps": options.max_ppo_steps, "output_dir": directory, "device": "cpu"}
     flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
     return ["--config", "checkpoints/tiny/config.yaml", *COMMON, *options.others, *flags]
 
 
 def load_splits(config):
-    """Train and test prompts, as detox_ppo.py makes them."""
+    """Train and test prompts, built by detox_ppo.py."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -80,46 +79,46 @@ def load_splits(config):
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(config.model_name, trust_remote_code=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # counts of rows
+    with contextlib.redirect_stdout(io.StringIO()):  # hide the row counts
         return detox_ppo.build_dataset(detox_ppo.load_dialogues(config.dataset_name), tokenizer, config)
 
 
 def plan_steps(config, train):
-    """The rows and caps of every step, drawn as detox_ppo.py draws them."""
+    """The rows and max_new_tokens of every step, drawn in the same way as in detox_ppo.py."""
     import detox_ppo
 
-    steps, size, caps = [], config.batch_size, (config.output_min_length, config.output_max_length)
+    steps, size, limits = [], config.batch_size, (config.output_min_length, config.output_max_length)
     for step in range(1, config.max_ppo_steps + 1):
         rows = detox_ppo.rows_of_step(len(train), size, config.seed, detox_ppo.SHUFFLE, step)
         keys = [(config.seed, detox_ppo.ROLLOUT, step, row) for row in train.select(rows)["row"]]
-        drawn = [int(detox_ppo.random_stream(*key).integers(*caps, endpoint=True)) for key in keys]
+        drawn = [int(detox_ppo.random_stream(*key).integers(*limits, endpoint=True)) for key in keys]
         steps.append({"rows": rows.tolist(), "caps": drawn})
     return steps
 
 
 def kl_to_base(policy, rows, config):
-    """Mean KL of the active adapter's summaries to the bare base, in nats a summary."""
+    """Mean KL of the active adapter's summaries to the bare base, in nats per summary."""
     import detox_ppo
 
-    total, caps = 0.0, (config.eval_max_new_tokens, config.eval_max_new_tokens)
+    total, limits = 0.0, (config.eval_max_new_tokens, config.eval_max_new_tokens)
     for first in range(0, len(rows), config.batch_size):
         batch = rows.select(range(first, min(first + config.batch_size, len(rows))))
         generators = [detox_ppo.random_stream(config.seed, detox_ppo.EVALUATION, row) for row in batch["row"]]
-        responses = detox_ppo.generate(policy, list(batch["input_ids"]), generators, caps)
+        responses = detox_ppo.generate(policy, list(batch["input_ids"]), generators, limits)
         logprobs, _ = policy.logprobs_and_values(responses)
-        responses.encoder_states = None  # the base's differ
+        responses.encoder_states = None  # those of the bare base differ
         with policy.model.disable_adapter():
             total += (logprobs - policy.logprobs_and_values(responses)[0]).sum().item()
     return total / len(rows)
 
 
-@step_time.refusals()
+@step_time.user_errors()
 def judge(plan):
-    """Measure a run's last adapter on the held-out prompts, and on the first of them those saved on the way.
+    """Evaluate a run's last adapter on the held-out prompts, and the intermediate ones on the first of these.
 
     Returns:
         means of the last adapter's summaries; kl_start and kl_base, to the starting adapter and to the bare base, in
-        nats a summary; held_out, a {step, summary_toxicity, rougeL, kl (to the starting adapter)} for each step.
+        nats per summary; held_out, a {step, summary_toxicity, rougeL, kl (to the starting adapter)} for each step.
     """
     import peft
     import torch
@@ -132,54 +131,54 @@ def judge(plan):
     classifier = detox_ppo.ToxicityClassifier(config, device)
     test, held_out = load_splits(config)["test"], []
 
-    def measured(saved, count):
-        """Give the policy what a run saved, and evaluate it."""
-        if saved.endswith(".pt"):  # a checkpoint of detox_ppo.py: torch.save's bytes and 32 of a checksum
+    def evaluate_saved(saved, count):
+        """Load an adapter or a checkpoint into the policy, and evaluate it."""
+        if saved.endswith(".pt"):  # a checkpoint of detox_ppo.py: torch.save's bytes and a checksum of 32 bytes
             content = io.BytesIO(Path(saved).read_bytes()[:-32])
             policy.load_state_dict(torch.load(content, weights_only=True)["weights"], strict=False)
         else:
             peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(saved, device=str(device)))
         rows = test.select(range(min(count, len(test))))
-        found = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config)
-        return rows, found, detox_ppo.summary_quality(found, list(rows["references"]), list(rows["dialogue"]))
+        table = detox_ppo.evaluate_policy(policy, tokenizer, classifier, rows, config)
+        return rows, table, detox_ppo.summary_quality(table, list(rows["references"]), list(rows["dialogue"]))
 
     for step, saved in plan["on_the_way"]:
-        _, found, quality = measured(saved, plan["curve_samples"])
-        toxicity = float(found["summary_toxicity"].mean())
+        _, table, quality = evaluate_saved(saved, plan["curve_samples"])
+        toxicity = float(table["summary_toxicity"].mean())
         held_out.append({"step": step, "summary_toxicity": toxicity, "rougeL": quality["rougeL"], "kl": quality["kl"]})
-    rows, found, quality = measured(plan["adapter"], plan["eval_samples"])
+    rows, table, quality = evaluate_saved(plan["adapter"], plan["eval_samples"])
     slots = slots_by_dialogue(TINY / "dialogues" / "train.csv")
     return {
-        **{name: float(found[name].mean()) for name in ("summary_toxicity", "toxicity", "reward", "length")},
+        **{name: float(table[name].mean()) for name in ("summary_toxicity", "toxicity", "reward", "length")},
         "rougeL": quality["rougeL"],
-        "slot_accuracy": slot_accuracy(rows["dialogue"], found["response"], slots)[0],
-        "empty": int((found["response"] == "").sum()),
+        "slot_accuracy": slot_accuracy(rows["dialogue"], table["response"], slots)[0],
+        "empty": int((table["response"] == "").sum()),
         "kl_start": quality["kl"],
         "kl_base": kl_to_base(policy, rows, config),
         "held_out": held_out,
     }
 
 
-def on_the_way(last):
-    """The steps after which the adapter is judged, the last one too."""
-    return [step for step in ON_THE_WAY if step < last] + [last]
+def evaluated_steps(last):
+    """The steps whose adapters are evaluated, including the last one."""
+    return [step for step in INTERMEDIATE_STEPS if step < last] + [last]
 
 
 def evaluate(options, arguments, adapter, saved, directory, label):
-    """Judge a run's last adapter and those saved on the way."""
+    """Evaluate a run's last adapter and the intermediate ones."""
     plan = {"arguments": arguments, "adapter": str(adapter), "on_the_way": saved}
     plan |= {"eval_samples": options.eval_samples, "curve_samples": options.curve_samples}
     if options.short:
         return judge(plan)
-    asked, told = (directory / name for name in ("judge.json", "judged.json"))
-    asked.write_text(json.dumps(plan))
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(asked), str(told)]
-    run_child(command, directory, f"judging {label}")
-    return json.loads(told.read_text())
+    plan_file, result_file = directory / "judge.json", directory / "judged.json"
+    plan_file.write_text(json.dumps(plan))
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(plan_file), str(result_file)]
+    run_child(command, directory, f"evaluation of {label}")
+    return json.loads(result_file.read_text())
 
 
 def run_child(command, directory, label):
-    """Run a child with one thread, its output in the run's log; if it fails, show what it refused or the log's end."""
+    """Run a child process with one thread and its output in the run's log; if it fails, print its error and exit."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment.pop("PYTHONPATH", None)
@@ -191,7 +190,7 @@ def run_child(command, directory, label):
 
 def train_ours(options, arguments, directory, label):
     """Returns the curve, from detox_ppo.py's own metrics."""
-    # All sides are evaluated afterwards.
+    # One sample, because all sides are evaluated afterwards.
     arguments = [*arguments, "--eval_samples", "1", "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1000"]
     if options.short:
         import detox_ppo
@@ -219,26 +218,26 @@ def train_classic(python, side, config, train, saved, directory, label):
 
 
 def run(options, train, side, seed):
-    """Train and evaluate one side with one seed, unless that was done before; returns the contents of result.json."""
+    """Train and evaluate one side with one seed, unless its result.json exists; returns its contents."""
     import detox_ppo
 
     directory = options.output_dir / side / f"seed-{seed}"
-    done, label = directory / "result.json", f"{side}, seed {seed}"
+    result_file, label = directory / "result.json", f"{side}, seed {seed}"
     arguments = run_arguments(options, seed, directory)
-    asked = [part for part in arguments if part != str(directory)] + ["--eval_samples", str(options.eval_samples)]
-    asked += ["--curve_samples", str(options.curve_samples)]
-    if done.exists():
-        result = json.loads(done.read_text())
-        if result["asked"] != asked:
-            step_time.stop(f"{done} was made with other options, {result['asked']}: give another --output_dir")
+    command = [part for part in arguments if part != str(directory)] + ["--eval_samples", str(options.eval_samples)]
+    command += ["--curve_samples", str(options.curve_samples)]
+    if result_file.exists():
+        result = json.loads(result_file.read_text())
+        if result["asked"] != command:
+            step_time.stop(f"{result_file} has other options, {result['asked']}: use another --output_dir")
         return result
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "log.txt").unlink(missing_ok=True)
     config = detox_ppo.parse_config(arguments)
     source = hashlib.sha256((ROOT / "detox_ppo.py").read_bytes()).hexdigest()[:12]
     adapter, curve = directory / "adapter", []
-    kept = "checkpoint-{}.pt" if side == "ours" else "checkpoint-{}/adapter"
-    saved = [(step, str(directory / kept.format(step))) for step in on_the_way(options.max_ppo_steps)]
+    name = "checkpoint-{}.pt" if side == "ours" else "checkpoint-{}/adapter"
+    saved = [(step, str(directory / name.format(step))) for step in evaluated_steps(options.max_ppo_steps)]
     if side == START:
         adapter, saved = config.adapter_name, [(0, config.adapter_name)]
     elif side == "ours":
@@ -247,15 +246,16 @@ def run(options, train, side, seed):
         curve = train_classic(options.classic_python, side, config, train, saved, directory, label)
     evaluation = evaluate(options, arguments, adapter, saved, directory, label)
     held_out = evaluation.pop("held_out")
-    result = {"side": side, "seed": seed, "asked": asked, "source": source, "batch_size": config.batch_size}
+    result = {"side": side, "seed": seed, "asked": command, "source": source, "batch_size": config.batch_size}
     result |= {"curve": curve, "held_out": held_out, "evaluation": evaluation}
-    # Last, and in one go: its presence says that the run is whole.
-    done.with_suffix(".part").write_text(json.dumps(result))
-    done.with_suffix(".part").rename(done)
+    # Written last and atomically: a run with a result.json is complete.
+    part = result_file.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(result_file)
     return result
 
 
-def drawn_lines(run, score):
+def score_curve(run, score):
     """Samples, seconds and smoothed score after every step of a run."""
     scores, seconds = ([step[name] for step in run["curve"]] for name in (score, "seconds"))
     smooth = [statistics.mean(scores[max(0, i - SMOOTHING) : i]) for i in range(1, len(scores) + 1)]
@@ -264,7 +264,7 @@ def drawn_lines(run, score):
 
 
 def summarize(runs, starts):
-    """Mean and range over the seeds of a side's figures; one that a seed never reached is left out."""
+    """Mean and range of a side's figures over the seeds; samples_to_3 only if all seeds reach that score."""
     figures = {name: [run["evaluation"][name] for run in runs] for name in runs[0]["evaluation"]}
     before = figures["summary_toxicity_before"] = [start["evaluation"]["summary_toxicity"] for start in starts]
     pairs = zip(before, figures["summary_toxicity"], strict=True)
@@ -275,10 +275,13 @@ def summarize(runs, starts):
             ends = [[step[name] for step in curve[-SMOOTHING:]] for curve in curves]
             figures[f"curve_{name}_last"] = [statistics.mean(end) for end in ends]
         figures["seconds_a_step"] = [statistics.median(step["seconds"] for step in curve) for curve in curves]
-        lines = [zip(*drawn_lines(run, "score_without_dropout"), strict=True) for run in runs]
-        reached = [next((point for point in line if point[2] >= REACHED), None) for line in lines]
-        if None not in reached:
-            figures["samples_to_3"], figures["seconds_to_3"] = ([point[i] for point in reached] for i in (0, 1))
+        reached = []
+        for run in runs:
+            points = zip(*score_curve(run, "score_without_dropout"), strict=True)
+            reached += [point for point in points if point[2] >= TARGET_SCORE][:1]
+        if len(reached) == len(runs):
+            figures["samples_to_3"] = [samples for samples, _, _ in reached]
+            figures["seconds_to_3"] = [seconds for _, seconds, _ in reached]
     return {
         name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
         for name, values in figures.items()
@@ -295,13 +298,15 @@ def print_table(sides):
     for side, figures in sides.items():
         cells = [NAMES[side]]
         for key, digits in columns.values():
-            spread = figures.get(key)
-            cells.append("{mean:.{n}f} ({min:.{n}f}..{max:.{n}f})".format(**spread, n=digits) if spread else "-")
+            cell = "-"
+            if key in figures:
+                cell = "{mean:.{n}f} ({min:.{n}f}..{max:.{n}f})".format(**figures[key], n=digits)
+            cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
 
 def draw_held_out(runs, panels):
-    """What the adapters saved on the way are like, over samples and over seconds: a row of panels for each measure."""
+    """Plot the evaluations of the intermediate adapters over samples and over seconds, one row per measure."""
     (size,) = {run["batch_size"] for run in runs}
     for (name, title), row in zip(PANELS.items(), panels, strict=True):
         start = statistics.mean(run["held_out"][0][name] for run in runs if run["side"] == START)
@@ -321,27 +326,27 @@ def draw_held_out(runs, panels):
 
 
 def draw(runs, path):
-    """Score, toxicity, ROUGE-L and KL over samples and over seconds: means of the seeds, and each or their range."""
+    """Plot score, toxicity, ROUGE-L and KL over samples and over seconds, with each seed or the range of seeds."""
     figure = Figure(figsize=(11, 13), layout="constrained", facecolor="white")
     (*panels,), *held_out = grid = figure.subplots(1 + len(PANELS), 2, sharex="col", sharey="row")
     draw_held_out(runs, held_out)
     for (side, colour), score in itertools.product(COLOURS.items(), ("score", "score_without_dropout")):
-        lines = [drawn_lines(run, score) for run in runs if run["side"] == side]
+        lines = [score_curve(run, score) for run in runs if run["side"] == side]
         if not lines or (side == "ours" and score != "score"):  # ours has no dropout
             continue
         style = {"linewidth": 2.4, "label": NAMES[side]}
         if score != "score":
             style = {"linewidth": 1.4, "linestyle": "--", "label": f"{NAMES[side]}, without dropout"}
         for panel, axis in zip(panels, (0, 1), strict=True):
-            for line in lines if score == "score" else ():
-                panel.plot(line[axis], line[2], color=colour, linewidth=0.6, alpha=0.5)
-            xs, ys = (
-                [statistics.mean(at) for at in zip(*(line[i] for line in lines), strict=True)] for i in (axis, 2)
-            )
+            if score == "score":
+                for line in lines:
+                    panel.plot(line[axis], line[2], color=colour, linewidth=0.6, alpha=0.5)
+            xs = [statistics.mean(values) for values in zip(*(line[axis] for line in lines), strict=True)]
+            ys = [statistics.mean(values) for values in zip(*(line[2] for line in lines), strict=True)]
             panel.plot(xs, ys, color=colour, **style)
     panels[0].set_ylabel(f"training: score (nothate logit), mean of {SMOOTHING} steps")
     for panel, xlabel in zip(grid[-1], ("samples", "seconds of training"), strict=True):
-        panel.set(xlabel=xlabel, xscale="log")  # what differs happens early
+        panel.set(xlabel=xlabel, xscale="log")  # the differences are in the first steps
     for panel in grid.flat:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
@@ -355,16 +360,20 @@ def draw(runs, path):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--max_ppo_steps", type=int, help="default: the small world's")
-    parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
-    parser.add_argument("--eval_samples", type=int, default=400, help="held-out prompts to judge by")
-    parser.add_argument("--curve_samples", type=int, default=200, help="held-out prompts to judge adapters on the way")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; their seconds compare among themselves")
-    parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve; with --short a new one")
+    parser.add_argument("--max_ppo_steps", type=int, help="default: that of checkpoints/tiny/config.yaml")
+    parser.add_argument(
+        "--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: pip installs it)"
+    )
+    parser.add_argument("--eval_samples", type=int, default=400, help="held-out prompts for the last adapter")
+    parser.add_argument("--curve_samples", type=int, default=200, help="held-out prompts for intermediate adapters")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="parallel runs; their seconds compare only with each other"
+    )
+    parser.add_argument("--output_dir", type=Path, help="default: checkpoints/learning-curve (--short: temporary)")
     parser.add_argument(
         "--short",
         action="store_true",
-        help="for CI: one seed, two steps, 16 prompts, in this process; ours alone without --classic_python",
+        help="smoke test: one seed, two steps, 16 prompts, in this process; only ours without --classic_python",
     )
     options, options.others = parser.parse_known_args()
     if options.short:
@@ -377,10 +386,10 @@ def parse_options():
     return options
 
 
-@step_time.refusals()
+@step_time.user_errors()
 def main():
     options = parse_options()
-    os.chdir(ROOT)  # the small world's configuration names its files from here
+    os.chdir(ROOT)  # the toy example's configuration has relative paths
     import detox_ppo
 
     config = detox_ppo.parse_config(["--config", "checkpoints/tiny/config.yaml", *COMMON, *options.others])
@@ -390,24 +399,24 @@ def main():
     sides = list(NAMES) if options.classic_python else [START, "ours"]
     train, runs = load_splits(config)["train"], []
     with ThreadPoolExecutor(options.jobs) as executor:
-        wanted = [(side, seed) for seed in options.seeds for side in sides]  # the sides in turns
-        for result in executor.map(lambda which: run(options, train, *which), wanted):
+        jobs = [(side, seed) for seed in options.seeds for side in sides]  # the sides take turns
+        for result in executor.map(lambda job: run(options, train, *job), jobs):
             runs.append(result)
-            end, seconds = result["evaluation"], sum(step["seconds"] for step in result["curve"])
+            seconds = sum(step["seconds"] for step in result["curve"])
             print(f"{result['side']}, seed {result['seed']}: {seconds:.0f} s of training, ", end="")
-            print(
-                "summary toxicity {summary_toxicity:.3f}, slot accuracy {slot_accuracy:.3f}".format(**end), flush=True
-            )
+            quality = "summary toxicity {summary_toxicity:.3f}, slot accuracy {slot_accuracy:.3f}"
+            print(quality.format(**result["evaluation"]), flush=True)
     by_side = {side: [result for result in runs if result["side"] == side] for side in sides}
     summary = {side: summarize(chosen, by_side[START]) for side, chosen in by_side.items()}
 
-    print(f"\n{step_time.processor()}, one thread a run; {options.max_ppo_steps} steps of {config.batch_size} samples")
-    print(f"mean (least..greatest) of {len(options.seeds)} seeds, {options.eval_samples} held-out prompts each")
+    steps = f"{options.max_ppo_steps} steps of {config.batch_size} samples"
+    print(f"\n{step_time.processor()}, one thread per run; {steps}")
+    print(f"mean (min..max) of {len(options.seeds)} seeds, {options.eval_samples} held-out prompts each")
     if options.jobs > 1:
-        print(f"{options.jobs} runs at a time: the seconds compare with each other alone")
+        print(f"{options.jobs} parallel runs: compare the seconds only with each other")
     print_table(summary)
     if len({result["source"] for result in runs}) > 1:
-        print("warning: detox_ppo.py changed between the runs; the older ones are repeated without their result.json")
+        print("warning: detox_ppo.py changed between the runs; to repeat the older ones, delete their result.json")
     picture, numbers = (options.output_dir / f"learning_curve.{ending}" for ending in ("png", "json"))
     draw(runs, picture)
     last = {"short": options.short, "seeds": options.seeds, "steps": options.max_ppo_steps, "jobs": options.jobs}

@@ -1,10 +1,10 @@
-"""Is the classifier here the published one? Its logits of four published sentences beside those that were printed.
+"""Is this the published classifier? Compares its logits for four sentences with the published ones.
 
     python benchmarks/published_logits.py [--reward_model_name facebook/roberta-hate-speech-dynabench-r4-target]
 
-The figures are from public runs of the notebooks with the real weights. They print two more, of sentences in Korean
-whose text the printed pages do not keep. Other versions of the libraries round differently, by less than 0.001. Exit
-code 1: they do not agree, so that the weights, their labels or the tokenizer are others.
+The published logits are from public runs of the notebooks with the real weights. These runs also print logits for two
+sentences in Korean, but not the sentences. Other library versions change logits by less than 0.001. Exit code 1 means
+that the logits differ: the weights, the labels or the tokenizer are not the published ones.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PUBLISHED = {
 TOLERANCE = 0.001
 
 
-@step_time.refusals()
+@step_time.user_errors()
 def main():
     import detox_ppo
 
@@ -32,16 +32,16 @@ def main():
     config = detox_ppo.DetoxConfig(reward_model_name=options.reward_model_name)
     classifier = detox_ppo.ToxicityClassifier(config, torch.device("cpu"))
     columns = {config.reward_label: classifier.reward_index, config.toxic_label: classifier.toxic_index}
-    furthest = 0.0
+    largest = 0.0
     for text, published in PUBLISHED.items():
         ours = classifier.logits([text])[0, [*columns.values()]].tolist()
-        furthest = max(furthest, *(abs(a - b) for a, b in zip(ours, published, strict=True)))
+        largest = max(largest, *(abs(a - b) for a, b in zip(ours, published, strict=True)))
         print(text)
-        for who, values in (("published", published), ("here", ours)):
-            told = [f"{label} {value:8.4f}" for label, value in zip(columns, values, strict=True)]
-            print(f"  {who:<10}{'   '.join(told)}")
-    agree = furthest <= TOLERANCE
-    print(f"they {'agree' if agree else 'do not agree'}: the greatest difference is {furthest:.4f}")
+        for source, values in (("published", published), ("here", ours)):
+            cells = [f"{label} {value:8.4f}" for label, value in zip(columns, values, strict=True)]
+            print(f"  {source:<10}{'   '.join(cells)}")
+    agree = largest <= TOLERANCE
+    print(f"the logits {'agree' if agree else 'differ'}: the largest difference is {largest:.4f}")
     sys.exit(0 if agree else 1)
 
 

@@ -1,29 +1,28 @@
 """Time the same PPO step in detox_ppo.py and in the classic trainer (TRL 0.8.0), side by side on this machine.
 
-    python benchmarks/step_time.py                              # true shapes, makes the classic environment first
+    python benchmarks/step_time.py                              # true shapes; creates the classic environment first
     python benchmarks/step_time.py --classic_python ENV/bin/python --models DIR
     python benchmarks/step_time.py --device cuda --dtypes bfloat16 --batch_size 256 --mini_batch_size 64    # on a GPU
     python benchmarks/step_time.py --recipe                     # the recommended options instead of the notebooks'
-    python benchmarks/step_time.py --short                      # narrow models, one step: does it start?
+    python benchmarks/step_time.py --short                      # smoke test: narrow models, one step
 
-FLAN-T5-base and RoBERTa-base with random weights, batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
-DialogSum's lengths, responses of 25 to 70 tokens. Prompts and response caps are drawn once and used by both sides;
-with random weights practically no response ends before its cap, and the tokens that were sampled are counted and
-printed. For each dtype ours and the classic trainer run in turns (A B A B), each in a process of its own; the first
-step of a process warms it up and is not counted. The classic trainer is used as the published notebooks use it: see
-classic_trainer.py.
+FLAN-T5-base and RoBERTa-base have random weights; batch 16, minibatches of 4, LoRA r=32 on q and v, prompts of
+DialogSum's lengths, responses of 25 to 70 tokens. Prompts and max_new_tokens are drawn once and used by both sides.
+With random weights almost every response has max_new_tokens tokens; the number of sampled tokens is printed. For each
+dtype the two sides take turns (A B A B), each in its own process. A process's first step is a warm-up and is not
+counted. The classic trainer is used as in the published notebooks: see classic_trainer.py.
 
-With --recipe ours has RECIPE's options: a frozen encoder, the summary scored alone and the loss of the human
-summaries, which here are as long as DialogSum's. The classic trainer scores the summary alone too and has no match
-for the rest.
+With --recipe ours uses the options of RECIPE: a frozen encoder, scores of the summary without its dialogue, and the
+loss on human summaries, which here are as long as DialogSum's. The classic trainer also scores only the summary; it
+has no equivalent of the other options.
 
-Both children have the same threads. The share of the peak is the arithmetic of the step over its seconds and over the
-speed of a large square torch.mm that is measured beside each round. That arithmetic is what the step needs (see
-step_flop), counted from shapes and real tokens: neither padding nor a repeated pass of the encoder earns a share. A
-second row credits both sides with an encoder pass for sampling and another for the log-probabilities. With --recipe
-the two sides need different arithmetic, and no share is printed.
+Both sides use the same number of threads. "Share of peak" is the step's arithmetic divided by its seconds and by the
+speed of a large square torch.mm, which is measured in each round. Only necessary arithmetic counts (see step_flop),
+computed from shapes and real tokens: padding and a repeated encoder pass add nothing. A second row counts separate
+encoder passes for sampling and for the log-probabilities on both sides. With --recipe the two sides need different
+arithmetic, and no share is printed.
 
-The last line of the output is one JSON object: ratio_DTYPE (their seconds a step / ours, of the medians),
+The last line of the output is one JSON object: ratio_DTYPE (their seconds per step / ours, from the medians),
 memory_ratio_DTYPE (our peak resident memory / theirs), peak_share_DTYPE (ours), null where nothing was measured,
 and all measurements under "details".
 """
@@ -54,58 +53,59 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 DTYPES = ("float32", "bfloat16")
 PHASES = ("sample", "logprobs", "reference", "rollout", "score", "optimize", "step")  # rollout: the first three
 LORA_R = 32
-# What FLAN-T5's sizes have in common, a size of it for --short, and RoBERTa-base.
+# What all FLAN-T5 sizes have in common, a narrow size for --short, and RoBERTa-base.
 T5 = {"vocab_size": 32128, "d_kv": 64, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32}
 NARROW = {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "hidden_size": 768}
 ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
 CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
-SUMMARY_WORDS = 19  # the mean of DialogSum's human summaries
+SUMMARY_WORDS = 19  # mean length of DialogSum's human summaries
 RECIPE = {"freeze_encoder": "true", "ptx_coef": 0.1, "score_text": "response"}
-# Least, deciles and greatest of DialogSum's prompts (dialogues of 200 to 1000 characters), in tokens; mean 168.
+# Minimum, deciles and maximum of DialogSum's prompt lengths in tokens (dialogues of 200 to 1000 characters); mean 168.
 PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
 
 
 def stop(message):
-    """End the benchmark that was started, with one line and the exit code of detox_ppo.py."""
+    """Exit with a one-line error message and the exit code of detox_ppo.py."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
-def refusals():
-    """What the user can mend is one line here as it is in detox_ppo.py; anything else keeps its stack trace."""
+def user_errors():
+    """Print a user error as one line, like detox_ppo.py; any other error keeps its stack trace."""
     try:
         yield
     except Exception as error:
         import detox_ppo
 
-        if (told := detox_ppo.explain(error)) is None:
+        message = detox_ppo.explain(error)
+        if message is None:
             raise
-        stop(told)
+        stop(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The plan: what every step is made of
+# The plan: prompts and max_new_tokens of every step
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def glued_dialogues(count, tokenizer, seed, prompt_tokens=None):
-    """Dialogues glued from the bundled ones: as long in tokens as DialogSum's, or all of one length."""
+def assemble_dialogues(count, tokenizer, seed, prompt_tokens=None):
+    """Dialogues assembled from the bundled ones, with DialogSum's lengths in tokens or all of one length."""
     import numpy as np
 
     import detox_ppo
 
     with (TINY / "dialogues" / "train.csv").open(encoding="utf-8", newline="") as file:
         words = itertools.cycle([word for row in csv.DictReader(file) for word in row["dialogue"].split(" ")])
-    # Evenly spaced quantiles in random order: a few dozen draws would miss the mean by several tokens.
+    # Evenly spaced quantiles in random order: the mean of a few dozen draws would be off by several tokens.
     quantiles = np.random.default_rng(seed).permutation((np.arange(count) + 0.5) / count)
     dialogues = []
-    tokens = [prompt_tokens] if prompt_tokens else PROMPT_TOKENS
-    for length in np.interp(quantiles, np.linspace(0, 1, len(tokens)), tokens):
+    lengths = [prompt_tokens] if prompt_tokens else PROMPT_TOKENS
+    for length in np.interp(quantiles, np.linspace(0, 1, len(lengths)), lengths):
         chosen = [next(words)]
-        # Every word is at least a token, so adding as many words as tokens are missing ends at the length.
+        # A word has at least one token, so adding half of the missing number of words never exceeds the length.
         while (missing := int(length) - len(tokenizer(detox_ppo.build_prompt(" ".join(chosen))).input_ids)) > 0:
             chosen += itertools.islice(words, max(1, missing // 2))
         dialogues.append(" ".join(chosen))
@@ -113,21 +113,22 @@ def glued_dialogues(count, tokenizer, seed, prompt_tokens=None):
 
 
 def read_dialogues(path, count, seed):
-    """Some of the dialogues of a csv or jsonl file, or a directory with one, filtered by length as a run does."""
+    """Draw dialogues from a csv or jsonl file, or a directory with one, filtered by length like in a run."""
     import numpy as np
 
     import detox_ppo
 
     lower, upper = detox_ppo.DetoxConfig.input_min_text_length, detox_ppo.DetoxConfig.input_max_text_length
     texts = dict.fromkeys(detox_ppo.load_dialogues(path)["dialogue"])
-    found = [text for text in texts if lower < len(text) <= upper]
-    if len(found) < count:
-        stop(f"--dialogues {path}: {len(found)} different dialogues of fitting length, but {count} are needed")
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+    dialogues = [text for text in texts if lower < len(text) <= upper]
+    if len(dialogues) < count:
+        limits = f"{lower + 1} to {upper} characters"
+        stop(f"--dialogues {path}: {count} different dialogues of {limits} are needed, but it has {len(dialogues)}")
+    return [dialogues[i] for i in np.random.default_rng(seed).permutation(len(dialogues))[:count]]
 
 
 def our_arguments(options, models, dataset, output_dir, dtype):
-    """The command line of detox_ppo.py for the planned steps, with as little evaluation as it allows."""
+    """The command line of detox_ppo.py for the planned steps, with the least evaluation that it allows."""
     values = {
         "model_name": models["base"],
         "reward_model_name": models["classifier"],
@@ -149,15 +150,16 @@ def our_arguments(options, models, dataset, output_dir, dtype):
         "device": options.device,
         "dtype": dtype,
     }
-    values |= RECIPE if getattr(options, "recipe", False) else {}  # other benchmarks have no such option
+    if getattr(options, "recipe", False):  # other benchmarks do not have this option
+        values |= RECIPE
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
 def make_plan(options, models, scratch):
-    """Draw prompts and caps; write the dataset that makes detox_ppo.py draw the same ones.
+    """Draw prompts and max_new_tokens; write the dataset from which detox_ppo.py draws the same ones.
 
-    Its batches and caps are functions of the seed, the step and the row, so they are known before it runs. The
-    child checks that they came out so.
+    Its batches and max_new_tokens depend only on the seed, the step and the row, so they are known before it runs. The
+    child process checks them.
     """
     import datasets
     from transformers import AutoTokenizer
@@ -167,27 +169,27 @@ def make_plan(options, models, scratch):
     datasets.disable_progress_bars()
     with detox_ppo.as_user_error(models["base"], "models"):
         tokenizer = AutoTokenizer.from_pretrained(models["base"], trust_remote_code=False)
-    steps = options.steps + 1  # one to warm up
-    count = steps * options.batch_size + 1  # one to evaluate
+    steps = options.steps + 1  # one warm-up step
+    count = steps * options.batch_size + 1  # one held-out row
     if options.dialogues:
         dialogues = read_dialogues(options.dialogues, count, options.seed)
     else:
-        dialogues = glued_dialogues(count, tokenizer, options.seed, options.prompt_tokens)
+        dialogues = assemble_dialogues(count, tokenizer, options.seed, options.prompt_tokens)
     dataset = scratch / "dialogues.jsonl"
     summaries = [" ".join(dialogue.split(" ")[:SUMMARY_WORDS]) for dialogue in dialogues]
     rows = [json.dumps({"dialogue": d, "summary": s}) for d, s in zip(dialogues, summaries, strict=True)]
     dataset.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
     config = detox_ppo.parse_config(our_arguments(options, models, dataset, scratch / "run", "float32"))
-    with contextlib.redirect_stdout(io.StringIO()):  # counts of rows, which here say nothing
+    with contextlib.redirect_stdout(io.StringIO()):  # hide the row counts
         train = detox_ppo.build_dataset(detox_ppo.load_dialogues(str(dataset)), tokenizer, config)["train"]
     plan = []
     for step in range(1, steps + 1):
         rows = detox_ppo.rows_of_step(len(train), options.batch_size, options.seed, detox_ppo.SHUFFLE, step)
         batch = train.select(rows)
         streams = [detox_ppo.random_stream(options.seed, detox_ppo.ROLLOUT, step, row) for row in batch["row"]]
-        caps = [int(stream.integers(*options.response_lengths, endpoint=True)) for stream in streams]
-        plan.append({"prompts": list(batch["input_ids"]), "caps": caps})
+        limits = [int(stream.integers(*options.response_lengths, endpoint=True)) for stream in streams]
+        plan.append({"prompts": list(batch["input_ids"]), "caps": limits})
     return dataset, plan
 
 
@@ -197,7 +199,7 @@ def make_plan(options, models, scratch):
 
 
 def matrices(shape):
-    """Weights of one attention projection, of one feed-forward layer and of one adapter, and the attention's width."""
+    """Parameters of one attention projection, one feed-forward layer and one adapter, and the attention width."""
     d, inner = shape["d_model"], shape["num_heads"] * shape["d_kv"]
     feed_forward = d * shape["d_ff"] * (3 if shape["feed_forward_proj"].startswith("gated") else 2)
     return d * inner, feed_forward, LORA_R * (d + inner), inner
@@ -206,8 +208,8 @@ def matrices(shape):
 def encoder_flop(shape, prompt):
     """Floating-point operations of one forward pass of a T5's encoder: frozen matrices, LoRA, attention.
 
-    A product with p weights costs 2 p a token. Attention's two products cost 2 * 2 * inner for each pair of tokens
-    that may see each other. Embeddings, norms and softmaxes are left out.
+    A product with p weights costs 2 p per token. Attention's two products cost 2 * 2 * inner per pair of tokens of
+    which one attends to the other. Embeddings, norms and softmaxes are not counted.
     """
     projection, feed_forward, lora, inner = matrices(shape)
     layers = shape["num_layers"]
@@ -216,31 +218,30 @@ def encoder_flop(shape, prompt):
 
 
 def decoder_flop(shape, prompt, response):
-    """As encoder_flop, for decoder and head; the cross-attention's keys and values come from the prompt."""
+    """Like encoder_flop, for decoder and head; keys and values of the cross-attention come from the prompt."""
     projection, feed_forward, lora, inner = matrices(shape)
     layers = shape["num_decoder_layers"]
     frozen = 2 * layers * ((6 * projection + feed_forward) * response + 2 * projection * prompt)
     frozen += 2 * shape["d_model"] * shape["vocab_size"] * response
-    # q and v of the self-attention and q of the cross-attention read the response, its v the prompt
+    # LoRA on q and v of the self-attention and q of the cross-attention: response; v of the cross-attention: prompt.
     adapted = 2 * layers * (3 * lora * response + lora * prompt)
     return frozen, adapted, 4 * inner * layers * (response * (response + 1) / 2 + response * prompt)
 
 
 def classifier_flop(shape, tokens):
-    """Floating-point operations of RoBERTa over one text."""
+    """Floating-point operations of RoBERTa for one text."""
     d = shape["hidden_size"]
     weights = shape["num_hidden_layers"] * (4 * d * d + 2 * d * shape["intermediate_size"])
     return 2 * weights * tokens + 4 * d * shape["num_hidden_layers"] * tokens**2
 
 
 def step_flop(shapes, prompts, responses, classified, encoder_passes=3):
-    """Floating-point operations that a PPO step over these lengths in tokens needs, without padding.
+    """Floating-point operations that a PPO step needs for these lengths in tokens, without padding.
 
-    The decoder runs four times (sampling, log-probabilities, reference, update). The encoder need run only three
-    times, because sampling and log-probabilities have the same weights; a side that runs it a fourth time gets no
-    credit for it, unless encoder_passes says so. Then a backward pass and the classifier. Only the LoRA trains:
-    frozen matrices need the gradient of their input alone, as much as one forward pass; LoRA matrices and
-    attention's products need two.
+    The decoder runs four times (sampling, log-probabilities, reference, update). Three encoder passes are enough,
+    because sampling and log-probabilities use the same weights; a fourth one counts only with encoder_passes=4. A
+    backward pass and the classifier follow. Only the LoRA is trained: frozen matrices need only the gradient of their
+    input, which costs one forward pass; LoRA matrices and attention's products cost two.
     """
     total = sum(classifier_flop(shapes["classifier"], tokens) for tokens in classified)
     for prompt, response in zip(prompts, responses, strict=True):
@@ -252,14 +253,14 @@ def step_flop(shapes, prompts, responses, classified, encoder_passes=3):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Children
+# Child processes
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def peak_memory(device):
-    """Peak memory in bytes: the GPU's, or the resident one of this process.
+    """Peak memory in bytes: allocated on the GPU, or resident in this process.
 
-    getrusage would count what the parent had before exec, too.
+    getrusage would include the parent's memory before exec.
     """
     if device != "cpu":
         import torch
@@ -268,11 +269,11 @@ def peak_memory(device):
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux")
+    raise RuntimeError("/proc/self/status has no VmHWM: measuring peak memory needs Linux")
 
 
 def run_without_report(config):
-    """detox_ppo.run less the verdict and the pictures of the few prompts that it evaluates here: seconds saved."""
+    """detox_ppo.run without the verdict and the plots, which would take seconds."""
     import detox_ppo
 
     def write_results(config, results, *_):
@@ -282,9 +283,9 @@ def run_without_report(config):
         return detox_ppo.run(config)
 
 
-@refusals()
+@user_errors()
 def ours(plan):
-    """Run detox_ppo.py on the plan; its own metrics.jsonl has the seconds."""
+    """Run detox_ppo.py on the plan; its metrics.jsonl has the seconds."""
     import torch
     import transformers
 
@@ -294,51 +295,51 @@ def ours(plan):
     config = detox_ppo.parse_config(plan["arguments"])
     step_of = {tuple(prompt): i for i, step in enumerate(plan["steps"]) for prompt in step["prompts"]}
     measured = [{"responses": {}, "classified": []} for _ in plan["steps"]]
-    current = {"step": None}  # None while it evaluates
+    current = {"step": None}  # None during evaluation
     sample = detox_ppo.generate
     classify = transformers.RobertaForSequenceClassification.forward
 
-    # Two notes beside the run, whose cost is nothing to a step's: which prompts were sampled and how far, and how
-    # long the texts were that the classifier read.
-    def noted_sample(policy, *args, **kwargs):
+    # Record the sampled prompts, the lengths of their responses, and the lengths of the classified texts. The cost is
+    # negligible compared with a step.
+    def recording_sample(policy, *args, **kwargs):
         if policy.base.get_output_embeddings().weight is policy.base.get_input_embeddings().weight:
-            raise RuntimeError(f"{config.model_name}: its lm_head is tied to its embeddings")
+            raise RuntimeError(f"{config.model_name}: lm_head is tied to the embeddings")
         responses = sample(policy, *args, **kwargs)
-        found = {step_of.get(tuple(prompt)) for prompt in responses.prompts}
-        if len(found) > 1:
-            raise RuntimeError("the batches are not those of the plan: detox_ppo.py draws its rows otherwise by now")
-        current["step"] = found.pop()
+        planned_steps = {step_of.get(tuple(prompt)) for prompt in responses.prompts}
+        if len(planned_steps) > 1:
+            raise RuntimeError("the batches differ from the plan: detox_ppo.py now draws its rows differently")
+        current["step"] = planned_steps.pop()
         if current["step"] is not None:
             lengths = dict(zip(map(tuple, responses.prompts), responses.lengths.tolist(), strict=True))
             measured[current["step"]]["responses"] |= lengths
         return responses
 
-    @functools.wraps(classify)  # the classifier's inputs are read off its signature
-    def noted_classify(self, *args, **kwargs):
+    @functools.wraps(classify)  # transformers inspects the signature
+    def recording_classify(self, *args, **kwargs):
         if current["step"] is not None:
             measured[current["step"]]["classified"] += kwargs["attention_mask"].sum(dim=1).tolist()
         return classify(self, *args, **kwargs)
 
     with (
-        mock.patch.object(detox_ppo, "generate", noted_sample),
-        mock.patch.object(detox_ppo, "TOXIC", 1.0),  # random weights call any summary clean or toxic: learn all
-        mock.patch.object(transformers.RobertaForSequenceClassification, "forward", noted_classify),
+        mock.patch.object(detox_ppo, "generate", recording_sample),
+        mock.patch.object(detox_ppo, "TOXIC", 1.0),  # the random classifier must not exclude human summaries
+        mock.patch.object(transformers.RobertaForSequenceClassification, "forward", recording_classify),
     ):
         environment = run_without_report(config)["environment"]
 
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     steps = []
-    for planned, noted, line in zip(plan["steps"], measured, lines, strict=True):
-        # In the order of the plan; a prompt that was not sampled in its step is an error here.
-        lengths = [noted["responses"].pop(tuple(prompt)) for prompt in planned["prompts"]]
-        if any(length > cap for length, cap in zip(lengths, planned["caps"], strict=True)):
+    for planned, recorded, line in zip(plan["steps"], measured, lines, strict=True):
+        # In the order of the plan; a KeyError if a prompt was not sampled in its step.
+        lengths = [recorded["responses"].pop(tuple(prompt)) for prompt in planned["prompts"]]
+        if any(length > limit for length, limit in zip(lengths, planned["caps"], strict=True)):
             raise RuntimeError(
-                "a response is longer than its planned cap: detox_ppo.py draws its caps otherwise by now"
+                "a response exceeds its planned max_new_tokens: detox_ppo.py now draws max_new_tokens differently"
             )
         metrics = json.loads(line)
-        names = {"score": "reward"}
-        seconds = {phase: metrics.get(f"time/{names.get(phase, phase)}") for phase in PHASES}
-        steps.append({"seconds": seconds, "responses": lengths, "classified": noted["classified"]})
+        seconds = {phase: metrics.get(f"time/{phase}") for phase in PHASES}
+        seconds["score"] = metrics.get("time/reward")
+        steps.append({"seconds": seconds, "responses": lengths, "classified": recorded["classified"]})
     return {
         "steps": steps,
         "peak_memory": peak_memory(config.device),
@@ -348,7 +349,7 @@ def ours(plan):
 
 
 def matrix_peak(plan):
-    """Floating-point operations a second of the fastest of several square products, larger on a GPU to fill it."""
+    """Floating-point operations per second of the fastest of several square products (a larger size on a GPU)."""
     import torch
 
     size = 2048 if plan["device"] == "cpu" else 8192
@@ -357,7 +358,7 @@ def matrix_peak(plan):
     out = torch.mm(a, b)
     synchronize()
     times = []
-    # At least five, and more for half a second: one may meet another process or a clock not yet raised.
+    # Five times and half a second at least: other processes or a low clock rate can slow down single ones.
     while len(times) < 5 or sum(times) < 0.5:
         started = time.perf_counter()
         torch.mm(a, b, out=out)
@@ -367,7 +368,7 @@ def matrix_peak(plan):
 
 
 def run_child(command, plan, scratch, options, label):
-    """Run a child on a plan and return its result; if it fails, show what it refused or the end of its stderr."""
+    """Run a child process on a plan and return its result; if it fails, print its error and exit."""
     plan_file, result_file = scratch / "plan.json", scratch / "result.json"
     plan_file.write_text(json.dumps(plan))
     result_file.unlink(missing_ok=True)
@@ -383,13 +384,18 @@ def run_child(command, plan, scratch, options, label):
     result = json.loads(result_file.read_text())
     steps = result.get("steps", [])[1:]
     seconds = ", ".join(f"{step['seconds']['step']:.2f}" for step in steps)
-    what = f"{seconds} s a step" if steps else f"{result['peak'] / 1e9:.0f} GFLOP/s" if "peak" in result else "done"
-    print(f"{label}: {what} ({time.perf_counter() - started:.0f} s in all)", flush=True)
+    if steps:
+        summary = f"{seconds} s per step"
+    elif "peak" in result:
+        summary = f"{result['peak'] / 1e9:.0f} GFLOP/s"
+    else:
+        summary = "done"
+    print(f"{label}: {summary} ({time.perf_counter() - started:.0f} s in total)", flush=True)
     return result
 
 
 def failure(code, output):
-    """Why a child failed, from its exit code and output: the line that it refused with, or a stack trace above."""
+    """Why a child process failed: its user error, or else the exit code, after printing the end of its output."""
     lines = output.splitlines()
     if code == 2 and lines:
         return lines[-1]
@@ -403,28 +409,29 @@ def failure(code, output):
 
 
 def make_classic_environment(directory):
-    """Make a virtual environment with TRL 0.8.0 and this environment's torch; returns its interpreter."""
+    """Create a virtual environment with TRL 0.8.0 and this environment's torch; returns its interpreter."""
     from importlib.metadata import version
 
     python, done = directory / "bin" / "python", directory / "complete"
     if not done.exists():
-        print(f"making the classic trainer's environment in {directory}", flush=True)
+        print(f"creating the classic trainer's environment in {directory}", flush=True)
         venv.create(directory, clear=True, symlinks=True, with_pip=True)
-        # pip takes the build (CPU or CUDA) that its configuration finds; the versions are compared at the end.
+        # pip's configuration selects the build (CPU or CUDA); the versions are compared at the end.
         torch = f"torch=={version('torch').split('+')[0]}"
         install = subprocess.run(
             [python, "-m", "pip", "install", "--quiet", torch, *CLASSIC_PINS], capture_output=True, text=True
         )
         if install.returncode:
-            told = next((line for line in install.stderr.splitlines()[::-1] if line.startswith("ERROR")), "no reason")
-            what = "pip can't make the classic trainer's environment; make it elsewhere and give --classic_python"
-            stop(f"{what}. pip's last word: {told}")
+            errors = [line for line in install.stderr.splitlines() if line.startswith("ERROR")]
+            reason = errors[-1] if errors else "it gave no reason"
+            hint = "create it elsewhere and pass --classic_python"
+            stop(f"pip can't install the classic trainer's environment: {reason}; {hint}")
         done.touch()
     return str(python)
 
 
 def write_base(directory, shape, tokenizer):
-    """A T5 of this shape with random weights, a head of its own, and another model's tokenizer."""
+    """Write a T5 of this shape with random weights, an untied head, and another model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -438,7 +445,7 @@ def write_base(directory, shape, tokenizer):
 
 
 def write_narrow_models(directory):
-    """What --short runs on: FLAN-T5's and RoBERTa's vocabularies over one narrow layer, the small world's words."""
+    """The models for --short: full vocabularies, one narrow layer, and the tokenizers of the toy example."""
     import hub
     import torch
     from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
@@ -454,7 +461,7 @@ def write_narrow_models(directory):
 
 
 def find_models(options, parent):
-    """Directories of base and classifier: those of --models, or made now, at full size or, with --short, narrow."""
+    """Directories of base and classifier: from --models, or created (narrow with --short, else full size)."""
     import hub
 
     directory = Path(options.models or parent / "models").resolve()
@@ -465,12 +472,12 @@ def find_models(options, parent):
     models = {"base": directory / hub.BASE, "classifier": directory / hub.CLASSIFIER}
     for path in models.values():
         if not (path / "config.json").is_file():
-            stop(f"--models {options.models}: no model in {path}; python tests/hub.py --full_size DIR makes them")
+            stop(f"--models {options.models}: no model in {path}; python tests/hub.py --full_size DIR creates them")
     return {name: str(path) for name, path in models.items()}
 
 
 def prepare(options, scratch, threads="threads"):
-    """Make a benchmark's output_dir and find its models; tell what it runs on. Returns both."""
+    """Create a benchmark's output_dir, find its models and print the hardware; returns both."""
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     models = find_models(options, scratch if options.short else directory)
@@ -491,7 +498,7 @@ def processor():
 
 
 def summarize(runs, shapes, plan, recipe):
-    """Median and range of a side's figures, over the timed steps of all its processes."""
+    """Median and range of a side's figures over the timed steps of all its processes."""
     timed = [(run, step, planned) for run in runs for step, planned in zip(run["steps"][1:], plan[1:], strict=True)]
     figures = {}
     for phase in PHASES:
@@ -499,13 +506,11 @@ def summarize(runs, shapes, plan, recipe):
         figures[phase] = values if None not in values else []
     seconds = figures["step"]
     tokens = [sum(step["responses"]) for _, step, _ in timed]
-    flops, more_flops = (
-        [
-            step_flop(shapes, list(map(len, planned["prompts"])), step["responses"], step["classified"], passes)
-            for _, step, planned in timed
-        ]
-        for passes in (3, 4)
-    )
+    flops, more_flops = [], []
+    for _, step, planned in timed:
+        lengths = [len(prompt) for prompt in planned["prompts"]], step["responses"], step["classified"]
+        flops.append(step_flop(shapes, *lengths))
+        more_flops.append(step_flop(shapes, *lengths, encoder_passes=4))
     figures["tokens_per_second"] = [n / s for n, s in zip(tokens, seconds, strict=True)]
     shares = {} if recipe else {"peak_share": flops, "peak_share_four_encoder_passes": more_flops}
     for key, counted in shares.items():
@@ -518,20 +523,21 @@ def summarize(runs, shapes, plan, recipe):
     }
     steps = [step for _, step, _ in timed]
     counts = {"responses": sum(tokens), "classified": sum(sum(step["classified"]) for step in steps)}
-    caps = [cap for _, _, planned in timed for cap in planned["caps"]]
+    limits = [limit for _, _, planned in timed for limit in planned["caps"]]
     lengths = [length for step in steps for length in step["responses"]]
-    counts["shorter_than_cap"] = sum(n < cap for n, cap in zip(lengths, caps, strict=True))
+    counts["shorter_than_cap"] = sum(length < limit for length, limit in zip(lengths, limits, strict=True))
     return summary | {"tflop_a_step": None if recipe else statistics.mean(flops) / 1e12, "tokens": counts}
 
 
 def print_table(dtype, sides, peaks):
-    """Phases and figures of both sides, median and range."""
+    """Print phases and figures of both sides, median and range."""
     names = list(sides)
-    print(f"\n{dtype}: peak of torch.mm {' and '.join(f'{peak / 1e9:.0f}' for peak in peaks)} GFLOP/s")
+    speeds = " and ".join(f"{peak / 1e9:.0f}" for peak in peaks)
+    print(f"\n{dtype}: peak of torch.mm {speeds} GFLOP/s")
     print(f"{'median (range)':<28}" + "".join(f"{name:>28}" for name in names) + f"{'classic / ours':>18}")
     rows = [(f"{phase}, s", phase, 1, 3) for phase in PHASES]
-    rows += [("response tokens a second", "tokens_per_second", 1, 2), ("share of peak, %", "peak_share", 100, 1)]
-    rows += [("the same, 4 encoder passes", "peak_share_four_encoder_passes", 100, 1)]
+    rows += [("response tokens per second", "tokens_per_second", 1, 2), ("share of peak, %", "peak_share", 100, 1)]
+    rows += [("same, 4 encoder passes, %", "peak_share_four_encoder_passes", 100, 1)]
     rows += [("peak memory, MiB", "peak_memory", 2**-20, 0)]
     for title, key, scale, digits in rows:
         if not any(key in side for side in sides.values()):
@@ -549,46 +555,51 @@ def print_table(dtype, sides, peaks):
     for name in names:
         tokens = sides[name]["tokens"]
         flop = sides[name]["tflop_a_step"]
+        arithmetic = "" if flop is None else f"; {flop:.4g} TFLOP per step"
         print(
-            f"{name}: {tokens['responses']} response tokens sampled, {tokens['shorter_than_cap']} responses ended "
-            f"before their cap, {tokens['classified']} tokens classified"
-            + ("" if flop is None else f"; {flop:.4g} TFLOP a step")
+            f"{name}: {tokens['responses']} response tokens sampled, {tokens['shorter_than_cap']} responses shorter "
+            f"than max_new_tokens, {tokens['classified']} tokens classified{arithmetic}"
         )
 
 
 def parse_options():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one to warm up")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side and dtype")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per process, after one warm-up step")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per side and dtype")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: made by pip)")
-    parser.add_argument("--models", metavar="DIR", help="repositories that tests/hub.py made (default: made now)")
+    parser.add_argument(
+        "--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: pip installs it)"
+    )
+    parser.add_argument("--models", metavar="DIR", help="directory written by tests/hub.py (default: create models)")
     parser.add_argument(
         "--dialogues",
         metavar="PATH",
-        help="csv or jsonl with dialogues, such as DialogSum's, for --models with a tokenizer for them: another would "
-        "change their lengths (default: glued from the bundled ones)",
+        help="csv or jsonl with dialogues, such as DialogSum's; needs --models with a matching tokenizer, because "
+        "another one changes the lengths (default: assembled from the bundled dialogues)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU's phases overlap, only steps are exact")
-    parser.add_argument("--batch_size", type=int, help="prompts a step (default 16)")
-    parser.add_argument("--mini_batch_size", type=int, help="responses an update; divides the batch (default 4)")
-    parser.add_argument("--prompt_tokens", type=int, help="one length for all prompts (default: DialogSum's spread)")
-    parser.add_argument("--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="caps (default 25 70)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; a GPU's phases overlap, only step times are exact"
+    )
+    parser.add_argument("--batch_size", type=int, help="prompts per step (default 16)")
+    parser.add_argument("--mini_batch_size", type=int, help="responses per update; must divide the batch (default 4)")
+    parser.add_argument("--prompt_tokens", type=int, help="length of all prompts (default: DialogSum's distribution)")
+    parser.add_argument(
+        "--response_lengths", nargs=2, type=int, metavar=("MIN", "MAX"), help="range of max_new_tokens (default 25 70)"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, caps and batches")
+    parser.add_argument("--seed", type=int, default=0, help="for prompts, max_new_tokens and batches")
     parser.add_argument(
         "--scratch",
         metavar="DIR",
-        help="where environment and models are made and kept (default: in the system's temporary one)",
+        help="cache for the environment and the models (default: in the system's temporary directory)",
     )
     parser.add_argument(
-        "--recipe", action="store_true", help="with the recommended options (RECIPE) instead of the notebooks'"
+        "--recipe", action="store_true", help="use the recommended options (RECIPE) instead of the notebooks'"
     )
     parser.add_argument(
         "--short",
         action="store_true",
-        help="for CI: narrow models, batch 4, one step, one round; ours alone without --classic_python",
+        help="smoke test: narrow models, batch 4, one step, one round; only ours without --classic_python",
     )
     options = parser.parse_args()
     options.batch_size = options.batch_size or (4 if options.short else 16)
@@ -599,38 +610,38 @@ def parse_options():
     if min(options.steps, options.rounds, options.threads) < 1:
         parser.error("--steps, --rounds and --threads must be at least 1")
     if options.prompt_tokens and options.dialogues:
-        parser.error("--prompt_tokens is for glued dialogues, not for those of --dialogues")
+        parser.error("--prompt_tokens and --dialogues exclude each other")
     if not 5 <= options.response_lengths[0] < options.response_lengths[1]:
         parser.error("--response_lengths: MIN must be at least 5 (the notebooks' min_length) and below MAX")
-    # In the order of the product, each once, whatever the order of the arguments.
+    # A fixed order without duplicates, whatever the order of the arguments.
     options.dtypes = [dtype for dtype in DTYPES if dtype in options.dtypes]
     return options
 
 
-@refusals()
+@user_errors()
 def main():
     options = parse_options()
-    kept = Path(options.scratch or Path(tempfile.gettempdir()) / "detox_ppo_step_time").resolve()
+    cache = Path(options.scratch or Path(tempfile.gettempdir()) / "detox_ppo_step_time").resolve()
     classic_python = options.classic_python
     if not classic_python and not options.short:
-        classic_python = make_classic_environment(kept / "classic")
+        classic_python = make_classic_environment(cache / "classic")
     results, versions, source_code = {}, {}, (ROOT / "detox_ppo.py").read_bytes()
     with tempfile.TemporaryDirectory(prefix="step_time_") as scratch:
         scratch = Path(scratch)
-        models = find_models(options, scratch if options.short else kept)
+        models = find_models(options, scratch if options.short else cache)
         shapes = {name: json.loads((Path(path) / "config.json").read_text()) for name, path in models.items()}
         dataset, steps = make_plan(options, models, scratch)
         lengths = [len(prompt) for step in steps[1:] for prompt in step["prompts"]]
-        caps = [cap for step in steps[1:] for cap in step["caps"]]
+        limits = [limit for step in steps[1:] for limit in step["caps"]]
         print(f"{processor()}, {options.threads} threads; {platform.platform()}, Python {platform.python_version()}")
-        source = options.dialogues or "glued from the bundled dialogues to DialogSum's lengths"
+        source = options.dialogues or "assembled from the bundled dialogues, DialogSum's lengths"
         print(f"prompts: {source}; mean {statistics.mean(lengths):.0f}, {min(lengths)} to {max(lengths)} tokens")
-        print(f"responses: caps of mean {statistics.mean(caps):.1f}, {min(caps)} to {max(caps)} tokens")
+        print(f"max_new_tokens: mean {statistics.mean(limits):.1f}, {min(limits)} to {max(limits)}")
         print(
             f"batch {options.batch_size}, minibatches of {options.mini_batch_size}, LoRA r={LORA_R}, {options.device}"
         )
         if not classic_python:
-            print("no environment for the classic trainer (--classic_python): ours alone, the ratios are null")
+            print("no classic environment (--classic_python): only ours is measured, the ratios are null")
 
         child = [sys.executable, str(Path(__file__).resolve()), "--child"]
         for dtype in options.dtypes:
@@ -655,12 +666,12 @@ def main():
             print_table(dtype, sides, peaks)
 
     if (ROOT / "detox_ppo.py").read_bytes() != source_code:
-        stop("detox_ppo.py was edited while it was being timed: the figures above mix versions of it")
+        stop("detox_ppo.py changed during the measurement: the figures above mix versions of it")
     print()
     for name, packages in versions.items():
         print(f"{name}: {', '.join(f'{package} {version}' for package, version in packages.items())}")
     if len({packages["torch"] for packages in versions.values()}) > 1:
-        print("warning: the two sides have different builds of torch")
+        print("warning: the two sides use different builds of torch")
 
     last = {"short": options.short, "recipe": options.recipe, "threads": options.threads, "processor": processor()}
     for dtype in DTYPES:

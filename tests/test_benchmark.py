@@ -223,7 +223,7 @@ def test_learning_curves_are_summed_up_and_drawn(tmp_path):
     assert (found["samples_to_3"]["mean"], found["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
     assert learning_curve.summarize(classic, start)["samples_to_3"]["mean"] == 11 * 32
     assert "samples_to_3" not in learning_curve.summarize(start, start)
-    assert learning_curve.on_the_way(50) == [5, 10, 20, 30, 45, 50] and learning_curve.on_the_way(3) == [3]
+    assert learning_curve.evaluated_steps(50) == [5, 10, 20, 30, 45, 50] and learning_curve.evaluated_steps(3) == [3]
     learning_curve.draw(runs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -288,7 +288,7 @@ def test_published_logits_are_compared(tiny, monkeypatch, call, capsys):
         call(published_logits, *arguments)
     assert end.value.code == 1
     printed = capsys.readouterr().out
-    assert "they do not agree" in printed and "nothate   4.6532   hate  -4.1782" in printed
+    assert "the logits differ" in printed and "nothate   4.6532   hate  -4.1782" in printed
     classifier = detox_ppo.ToxicityClassifier(
         detox_ppo.DetoxConfig(reward_model_name=arguments[1]), torch.device("cpu")
     )
@@ -296,7 +296,7 @@ def test_published_logits_are_compared(tiny, monkeypatch, call, capsys):
     monkeypatch.setattr(published_logits, "PUBLISHED", ours)
     with pytest.raises(SystemExit) as end:
         call(published_logits, *arguments)
-    assert end.value.code == 0 and "they agree" in capsys.readouterr().out
+    assert end.value.code == 0 and "the logits agree" in capsys.readouterr().out
 
 
 # Rewards in bfloat16
@@ -365,7 +365,7 @@ def test_ours_alone_is_measured_and_the_ratios_are_null(started):
     assert ours["tokens_per_second"]["median"] > 0 and ours["peak_memory"]["median"] > 100 * 2**20
     # Four responses of 8 to 12 tokens, and the dialogues with them.
     assert 0 < ours["tokens"]["responses"] <= 4 * 12 < ours["tokens"]["classified"]
-    assert "ours alone" in printed
+    assert "only ours is measured" in printed
 
 
 def test_the_arithmetic_counted_for_the_full_shapes():
