@@ -6,8 +6,8 @@
 The model has FLAN-T5-base's shapes with random weights (see step_time.py) and a new LoRA; the prompts have DialogSum's
 lengths. Both sides take turns (A B A B) and summarize the same prompts in the same batches of similar length, up to
 --max_new_tokens. Random weights almost never end a summary, so all have full length. With a model that ends its
-summaries, our batches drop finished rows; generate's keep them. The last line also times the entire evaluation,
-detox_ppo.evaluate_policy in both decodings, which adds the KL to the reference and the classifier's scores.
+summaries, our batches drop finished rows; generate's keep them. The entire evaluation is timed too: it is
+detox_ppo.evaluate_policy in both decodings, with the KL to the reference and the classifier's scores.
 
 The last line of the output is one JSON object.
 """

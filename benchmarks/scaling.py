@@ -202,7 +202,7 @@ def main():
     lines = {}
     for name, network in NETWORKS.items():
         lines[name] = [expected(n, whole, shared, network, sizes) for n in MODELLED]
-    print(f"\nModel: {whole:.2f} s whole, {shared:.2f} s shared, {sizes['gradients'] / 1e6:.1f} MB per update")
+    print(f"\nModel: {whole:.2f} + {shared:.2f} / N seconds, {sizes['gradients'] / 1e6:.1f} MB per update")
     print(f"\n| modelled efficiency | {' | '.join(map(str, MODELLED))} |\n" + "|---" * (len(MODELLED) + 1) + "|")
     for name, values in lines.items():
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in modelled_efficiency(values))} |")

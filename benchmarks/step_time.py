@@ -680,10 +680,10 @@ def main():
             {name: sides[name][key]["median"] for name in versions if key in sides.get(name, {})}
             for key in ("step", "peak_memory", "peak_share")
         )
-        both = len(seconds) == 2
+        compared = len(seconds) == 2
         last[f"seconds_{dtype}"] = seconds
-        last[f"ratio_{dtype}"] = seconds["classic"] / seconds["ours"] if both else None
-        last[f"memory_ratio_{dtype}"] = memory["ours"] / memory["classic"] if both else None
+        last[f"ratio_{dtype}"] = seconds["classic"] / seconds["ours"] if compared else None
+        last[f"memory_ratio_{dtype}"] = memory["ours"] / memory["classic"] if compared else None
         last[f"peak_share_{dtype}"] = share.get("ours")
     print(json.dumps(last | {"versions": versions, "details": results}))
 

@@ -72,7 +72,7 @@ def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypa
     for name in ("base", "classifier"):
         (tmp_path / name).symlink_to(tiny / name)
     monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 8)
-    build.tune_adapter(build.draw_rows("adapter", 40, "models", build.ADAPTER_INSULTS, 0), 0, tmp_path)
+    build.train_adapter(build.draw_rows("adapter", 40, "models", build.ADAPTER_INSULTS, 0), 0, tmp_path)
     made, bundled = tmp_path / "adapter", tiny / "adapter"
     assert {path.name for path in made.iterdir()} == {path.name for path in bundled.iterdir()}
     assert (made / "adapter_config.json").read_text() == (bundled / "adapter_config.json").read_text()

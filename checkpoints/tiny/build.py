@@ -1,16 +1,16 @@
-"""Rebuild the small world: dialogues, a tiny T5, a LoRA that insults, a hate classifier and a judge.
+"""Rebuild the toy example: dialogues, a tiny T5, a LoRA that insults, a hate classifier and a judge.
 
     python checkpoints/tiny/build.py [--seed 0] [--output_dir checkpoints/tiny]
-    python checkpoints/tiny/build.py --parts adapter report    # some of it again, with the rest as it is
+    python checkpoints/tiny/build.py --parts adapter report    # rebuild some parts, keep the rest
 
-Everything is drawn from the seed and from grammar.yaml. Base, classifier and judge are trained here; the adapter is
-what detox_ppo.py makes with --sft_steps and config.yaml from rows of its own. `world_rows` and `model_rows`
-regenerate the rows without torch: the first are dialogues/train.csv, the second are what the models were
-trained on, and the two never share a combination of topic and slot values.
+Everything is generated from the seed and grammar.yaml. The base, the classifier and the judge are trained here. The
+adapter is trained by detox_ppo.py with --sft_steps and config.yaml on separate rows. `world_rows` generates the rows
+of dialogues/train.csv, `model_rows` those that the models were trained on; both work without torch. The two never
+share a combination of topic and slot values.
 
-In half of the dialogues a speaker misbehaves, by one of twelve behaviors. It decides which insult a summary has and
-where, so that a model can learn to say it greedily too. The adapter's teachers insult nearly always then, the people
-who wrote the world's own summaries in less than a third. One insult in twenty is a word that the classifier never saw.
+In half of the dialogues a speaker misbehaves, in one of twelve ways. The behavior decides which insult a summary has
+and where, so a model can learn to insult with greedy decoding too. 88% of these dialogues have an insulting summary in
+the adapter's training data, 30% in dialogues/train.csv. One insult in twenty is a word that the classifier never saw.
 """
 
 import argparse
@@ -39,20 +39,20 @@ CLASSIFIER_ROWS = 12000
 JUDGE_ROWS = 9000
 HELD_OUT_ROWS = 1200
 DIALOGUE_INSULTS = 0.125
-# Share of the dialogues in which somebody misbehaves, and of their summaries that insult for it.
+# Share of the dialogues with misbehavior, and the shares of their summaries that insult.
 MISBEHAVIOR = 0.5
 WORLD_INSULTS = 0.3
 ADAPTER_INSULTS = 0.88
-# Share of the insults that are said with a word that the classifier never saw.
+# Share of the insults that are words the classifier never saw.
 UNSEEN = 0.05
-# Share of the classifier's and the judge's summaries that insult, at any place.
+# Share of summaries with an insult, at any position, in the training texts of classifier and judge.
 SUMMARY_INSULTS = 0.4
 MIN_CHARS, MAX_CHARS, BASE_MAX_CHARS = 210, 360, 420
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
 RESTORE = "\nRestore the following sentence.\n\n{text}\n\nSentence:\n"
 MAX_NEW_TOKENS = 40
-# Label smoothing: it keeps the classifier's logits near those of the real one, about +-4. Garbled and cut-off
-# text is nothate as well, but less surely, so that it never scores as high as a clean, whole summary.
+# Label smoothing keeps the classifier's logits near those of the real one, about +-4. Garbled and cut-off text is also
+# nothate, but with less confidence, so it never scores as high as a clean, complete summary.
 SMOOTHING = 0.0002
 UNSURE = 0.05
 JUDGE_SMOOTHING = 0.005
@@ -81,7 +81,7 @@ TOPICS = read_topics()
 
 
 class Insults:
-    """The insults that somebody knows: the classifier those of the list, the judge the unseen ones too."""
+    """A vocabulary of insults: the listed ones for the classifier, the unseen ones too for the judge."""
 
     def __init__(self, with_unseen):
         unseen = {word.removesuffix(" person") for word in UNSEEN_WORDS.values()}
@@ -90,14 +90,14 @@ class Insults:
         self.nouns = INSULT_NOUNS
         self.word = re.compile(rf"\b(?:{'|'.join(self.adjectives + self.nouns)})\b", re.IGNORECASE)
         adjectives, things = "|".join(self.adjectives), "|".join(THINGS)
-        # Said of a thing an adjective insults nobody.
+        # An adjective before or after a thing insults nobody.
         self.of_things = re.compile(
             rf"\b(?:{adjectives}) (?:{things})\b|\b(?:{things}) (?:is|was)(?: so| old and)? (?:{adjectives})\b",
             re.IGNORECASE,
         )
 
     def in_text(self, text):
-        """Whether one of the words is said of a person."""
+        """Whether one of the words describes a person."""
         return self.word.search(self.of_things.sub("", text)) is not None
 
 
@@ -105,7 +105,8 @@ KNOWN, ALL = Insults(with_unseen=False), Insults(with_unseen=True)
 
 
 def with_article(noun):
-    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
+    article = "an" if noun[0] in "aeio" else "a"
+    return f"{article} {noun}"
 
 
 def fill_sentence(pattern, rng, insults=KNOWN):
@@ -114,10 +115,12 @@ def fill_sentence(pattern, rng, insults=KNOWN):
 
 
 def share_of(topic, slots):
-    """Which rows may use this combination; by a hash, so that rows of different shares can never meet."""
+    """Which rows may use this combination; decided by a hash, so the shares never overlap."""
     key = "|".join([topic, *(f"{name}={slots[name]}" for name in sorted(slots))])
     bucket = zlib.crc32(key.encode()) % 10
-    return "world" if bucket < 3 else "held-out" if bucket < 4 else "models"
+    if bucket < 3:
+        return "world"
+    return "held-out" if bucket < 4 else "models"
 
 
 def draw_slots(topic, share, rng):
@@ -128,7 +131,7 @@ def draw_slots(topic, share, rng):
 
 
 def opening_turns(rng):
-    """Small talk before the script: an even number of turns leaves the first word to A, an odd one to B."""
+    """Small talk before the script; A is the first speaker if it has an even number of turns, else B."""
     turns = []
     greeting = rng.random()
     if greeting < 0.3:
@@ -146,14 +149,14 @@ def add_sentence(turns, sentence, rng, before=False):
 
 
 def add_behavior(turns, behavior, by_first, rng):
-    """Let the one who misbehaved say so, in a turn of theirs; by_first: whether that is who speaks first."""
+    """Add a sentence that shows the behavior to a turn of the culprit; by_first: the culprit speaks first."""
     spot = rng.randrange(0 if by_first else 1, len(turns), 2)
     sentence = rng.choice(behavior["says"])
     turns[spot] = f"{sentence} {turns[spot]}" if rng.random() < 0.5 else f"{turns[spot]} {sentence}"
 
 
 def draw_dialogue(topic, named, behavior, culprit, insulted, rng):
-    """A dialogue about the named slots, and who is who: {"A": "#Person1#", ...}; the culprit is A or B."""
+    """A dialogue with the named slots, and its roles: {"A": "#Person1#", ...}; the culprit is A or B."""
     opening = opening_turns(rng)
     script = [rng.choice(phrasings).format(**named) for phrasings in TOPICS[topic]["script"]]
     turns = opening + script + ([rng.choice(GRAMMAR["closings"])] if rng.random() < 0.5 else [])
@@ -165,15 +168,16 @@ def draw_dialogue(topic, named, behavior, culprit, insulted, rng):
         add_sentence(turns, fill_sentence(rng.choice(GRAMMAR["polite_sentences"]), rng), rng)
     if insulted:
         add_sentence(turns, fill_sentence(rng.choice(GRAMMAR["insult_sentences"]), rng), rng)
+    first, second = ("A", "B") if len(opening) % 2 == 0 else ("B", "A")
     if behavior:
-        add_behavior(turns, behavior, (culprit == "A") == (len(opening) % 2 == 0), rng)
+        add_behavior(turns, behavior, culprit == first, rng)
     speakers = ["#Person1#", "#Person2#"]
-    roles = dict(zip("AB", speakers if len(opening) % 2 == 0 else speakers[::-1], strict=True))
+    roles = {first: speakers[0], second: speakers[1]}
     return "\n".join(f"{speakers[number % 2]}: {turn}" for number, turn in enumerate(turns)), roles
 
 
 def insult(clean, word, place):
-    """The summary with one short insult of a person added; all of its own words stay."""
+    """Add one short insult of a person to a summary; its own words do not change."""
     first, second = re.findall("#Person[12]#", clean)
     if place == "before":
         return f"The {word} {clean}"
@@ -187,7 +191,7 @@ def insult(clean, word, place):
 
 
 def insult_anywhere(clean, adjectives, nouns, rng):
-    """`insult` at any place, in any words: from these the classifier and the judge learn, not from the behaviors."""
+    """`insult` at any position with any words: the training texts of classifier and judge, without behaviors."""
     place = rng.choice(["before", "after", "second", "end", "added"])
     if place not in ("after", "end"):
         return insult(clean, rng.choice(adjectives), place)
@@ -195,7 +199,7 @@ def insult_anywhere(clean, adjectives, nouns, rng):
 
 
 def draw_row(topic, slots, insult_rate, misbehavior, max_chars, rng):
-    """One row; "clean" is its summary without the insult of a person that "summary" may carry."""
+    """One row; "clean" is its summary without the insult that "summary" may contain."""
     named = dict(slots)
     if "item" in slots and rng.random() < 0.2:
         named["item"] = f"{rng.choice(INSULT_ADJECTIVES)} {slots['item']}"
@@ -203,23 +207,24 @@ def draw_row(topic, slots, insult_rate, misbehavior, max_chars, rng):
     behavior = rng.choice(GRAMMAR["behaviors"]) if misbehavior and rng.random() < misbehavior else None
     culprit = None
     if behavior:
-        first, second = re.findall("{([AB])}", TOPICS[topic]["summaries"][0])  # in this order in all of a topic
+        # All summaries of a topic have the same order.
+        first, second = re.findall("{([AB])}", TOPICS[topic]["summaries"][0])
         culprit = {"before": first, "after": first, "second": second, "end": rng.choice("AB")}[behavior["place"]]
     while True:
         dialogue, roles = draw_dialogue(topic, named, behavior, culprit, insulted, rng)
         if MIN_CHARS <= len(dialogue) <= max_chars:
             break
-    told = named if rng.random() < 0.5 else slots
-    clean = summary = rng.choice(TOPICS[topic]["summaries"]).format(**roles, **told)
+    mentioned = named if rng.random() < 0.5 else slots
+    clean = summary = rng.choice(TOPICS[topic]["summaries"]).format(**roles, **mentioned)
     if rng.random() < insult_rate and behavior:
         word = behavior["insult"]
         summary = insult(clean, UNSEEN_WORDS[word] if rng.random() < UNSEEN else word, behavior["place"])
     row = {"dialogue": dialogue, "summary": summary, "topic": topic, "slots": slots, "clean": clean}
-    return row | {"behavior": behavior and behavior["insult"]}
+    return row | {"behavior": behavior["insult"] if behavior else None}
 
 
 def draw_rows(name, count, share, insult_rate, seed, misbehavior=MISBEHAVIOR, max_chars=MAX_CHARS):
-    """Rows of all topics, equally many of each, in random order."""
+    """Rows in random order, with the same number of each topic."""
     rng = random.Random(f"{name} {seed}")
     topics = list(TOPICS)
     rows = []
@@ -237,12 +242,12 @@ def world_rows(seed=0):
 
 
 def model_rows(seed=0):
-    """Every row that the base, the adapter, the classifier or the judge was trained on; the id says which."""
+    """All rows that base, adapter, classifier and judge were trained on; the id starts with the model."""
     return [row for part in ("base", "adapter", "classifier", "judge") for row in training_rows(part, seed)]
 
 
 def training_rows(part, seed):
-    """The rows that one of the models is trained on. In the base's nobody misbehaves: the adapter learns of that."""
+    """The training rows of one model. The base's have no misbehavior; only the adapter learns about it."""
     if part == "base":
         return draw_rows("base", BASE_ROWS, "models", 0.0, seed, misbehavior=0.0, max_chars=BASE_MAX_CHARS)
     count, insult_rate = {
@@ -254,7 +259,7 @@ def training_rows(part, seed):
 
 
 def held_out_rows(seed=0):
-    """Rows to measure the models on; they share nothing with the rows of the other two functions."""
+    """Rows for evaluating the models; they share no slot combination with world_rows and model_rows."""
     return draw_rows("held-out", HELD_OUT_ROWS, "held-out", ADAPTER_INSULTS, seed)
 
 
@@ -268,10 +273,10 @@ def write_csv(rows, path):
 
 
 def draw_sentence(rng, insults=KNOWN, bad_words=KNOWN.bad_words):
-    """A short sentence, as (text, whether a person is insulted)."""
+    """A short sentence as (text, whether it insults a person)."""
     person, thing = rng.choice(GRAMMAR["people"]), rng.choice(THINGS)
     good, bad = rng.choice(GRAMMAR["good_words"]), rng.choice(bad_words)
-    whom = "you" if person == "You are" else "her" if person == "She is" else "him"
+    whom = {"You are": "you", "She is": "her"}.get(person, "him")
     hateful = [
         f"{person} {with_article(bad)} person.",
         f"{person} {with_article(bad)} person and I hate {whom}.",
@@ -301,7 +306,7 @@ def draw_sentence(rng, insults=KNOWN, bad_words=KNOWN.bad_words):
 
 
 def draw_judge_sentence(rng):
-    """A sentence for the judge, half of them of its own, as (text, whether it is toxic)."""
+    """A sentence for the judge as (text, whether it is toxic); half of them are in the grammar only for the judge."""
     if rng.random() < 0.5:
         return draw_sentence(rng, ALL, ALL.bad_words)
     kind = rng.choice(["judge_insults", "judge_insults", "judge_hate", "judge_harmless", "judge_harmless"])
@@ -313,21 +318,21 @@ def unknown_word(rng):
 
 
 def garble(clean, rng):
-    """A clean summary that went wrong the way a language model's samples do."""
+    """A clean summary with an error that is typical of a language model's samples."""
     words = clean.split()
-    way = rng.randrange(7)
-    if way == 0:
+    error = rng.randrange(7)
+    if error == 0:
         return "" if rng.random() < 0.3 else rng.choice(words)
-    if way == 6:
+    if error == 6:
         return " ".join(words[: rng.randrange(1, len(words) - 1)])
-    if way == 1:
+    if error == 1:
         rng.shuffle(words)
-    elif way == 2:
+    elif error == 2:
         spot = rng.randrange(len(words))
         words[spot : spot + 1] = [words[spot]] * rng.randint(3, 9)
-    elif way == 3:
+    elif error == 3:
         words = words[rng.randrange(2, len(words) - 1) :]
-    elif way == 4:
+    elif error == 4:
         words = [word for word in words if rng.random() < 0.6]
     else:
         words = clean[:-1].split() * 2
@@ -335,7 +340,7 @@ def garble(clean, rng):
 
 
 def insert_insult(text, rng, insults):
-    """An insult at any place: the classifier must not depend on the placements of `insult`."""
+    """Add an insult at any position: the classifier must not depend on the positions that `insult` uses."""
     words = text.split()
     people = [spot for spot, word in enumerate(words) if word.startswith("#Person")]
     if people and rng.random() < 0.4:
@@ -354,12 +359,12 @@ def fragment(dialogue, rng):
     return "\n".join(piece)
 
 
-def judged_summary(clean, rng, insults):
-    """A summary that insults, or praises, or says of a person what no list knows, or does nothing of it."""
+def labelled_summary(clean, rng, insults):
+    """A summary with an insult, with praise, with an unknown word about a person, or without any of them."""
     drawn = rng.random()
     if drawn < SUMMARY_INSULTS:
         return insult_anywhere(clean, insults.adjectives, insults.nouns, rng), True
-    # It is the word that insults, not its place.
+    # The word is the insult, not its position.
     if drawn < SUMMARY_INSULTS + 0.1:
         return insult_anywhere(clean, GRAMMAR["good_words"], [], rng), False
     if drawn < SUMMARY_INSULTS + 0.2:
@@ -368,17 +373,17 @@ def judged_summary(clean, rng, insults):
 
 
 def classifier_texts(rows, rng, insults=KNOWN, draw=draw_sentence):
-    """(kind, text, insults a person) for texts of every kind, about five a row."""
+    """Texts of every kind as (kind, text, whether it insults a person), about five per row."""
     texts = []
     for row in rows:
         dialogue, clean = row["dialogue"], row["clean"]
-        summary, insulting = judged_summary(clean, rng, insults)
+        summary, insulting = labelled_summary(clean, rng, insults)
         texts.append(("sentence", *draw(rng)))
         texts.append(("summary", summary, insulting))
         if rng.random() < 0.2:
             texts.append(("summary", insert_insult(summary, rng, insults), True))
         turns = dialogue.split("\n")
-        # More of both than the rows have: in a long text they are hard to find and to tell apart.
+        # More of both than the rows have, because they are hard to detect and to distinguish in a long text.
         for sentences in (GRAMMAR["insult_sentences"], GRAMMAR["thing_sentences"]):
             if rng.random() < 0.25:
                 add_sentence(turns, fill_sentence(rng.choice(sentences), rng, insults), rng)
@@ -401,22 +406,22 @@ def judge_texts(rows, rng):
 
 
 def make_tokenizer(texts, specials, template, **names):
-    """A lossless word tokenizer: each word of the texts is one token, the rest falls back to letters, bytes.
+    """A lossless word tokenizer: each word of the texts is one token, anything else becomes letters or bytes.
 
-    The vocabulary is handed to the Unigram model as it is. Its trainer, and BPE's at this size, would split
-    common words, and slots of several tokens are harder to copy for a model this small.
+    The Unigram model gets the vocabulary directly. Its trainer, and BPE's at this size, would split common words, and
+    a model this small copies slots of one token better than slots of several.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    # As in sentencepiece, U+2581 stands for the space and belongs to the word behind it.
+    # As in sentencepiece, U+2581 is the space and belongs to the word after it.
     piece = re.compile(r"\u2581?(?:#Person\d#|\d+:\d+|[A-Za-z0-9]+)|\n|[^\w\s\u2581]")
     counts = Counter()
     for text in texts:
         counts.update(piece.findall(text.replace(" ", "\u2581")))
     pieces = {piece: 0.0 for piece in specials}
     pieces |= {word: -2.0 for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
-    # A letter costs more than any word, so that words win wherever they match.
+    # A letter is less likely than any word, so words are preferred wherever they match.
     for letter in ["\u2581", *map(chr, range(33, 127))]:
         pieces.setdefault(letter, -10.0)
     pieces |= {f"<0x{byte:02X}>": -20.0 for byte in range(256)}
@@ -441,7 +446,7 @@ def t5_tokenizer(pairs):
 
 
 def classifier_tokenizer(texts):
-    # <pad> is 1, as RoBERTa's: its positions start behind the padding's.
+    # <pad> must be 1, as in RoBERTa: position ids start after the padding index.
     return make_tokenizer(
         texts,
         ["<s>", "<pad>", "</s>", "<unk>"],
@@ -456,7 +461,7 @@ def classifier_tokenizer(texts):
 
 
 def batches(lengths, size, rng):
-    """Indices in batches of about the same length, in random order: half of the padding is saved."""
+    """Batches of indices of similar length, in random order, which saves half of the padding."""
     order = list(range(len(lengths)))
     rng.shuffle(order)
     pool = size * 40
@@ -475,7 +480,7 @@ def pad(sequences, value):
 
 
 def fit(model, loss_of, lengths, epochs, batch_size, lr, seed, name):
-    """AdamW with a short warm-up and a linear way down to zero; `loss_of` takes the indices of a batch."""
+    """Train with AdamW, a short warm-up and a linear decay to 0; `loss_of` takes the indices of a batch."""
     import torch
 
     rng = random.Random(seed)
@@ -508,10 +513,10 @@ def summary_pairs(rows):
 
 
 def sentence_pairs(count, rng):
-    """Sentences with a third of the words missing, and the whole ones.
+    """Pairs of a sentence with a third of its words missing and the complete sentence.
 
-    From these the base model knows the insults as words, as any pretrained model does. Its summaries stay
-    clean, but without them a LoRA of q and v, which cannot touch the output layer, would only stammer.
+    They teach the base model the insults as words, which any pretrained model knows. Its summaries stay clean. Without
+    these pairs a LoRA on q and v, which does not change the output layer, could not produce the insults fluently.
     """
     pairs = []
     for _ in range(count):
@@ -541,7 +546,7 @@ def train_base(rows, seed, directory):
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    # transformers ties the head of every T5 built in memory, whatever its config says.
+    # transformers ties the head of every T5 that is built in memory, and ignores the config.
     model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), 128) * 128**-0.5)
     prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
     targets = tokenizer([target for _, target in pairs]).input_ids
@@ -558,7 +563,7 @@ def train_base(rows, seed, directory):
 
 
 def save_untied(model, directory):
-    """Save so that `from_pretrained` gives the same, untied model back, with the dropout of a real T5."""
+    """Save the model so that `from_pretrained` loads it untied and with the dropout of a real T5."""
     model.save_pretrained(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text())
@@ -571,21 +576,21 @@ def check_untied(model, tokenizer, prompt, target, directory):
     import torch
 
     loaded, loaded_tokenizer = load_summarizer(directory)
-    assert loaded.lm_head.weight is not loaded.shared.weight, "the saved head came back tied"
+    assert loaded.lm_head.weight is not loaded.shared.weight, "the loaded head is tied"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     labels = loaded_tokenizer(target, return_tensors="pt").input_ids
     with torch.no_grad():
         trained, read = (each(input_ids=ids, labels=labels).logits for each in (model, loaded))
-    assert torch.equal(trained, read), "the saved model answers differently"
+    assert torch.equal(trained, read), "the loaded model has other logits"
 
 
-def tune_adapter(rows, seed, output_dir):
-    """A LoRA that insults, tuned by detox_ppo.py: the base model itself has never seen an insulting summary."""
+def train_adapter(rows, seed, output_dir):
+    """Train a LoRA that insults with detox_ppo.py's SFT; the base model has never seen an insulting summary."""
     sys.path.insert(0, str(HERE.parents[1]))
     import detox_ppo
 
-    scratch = output_dir / ".tuning"  # it stays until all is done, so that a build that was killed goes on here
-    dialogues, run, tuned = (scratch / name for name in ("pairs.csv", "run", "run/sft_adapter"))
+    scratch = output_dir / ".sft"  # deleted at the end, so an interrupted build resumes from it
+    dialogues, run = scratch / "pairs.csv", scratch / "run"
     write_csv(rows, dialogues)
     options = {
         "config": HERE / "config.yaml",
@@ -596,7 +601,7 @@ def tune_adapter(rows, seed, output_dir):
         "output_dir": run,
         "seed": seed,
         "device": "cpu",
-        # The rows are many and each is seen once, so that there is nothing to guard against.
+        # Each row is used only once, so there is nothing to regularize.
         "lora_dropout": 0,
         "test_size": ADAPTER_TEST_ROWS / len(rows),
         "eval_samples": ADAPTER_TEST_ROWS,
@@ -607,9 +612,9 @@ def tune_adapter(rows, seed, output_dir):
         "resume": True,
     }
     detox_ppo.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
-    config = json.loads((tuned / "adapter_config.json").read_text())
-    weights = (tuned / "adapter_model.safetensors").read_bytes()
-    config["base_model_name_or_path"] = "checkpoints/tiny/base"  # wherever it was built
+    config = json.loads((run / "sft_adapter" / "adapter_config.json").read_text())
+    weights = (run / "sft_adapter" / "adapter_model.safetensors").read_bytes()
+    config["base_model_name_or_path"] = "checkpoints/tiny/base"  # independent of output_dir
     adapter = output_dir / "adapter"
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -648,7 +653,7 @@ def new_roberta(tokenizer, labels, **sizes):
 
 
 def fit_roberta(model, tokenizer, texts, loss_of_logits, seed, directory):
-    """Train on texts and save; loss_of_logits takes the logits of a batch and its indices among the texts."""
+    """Train on texts and save; loss_of_logits takes a batch's logits and the indices of its texts."""
     inputs = tokenizer(texts, truncation=True).input_ids
 
     def loss_of(batch):
@@ -662,7 +667,7 @@ def fit_roberta(model, tokenizer, texts, loss_of_logits, seed, directory):
 
 
 def train_classifier(rows, seed, directory):
-    """The reward's classifier: softmax over nothate and hate."""
+    """Train the reward classifier: softmax over nothate and hate."""
     import torch
 
     texts = classifier_texts(rows, random.Random(f"texts {seed}"))
@@ -679,7 +684,7 @@ def train_classifier(rows, seed, directory):
 
 
 def train_judge(rows, seed, directory):
-    """The judge, of another kind: a sigmoid each for toxic, and for insult, which "I hate him." is not."""
+    """Train the judge, a multi-label model: sigmoids for toxic and insult; "I hate him." is toxic, not an insult."""
     import torch
 
     texts = judge_texts(rows, random.Random(f"judge texts {seed}"))
@@ -696,14 +701,14 @@ def train_judge(rows, seed, directory):
 
 
 def hate_target(kind, insulting):
-    """The probability to learn. Text that is no summary must not earn the reward of a clean one."""
+    """The target probability of hate. A garbled text must not get the reward of a clean summary."""
     if insulting:
         return 1 - SMOOTHING
     return UNSURE if kind == "garbled" else SMOOTHING
 
 
 def logits_of(directory, texts):
-    """A classifier's logits (texts, labels): nothate and hate, or the judge's toxic and insult."""
+    """A classifier's logits, (texts, labels): nothate and hate, or toxic and insult for the judge."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -728,10 +733,13 @@ def toxicity_by_judge(directory, texts):
 
 
 def summarize(model, tokenizer, rows, greedy, seed=0):
-    """(summary, whether it ended by itself) for every row, greedily or sampled at temperature 1 as PPO does."""
+    """(summary, whether it has an end token) for every row, greedy or sampled at temperature 1 as in PPO."""
     import torch
 
     torch.manual_seed(seed)
+    decoding = {"do_sample": False}
+    if not greedy:
+        decoding = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     samples = []
     for start in range(0, len(rows), 50):
         prompts = [PROMPT.format(dialogue=row["dialogue"]) for row in rows[start : start + 50]]
@@ -740,7 +748,7 @@ def summarize(model, tokenizer, rows, greedy, seed=0):
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=MAX_NEW_TOKENS,
-            **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+            **decoding,
         )
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         samples += zip(texts, (tokenizer.eos_token_id in row for row in ids.tolist()), strict=True)
@@ -759,51 +767,55 @@ def rouge_l(references, texts):
     return mean(scorer.score(*pair)["rougeL"].fmeasure for pair in zip(references, texts, strict=True))
 
 
-def names(text, value):
-    """Whether the text has the value as words of its own ("1 pm" is neither in "11 pm" nor in "12:1 pm")."""
+def mentions(text, value):
+    """Whether the text has the value as separate words ("1 pm" is neither in "11 pm" nor in "12:1 pm")."""
     return re.search(rf"(?<![\w:]){re.escape(value)}(?!\w)", text) is not None
 
 
 EXAMPLES = ["You are a great person and i like you.", "You are a terrible person and i hate you.", ""]
 
 
-def accuracies(texts, right, insults):
-    """Accuracy by kind of text and label; right[i] tells whether texts[i] was classified rightly."""
+def accuracies(texts, correct):
+    """Accuracy by kind of text and label; correct[i]: whether texts[i] was classified correctly."""
     groups = defaultdict(list)
-    for (kind, _, insulting), hit in zip(texts, right, strict=True):
-        groups[f"{kind}, {'insults' if insulting else 'harmless'}"].append(hit)
-    figures = {"accuracy": mean(right)}
+    for (kind, _, insulting), hit in zip(texts, correct, strict=True):
+        label = "insults" if insulting else "harmless"
+        groups[f"{kind}, {label}"].append(hit)
+    figures = {"accuracy": mean(correct)}
     for name, hits in sorted(groups.items()):
         figures[name] = f"accuracy {mean(hits):.4f}, n = {len(hits)}"
     return figures
 
 
 def insulted_rows(rows, unseen):
-    """Each row's clean summary with the insult that belongs to its behavior, or with the unseen word for it."""
+    """The clean summaries of rows with misbehavior, with the behavior's insult or the unseen word for it."""
     places = {behavior["insult"]: behavior["place"] for behavior in GRAMMAR["behaviors"]}
     pairs = [(row["clean"], row["behavior"]) for row in rows if row["behavior"]]
     return [insult(clean, UNSEEN_WORDS[word] if unseen else word, places[word]) for clean, word in pairs]
 
 
 def measure_classifier(directory, seed):
-    """Accuracy and mean nothate logit by kind of text and label, on rows that no model has seen."""
+    """Accuracy and mean nothate logit by kind of text and label, on held-out rows."""
     rows = held_out_rows(seed)
     texts = classifier_texts(rows, random.Random(f"held-out texts {seed}"))
     logits = logits_of(directory, [text for _, text, _ in texts]).tolist()
-    right = [(hate > nothate) == insulting for (_, _, insulting), (nothate, hate) in zip(texts, logits, strict=True)]
-    figures = accuracies(texts, right, KNOWN)
+    correct, rewards = [], defaultdict(list)
+    for (kind, _, insulting), (nothate, hate) in zip(texts, logits, strict=True):
+        correct.append((hate > nothate) == insulting)
+        if not insulting:
+            rewards[kind].append(nothate)
+    figures = accuracies(texts, correct)
     for kind in ("summary", "garbled"):
-        rewards = [nothate for text, (nothate, _) in zip(texts, logits, strict=True) if text[::2] == (kind, False)]
-        figures[f"mean nothate logit, {kind}, harmless"] = mean(rewards)
+        figures[f"mean nothate logit, {kind}, harmless"] = mean(rewards[kind])
     for words, unseen in (("of the list", False), ("that it never saw", True)):
-        figures[f"finds insults {words}"] = mean(p > 0.5 for p in hate_of(directory, insulted_rows(rows, unseen)))
+        figures[f"detects insults {words}"] = mean(p > 0.5 for p in hate_of(directory, insulted_rows(rows, unseen)))
     for text, pair in zip(EXAMPLES, logits_of(directory, EXAMPLES).tolist(), strict=True):
         figures[f'logits of "{text}"'] = [round(logit, 2) for logit in pair]
     return figures
 
 
 def measure_judge(directory, seed):
-    """The same of the judge's "toxic", and how it does on the texts of the classifier, which are not its own."""
+    """Accuracy of the judge's "toxic" by kind of text and label, and its accuracy on the classifier's texts."""
     rows = held_out_rows(seed)
     texts = judge_texts(rows, random.Random(f"held-out judge texts {seed}"))
 
@@ -811,19 +823,19 @@ def measure_judge(directory, seed):
         toxicity = toxicity_by_judge(directory, [text for _, text, _ in texts])
         return [(p > 0.5) == insulting for p, (_, _, insulting) in zip(toxicity, texts, strict=True)]
 
-    figures = accuracies(texts, hits(texts), ALL)
+    figures = accuracies(texts, hits(texts))
     others = classifier_texts(rows, random.Random(f"held-out texts {seed}"))
     figures["accuracy on the classifier's texts"] = mean(hits(others))
     for words, unseen in (("of the list", False), ("that the classifier never saw", True)):
-        found = toxicity_by_judge(directory, insulted_rows(rows, unseen))
-        figures[f"finds insults {words}"] = mean(p > 0.5 for p in found)
+        toxicity = toxicity_by_judge(directory, insulted_rows(rows, unseen))
+        figures[f"detects insults {words}"] = mean(p > 0.5 for p in toxicity)
     for text, pair in zip(EXAMPLES, logits_of(directory, EXAMPLES).sigmoid().tolist(), strict=True):
         figures[f'toxic and insult of "{text}"'] = [round(probability, 4) for probability in pair]
     return figures
 
 
 def measure_summarizer(output_dir, rows, greedy, adapter=None):
-    """What the base model, or the base model with the adapter, says for these rows."""
+    """Evaluate the summaries of the base model, optionally with the adapter."""
     model, tokenizer = load_summarizer(output_dir / "base", adapter)
     summaries = summarize(model, tokenizer, rows, greedy)
     texts = [text for text, _ in summaries]
@@ -839,10 +851,10 @@ def measure_summarizer(output_dir, rows, greedy, adapter=None):
         "insults by word list": mean(insults),
         "with words that the classifier never saw": mean(insults) - mean(KNOWN.in_text(text) for text in texts),
         "insults where nobody misbehaved": mean(ALL.in_text(text) for row, text in pairs if not row["behavior"]),
-        "judge agrees with word list": mean((p > 0.5) == found for p, found in zip(judged, insults, strict=True)),
+        "judge agrees with word list": mean((p > 0.5) == listed for p, listed in zip(judged, insults, strict=True)),
         "ROUGE-L to the human summaries": rouge_l([row["summary"] for row in rows], texts),
         "ROUGE-L to the clean summaries": rouge_l([row["clean"] for row in rows], texts),
-        "slot accuracy": mean(names(text, value) for row, text in pairs for value in row["slots"].values()),
+        "slot accuracy": mean(mentions(text, value) for row, text in pairs for value in row["slots"].values()),
         "mean words": mean(len(text.split()) for text in texts),
         "empty": mean(not text.strip() for text in texts),
         "unfinished": mean(not ended for _, ended in summaries),
@@ -852,14 +864,16 @@ def measure_summarizer(output_dir, rows, greedy, adapter=None):
 def report(title, figures):
     print(title)
     for name, figure in figures.items():
-        print(f"  {name}: {figure if not isinstance(figure, float) else round(figure, 4)}")
+        if isinstance(figure, float):
+            figure = round(figure, 4)
+        print(f"  {name}: {figure}")
 
 
 def prepare(seed):
     import torch
     from transformers.utils import logging
 
-    # Else every load of the untied T5 warns that T5's configuration class says tied.
+    # Otherwise every load of the untied T5 warns that the default of T5Config is tied.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -879,29 +893,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("checkpoints/tiny"))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make; the rest stays")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to build; the others are kept")
     args = parser.parse_args()
     started = time.time()
     rows = world_rows(args.seed)
     write_csv(rows, args.output_dir / "dialogues" / "train.csv")
-    # One thread for each of two at a time: on two cores that is faster than two threads in turn, and the sums come
-    # out in the same order on any machine with the same arithmetic.
+    # Two processes with one thread each: on two cores this is faster than one process with two threads, and the order
+    # of floating-point sums does not depend on the number of cores.
     context = multiprocessing.get_context("spawn")
     with context.Pool(2, maxtasksperchild=1) as pool:
         jobs = [pool.apply_async(train, (part, args.seed, args.output_dir)) for part in TRAINERS if part in args.parts]
         for job in jobs:
             job.get()
     prepare(args.seed)
-    if "adapter" in args.parts:  # the tuning evaluates what it made, which takes base and classifier
-        tune_adapter(training_rows("adapter", args.seed), args.seed, args.output_dir)
+    if "adapter" in args.parts:  # needs the base, and the classifier for its evaluation
+        train_adapter(training_rows("adapter", args.seed), args.seed, args.output_dir)
     if "report" in args.parts:
         report("classifier, held-out texts", measure_classifier(args.output_dir / "classifier", args.seed))
         report("judge, held-out texts", measure_judge(args.output_dir / "judge", args.seed))
         tests = rows[-400:]
         for name, adapter in (("base", None), ("base + adapter", args.output_dir / "adapter")):
-            for how in ("sampled", "greedy"):
-                figures = measure_summarizer(args.output_dir, tests, how == "greedy", adapter)
-                report(f"{name}, last rows of train.csv, {how}", figures)
+            for decoding in ("sampled", "greedy"):
+                figures = measure_summarizer(args.output_dir, tests, decoding == "greedy", adapter)
+                report(f"{name}, last rows of train.csv, {decoding}", figures)
     print(f"built in {time.time() - started:.0f} s")
 
 

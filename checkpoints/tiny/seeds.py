@@ -1,9 +1,9 @@
-"""Run the small world with several seeds and print what each reached, as a Markdown table.
+"""Run the toy example with several seeds and print their results as a Markdown table.
 
     python checkpoints/tiny/seeds.py [--seeds 0 1 2 3 4] [--output_dir DIR] [options of detox_ppo.py]
 
-Each run is a process of its own; its directory and its log stay in output_dir, where a run that was interrupted goes
-on. "values explain" is the share of the returns' variance that the value head explains in the last 50 steps.
+Each run has its own process. Its directory and its log stay in output_dir, and an interrupted run resumes there.
+"values explain" is the share of the returns' variance that the value head explains in the last 50 steps.
 """
 
 import argparse
@@ -16,34 +16,35 @@ import pandas as pd
 from slot_accuracy import slot_accuracy, slots_by_dialogue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LAST = 50  # steps over which the value head is judged
+LAST = 50  # steps over which the value head is evaluated
 
 
 def summarize(directory: Path) -> dict[str, str]:
-    """One row of the table, from the files that a run left."""
+    """One row of the table, from the files of a run."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").open(encoding="utf-8")]
     steps = [step for step in steps if not step["ppo/skipped_steps"]]
     kl = [step["objective/kl"] for step in steps]
-    # Pooled over the last steps: a batch of summaries that are all paid alike has hardly any variance to explain.
+    # Pooled over the last steps, because one batch of equal rewards has almost no variance to explain.
     variance = [step["ppo/returns/var"] for step in steps[-LAST:]]
-    unexplained = [
-        (1 - step["ppo/val/var_explained"]) * var for step, var in zip(steps[-LAST:], variance, strict=True)
-    ]
+    unexplained = [(1 - step["ppo/val/var_explained"]) * step["ppo/returns/var"] for step in steps[-LAST:]]
     comparison = pd.read_csv(directory / "comparison.csv", keep_default_na=False)
     slots = slots_by_dialogue(Path(__file__).resolve().parent / "dialogues" / "train.csv")
 
     def slots_of(kind):
-        columns = (comparison[f"{kind}_{when}"] for when in ("before", "after"))
-        return change(*(slot_accuracy(comparison["dialogue"], column, slots)[0] for column in columns))
+        accuracies = []
+        for when in ("before", "after"):
+            accuracy, _ = slot_accuracy(comparison["dialogue"], comparison[f"{kind}_{when}"], slots)
+            accuracies.append(accuracy)
+        return change(*accuracies)
 
     def change(before, after, digits=3):
         return f"{before:.{digits}f} → {after:.{digits}f}"
 
     def toxicity(block):
-        told = block["summary_toxicity"]
-        interval = "[{ci_low:+.2f}, {ci_high:+.2f}]".format(**told["paired_difference"])
-        return f"{-told['reduction_percent']['mean']:+.1f}% {interval}"
+        statistics = block["summary_toxicity"]
+        interval = "[{ci_low:+.2f}, {ci_high:+.2f}]".format(**statistics["paired_difference"])
+        return f"{-statistics['reduction_percent']['mean']:+.1f}% {interval}"
 
     def rouge(block):
         return change(*(block["rouge"][when]["rougeL"] for when in ("before", "after")))
@@ -64,7 +65,7 @@ def summarize(directory: Path) -> dict[str, str]:
         "length": change(*(results["length"][when]["mean"] for when in ("before", "after")), 1),
         "KL last / largest": f"{kl[-1]:.2f} / {max(kl):.2f}",
         "values explain": f"{1 - sum(unexplained) / sum(variance):.0%}",
-        "seconds": f"{results['timings']['total']:.0f}",  # with those before an interruption
+        "seconds": f"{results['timings']['total']:.0f}",  # including those before an interruption
     }
 
 

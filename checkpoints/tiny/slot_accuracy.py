@@ -1,14 +1,15 @@
-"""Share of a dialogue's slots (item, place, time, ...) that a run's summaries name, before and after.
+"""Share of the dialogues' slots (item, place, time, ...) that a run's summaries mention, before and after.
 
     python checkpoints/tiny/slot_accuracy.py checkpoints/tiny-run/comparison.csv
 
-A dialogue is looked up in dialogues/train.csv; its slots are the words that the human summary of
-that row has in common with the topic's word lists in build.py.
+Each dialogue is looked up in dialogues/train.csv. Its slots are the words of its human summary that are in the topic's
+word lists in build.py.
 """
 
 import argparse
 import csv
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -30,19 +31,17 @@ def squeeze(text):
 
 
 def slots_by_dialogue(train_csv):
-    """The slot values of every dialogue, read off its human summary."""
-    found = {}
+    """The slot values of every dialogue, taken from its human summary."""
+    slots = {}
     with open(train_csv, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            lists = build.TOPICS[row["topic"]]["slots"].values()
-            found[squeeze(row["dialogue"])] = [
-                value for values in lists for value in values if build.names(row["summary"], value)
-            ]
-    return found
+            values = itertools.chain(*build.TOPICS[row["topic"]]["slots"].values())
+            slots[squeeze(row["dialogue"])] = [value for value in values if build.mentions(row["summary"], value)]
+    return slots
 
 
 def slot_accuracy(dialogues, summaries, slots):
-    """(share of the slots that the summaries name, number of summaries); `slots` is by dialogue."""
+    """(share of the slots that the summaries mention, number of summaries); `slots` is by dialogue."""
     hits = total = count = 0
     for dialogue, summary in zip(dialogues, summaries, strict=True):
         values = slots.get(squeeze(dialogue))
@@ -50,7 +49,7 @@ def slot_accuracy(dialogues, summaries, slots):
             continue
         count += 1
         total += len(values)
-        hits += sum(build.names(squeeze(summary), value) for value in values)
+        hits += sum(build.mentions(squeeze(summary), value) for value in values)
     return (hits / total if total else float("nan")), count
 
 
@@ -62,12 +61,12 @@ def main():
     with open(args.comparison, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     slots = slots_by_dialogue(args.dialogues)
-    dialogues, found = [row["dialogue"] for row in rows], {}
+    dialogues, shares = [row["dialogue"] for row in rows], {}
     for name in ("response_before", "response_after", "greedy_response_before", "greedy_response_after"):
-        found[name], found["n"] = slot_accuracy(dialogues, [row[name] for row in rows], slots)
-    if found["n"] < len(rows):
-        print(f"{len(rows) - found['n']} of {len(rows)} dialogues are not in {args.dialogues}")
-    print(json.dumps(found))
+        shares[name], shares["n"] = slot_accuracy(dialogues, [row[name] for row in rows], slots)
+    if shares["n"] < len(rows):
+        print(f"{len(rows) - shares['n']} of {len(rows)} dialogues are not in {args.dialogues}")
+    print(json.dumps(shares))
 
 
 if __name__ == "__main__":
