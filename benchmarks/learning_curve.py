@@ -314,13 +314,16 @@ def draw_held_out(runs, panels):
             panel.axhline(start, color="grey", linestyle=":", linewidth=1.2, label="start")
         for side, colour in COLOURS.items():
             lines = [run for run in runs if run["side"] == side]
-            steps = [point["step"] for point in lines[0]["held_out"]] if lines else []
+            if not lines:
+                continue
+            steps = [point["step"] for point in lines[0]["held_out"]]
             seconds = [list(itertools.accumulate(step["seconds"] for step in run["curve"])) for run in lines]
-            xs = [[size * step for step in steps], [statistics.mean(s[step - 1] for s in seconds) for step in steps]]
-            values = list(zip(*([point[name] for point in run["held_out"]] for run in lines), strict=True))
-            for panel, at in zip(row, xs, strict=True):
-                panel.plot(at, list(map(statistics.mean, values)), color=colour, linewidth=2, marker="o", markersize=3)
-                panel.fill_between(at, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15)
+            mean_seconds = [statistics.mean(elapsed[step - 1] for elapsed in seconds) for step in steps]
+            values = [[run["held_out"][i][name] for run in lines] for i in range(len(steps))]
+            means, low, high = ([function(seeds) for seeds in values] for function in (statistics.mean, min, max))
+            for panel, xs in zip(row, ([size * step for step in steps], mean_seconds), strict=True):
+                panel.plot(xs, means, color=colour, linewidth=2, marker="o", markersize=3)
+                panel.fill_between(xs, low, high, color=colour, alpha=0.15)
         row[0].set_ylabel(f"held out: {title}")
         row[0].set_yscale("log" if name == "summary_toxicity" else "linear")
 

@@ -676,15 +676,15 @@ def main():
     last = {"short": options.short, "recipe": options.recipe, "threads": options.threads, "processor": processor()}
     for dtype in DTYPES:
         sides = results.get(dtype, {})
-        seconds, memory, share = (
-            {name: sides[name][key]["median"] for name in versions if key in sides.get(name, {})}
-            for key in ("step", "peak_memory", "peak_share")
-        )
+        measured = [name for name in versions if name in sides]
+        seconds = {name: sides[name]["step"]["median"] for name in measured}
+        memory = {name: sides[name]["peak_memory"]["median"] for name in measured}
         compared = len(seconds) == 2
         last[f"seconds_{dtype}"] = seconds
         last[f"ratio_{dtype}"] = seconds["classic"] / seconds["ours"] if compared else None
         last[f"memory_ratio_{dtype}"] = memory["ours"] / memory["classic"] if compared else None
-        last[f"peak_share_{dtype}"] = share.get("ours")
+        share = sides.get("ours", {}).get("peak_share")
+        last[f"peak_share_{dtype}"] = share["median"] if share else None
     print(json.dumps(last | {"versions": versions, "details": results}))
 
 
