@@ -2879,16 +2879,18 @@ class Checkpoints:
         self.damaged = []
 
     def load(self) -> dict | None:
-        """The newest whole one; each damaged one that is passed over is told."""
+        """The newest valid one. Each that is corrupt or of another version of the script is reported and skipped."""
         for path in self.paths():
             with as_user_error(str(path), "resume"):  # a disk that fails may come back: that is no damage
-                content = path.read_bytes()
+                content, fault = path.read_bytes(), "it is damaged"
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-                    print(f"going on from {path}")
                     checkpoint = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
-                    return checkpoint | {"state": RunState(**checkpoint["state"])}
+                    if checkpoint["state"].keys() == {entry.name for entry in dataclasses.fields(RunState)}:
+                        print(f"going on from {path}")
+                        return checkpoint | {"state": RunState(**checkpoint["state"])}
+                    fault = "another version of this script wrote it"
             self.damaged.append(path)
-            print(f"warning: {path} is not used: it is damaged")
+            print(f"warning: {path} is not used: {fault}")
         # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
         print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
         return None
