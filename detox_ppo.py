@@ -21,6 +21,7 @@ batch, V tokens of the vocabulary, d the model's hidden size.
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import copy
 import csv
@@ -39,6 +40,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -70,13 +72,21 @@ if sys.platform == "win32":
 if unsupported and __name__ != "__main__":
     raise ImportError(unsupported[0])
 
+
+def temporary_directory() -> str:
+    """A directory that is removed when the process exits."""
+    directory = tempfile.mkdtemp(prefix="detox_ppo-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 if __name__ == "__main__":  # settings of the process: an import leaves them to the importer
     if unsupported:
         print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
         sys.exit(2)
     # Libraries keep caches and settings in the home directory; some fail without one.
     if not os.access(os.path.expanduser("~"), os.W_OK):
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
+        os.environ["HOME"] = temporary_directory()
         print(
             f"no writable home directory: using {os.environ['HOME']}. Set HF_HOME to keep downloads", file=sys.stderr
         )
@@ -148,7 +158,7 @@ def normalize(value):
     An empty text (an unset shell variable, SageMaker's None) and "None" give None.
     """
     if isinstance(value, datasets.Dataset):
-        directory = tempfile.mkdtemp(prefix="detox_ppo-")
+        directory = temporary_directory()
         value.save_to_disk(directory)
         return directory
     name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value

@@ -1,5 +1,6 @@
 """Data as people have it, the evaluation alone, and what becomes of the result: own files, own adapter, the hub."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -175,9 +176,13 @@ def test_each_form_gives_the_same_rows(kind, tmp_path):
         assert (test and test.to_list()) == (EXPECTED[:1] if "splits" in kind else None)
 
 
-def test_a_dataset_in_place_of_its_name(tmp_path):
+def test_a_dataset_in_place_of_its_name(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *call, **options: at_exit.append(functools.partial(*call, **options)))
     config = DetoxConfig(dataset_name=datasets.Dataset.from_list(ROWS))
     assert load_dialogues(config.dataset_name).to_list() == EXPECTED
+    at_exit[0]()
+    assert not Path(config.dataset_name).exists()
     assert DetoxConfig(dataset_name=tmp_path).dataset_name == str(tmp_path)
 
 
