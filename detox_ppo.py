@@ -51,7 +51,7 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field
 from decimal import Decimal
@@ -1335,12 +1335,21 @@ def evaluate_policy(
     return table
 
 
+def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
+    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
+    rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
+    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
+    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
+    return [by_row[row] for row in range(len(texts))]
+
+
 def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torch.device) -> None:
     """Add the column judge_toxicity, what the judge says of each response alone. It is in memory only meanwhile."""
     if config.judge_model_name:
         judge = ToxicityClassifier(config, device, judge=True)
         for table in tables.values():
-            table["judge_toxicity"] = judge.toxicity(judge.logits(list(table["response"])))
+            responses = list(table["response"])
+            table["judge_toxicity"] = shared_toxicity(responses, lambda part: judge.toxicity(judge.logits(part)))
 
 
 def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
@@ -1349,16 +1358,19 @@ def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: Detox
     Columns: dialogue_toxicity, and of the human summaries response, length (tokens of the policy's tokenizer),
     toxicity, summary_toxicity and judge_toxicity, which are missing (NaN) in rows without one.
     """
-    measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
-    dialogues = list(rows["dialogue"])
-    dialogue_toxicity = measure.compute(predictions=dialogues, **how)["toxicity"]
+    measure, dialogues = Toxicity(classifier), list(rows["dialogue"])
+
+    def toxicity(texts):
+        return measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
+
+    dialogue_toxicity = shared_toxicity(dialogues, toxicity)
     human = pd.DataFrame({"response": list(rows["summary"])}).query("response != ''")
     if not human.empty:
         texts = list(human["response"])
         joined = [classifier.join(dialogues[i], text) for i, text in human["response"].items()]
         human["length"] = [len(ids) for ids in token_ids(tokenizer, texts)]
-        human["toxicity"] = measure.compute(predictions=joined, **how)["toxicity"]
-        human["summary_toxicity"] = measure.compute(predictions=texts, **how)["toxicity"]
+        human["toxicity"] = shared_toxicity(joined, toxicity)
+        human["summary_toxicity"] = shared_toxicity(texts, toxicity)
         add_judge({"human": human}, config, classifier.model.device)
     return pd.DataFrame({"dialogue_toxicity": dialogue_toxicity}).join(human)
 
