@@ -178,7 +178,7 @@ def test_each_form_gives_the_same_rows(kind, tmp_path):
 
 def test_a_dataset_in_place_of_its_name(tmp_path, monkeypatch):
     at_exit = []
-    monkeypatch.setattr("atexit.register", lambda *call, **options: at_exit.append(functools.partial(*call, **options)))
+    monkeypatch.setattr("atexit.register", lambda *args, **kwargs: at_exit.append(functools.partial(*args, **kwargs)))
     config = DetoxConfig(dataset_name=datasets.Dataset.from_list(ROWS))
     assert load_dialogues(config.dataset_name).to_list() == EXPECTED
     at_exit[0]()
