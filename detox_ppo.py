@@ -1666,7 +1666,9 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         checkpoints.prune(config.save_total_limit)
     trained = [] if config.evaluates_only else train["dialogue"]
     shared = overlap(trained, evaluated["dialogue"])
-    for text in overlap_warnings(shared).values():
+    shared_warnings = overlap_warnings(shared)
+    state.warnings |= shared_warnings
+    for text in shared_warnings.values():
         print_wrapped(f"  warning, {text}")
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
@@ -1769,7 +1771,6 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
     measured = build_results(tables, human, evaluated, state, config)
     measured["overlap"] = shared
-    measured["warnings"] |= overlap_warnings(shared)
     results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
     results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
     if writes:

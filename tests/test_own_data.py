@@ -330,6 +330,7 @@ def test_dialogues_that_are_trained_on_and_evaluated_are_counted(ran, dialogues,
     assert results["overlap"] == {"n": 3, "also_trained": 3, "duplicates": 1}
     assert "3 of the 3 evaluated dialogues are also trained on" in results["warnings"]["overlap"]
     assert "1 of the 3 evaluated dialogues" in results["warnings"]["duplicates"]
+    assert list(detox_ppo.Checkpoints(tmp_path / "out", 1).load()["state"].warnings)[:2] == ["overlap", "duplicates"]
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (card, printed):
         assert "3 of the 3 evaluated dialogues are also trained on" in text
