@@ -52,7 +52,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field
 from decimal import Decimal
 from importlib.metadata import version
@@ -323,9 +323,8 @@ class DetoxConfig:
             raise UserError(
                 f"--judge_model_name {self.judge_model_name}: it is also the reward model; give another classifier"
             )
-        if self.hub_model_id and ("/" not in self.hub_model_id or self.evaluates_only):
-            why = "nothing is trained" if self.evaluates_only else "it should be OWNER/NAME"
-            raise UserError(f"--hub_model_id {self.hub_model_id}: {why}")
+        if self.hub_model_id and "/" not in self.hub_model_id:
+            raise UserError(f"--hub_model_id {self.hub_model_id}: it should be OWNER/NAME")
         for kind in ("input_{}_text_length", "output_{}_length"):
             low, high = kind.format("min"), kind.format("max")
             if getattr(self, low) >= getattr(self, high):
@@ -333,10 +332,6 @@ class DetoxConfig:
         if self.batch_size % self.mini_batch_size:
             sizes = f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
             raise UserError(sizes)
-
-    @property
-    def evaluates_only(self) -> bool:
-        return self.max_ppo_steps == self.sft_steps == 0
 
     @property
     def summary_columns(self) -> list[str]:
@@ -1381,8 +1376,6 @@ def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConf
     for name in ("sampled", "greedy"):
         how = (f"{when}, {name}", name == "greedy", when == "after")
         tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, *how)
-    if config.evaluates_only:  # the base was compared with itself, without the adapters: there is no reference
-        del tables["sampled"]["kl"]
     add_judge(tables, config, policy.device)
     for name, table in tables.items():
         print_means(("before SFT" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
@@ -1565,16 +1558,20 @@ class RunState:
     skipped_in_row: int = 0
     history: list = field(default_factory=list)  # a dict of metrics a PPO step
     evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
+    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
     warnings: dict = field(default_factory=dict)
     timings: dict = field(default_factory=dict)  # seconds of each part
 
 
-def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
-    """Load what a run needs, the quickest to fail first: policy, tokenizer, classifier, splits, and their origin."""
+def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
+    """Load what a run needs, the quickest to fail first.
+
+    Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
+    """
     changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
     print(yaml.safe_dump(changed, sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
-    trained_on = not (config.eval_dataset_name and config.evaluates_only)
+    trained_on = trains or not config.eval_dataset_name
     named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
     commits = {name: contents_of(getattr(config, name), name) for name in named}
     # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
@@ -1601,7 +1598,10 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
     texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
+    count = len(splits["test"])
+    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    origin = {"commits": commits, "dataset_fingerprint": fingerprint}
+    return policy, tokenizer, classifier, splits["train"], evaluated, origin
 
 
 @contextmanager
@@ -1638,10 +1638,12 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
     Returns the contents of results.json; "base" in it is the start before SFT. After SFT without PPO steps
-    "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
-    signal: what was done so far is then in a checkpoint.
+    "after" is "before". Without SFT and PPO steps it is an evaluation alone: see evaluate_adapter. Raises UserError,
+    and Stopped at a signal: what was done so far is then in a checkpoint.
     """
     with own_settings(), lock_directories(config):
+        if not (config.sft_steps or config.max_ppo_steps):
+            return evaluate_adapter(config)
         return run_locked(config, stop or StopSignals())
 
 
@@ -1652,29 +1654,21 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     writes = processes.is_main_process  # one process writes, for all
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
-    checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
+    checkpoint = checkpoints.load() if config.resume else None
     checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
-    policy, tokenizer, classifier, splits, origin = load_everything(config, device, dtype)
-    train, count = splits["train"], len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    policy, tokenizer, classifier, train, evaluated, origin = load_everything(config, device, dtype)
     state = init_or_restore(checkpoint, config, origin, policy)
-    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
-        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
-    trained = [] if config.evaluates_only else train["dialogue"]
-    shared = overlap(trained, evaluated["dialogue"])
-    shared_warnings = overlap_warnings(shared)
-    state.warnings |= shared_warnings
-    for text in shared_warnings.values():
-        print_wrapped(f"  warning, {text}")
+    state.overlap = overlap(train["dialogue"], evaluated["dialogue"])
+    warn(state, overlap_warnings(state.overlap))
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
-    begun, earlier = state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
+    begun, started = state.step, started - state.timings.get("total", 0.0)  # seconds before a resume count
 
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
@@ -1685,17 +1679,15 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         """Write a checkpoint where one is due or the run is to stop; then stop."""
         stopping = stop.agreed()
         if (due or stopping) and writes:
-            state.timings["total"] = earlier + time.perf_counter() - started
+            state.timings["total"] = time.perf_counter() - started
             checkpoints.save(policy, optimizer, state)
         if stopping:
             raise Stopped
 
     # Measure the start
     if state.phase == "start":
-        # Where nothing is trained, the bare base is compared with the adapter.
-        with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
-            evaluate_now("base" if config.sft_steps else "before")
-        if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
+        evaluate_now("base" if config.sft_steps else "before")
+        if writes:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
         state.phase = "sft" if config.sft_steps else "ppo"
     if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
@@ -1718,7 +1710,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         copy_to_reference(policy.model)
         evaluate_now("before")
         state.phase = "ppo"
-    if writes and not config.evaluates_only and (start := start_directory(config)):
+    if writes and (start := start_directory(config)):
         save_adapter(policy, model_dir / start, "reference")
 
     # Train
@@ -1726,10 +1718,9 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.learning_rate)
     if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if not state.step and not config.evaluates_only:
+    if not state.step:
         keep(True)
-    path = output_dir / "metrics.jsonl" if writes and not config.evaluates_only else os.devnull
-    log = open(path, "w", encoding="utf-8", buffering=1)
+    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
     for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
         batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
@@ -1741,9 +1732,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             print_step(metrics, config, bar)
-            for kind, text in new_warnings(state, config, human_length).items():
-                state.warnings[kind] = text
-                print_wrapped(f"  warning, {text}")
+            warn(state, new_warnings(state, config, human_length))
             if step == begun + 1:
                 print_wrapped(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
@@ -1756,31 +1745,52 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     log.close()
 
     # Measure what a user will load: the files on disk, not the weights in memory
-    if writes and not config.evaluates_only:
+    if writes:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
     state.evaluations["after"] = state.evaluations["before"]
-    if config.evaluates_only and config.adapter_name:
-        evaluate_now("after")
     if config.max_ppo_steps:
         policy.model.load_adapter(model_dir / "adapter", adapter_name="saved", torch_device=str(device))
         with policy.as_adapter("saved"):
             evaluate_now("after")
+    state.timings["total"] = time.perf_counter() - started
+    return report(config, policy, state, evaluated, human, tracker)
 
-    # Report
-    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
-    measured = build_results(tables, human, evaluated, state, config)
-    measured["overlap"] = shared
-    results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
-    results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
-    if writes:
-        write_report(config, results, state.history, evaluated, tables)
-        finish_tracker(tracker, measured, state.step)
-        if config.hub_model_id:
-            publish(config, model_dir)
-        if config.dynamodb_table:
-            upload_comparison(config.dynamodb_table, output_dir, config.prompt)
-    return results
+
+def evaluate_adapter(config: DetoxConfig) -> dict:
+    """A run without training: measure the base model ("before") and its adapter ("after"), and write the report.
+
+    Without an adapter "after" is "before". Returns the contents of results.json.
+    """
+    started = time.perf_counter()
+    if config.hub_model_id:
+        raise UserError(f"--hub_model_id {config.hub_model_id}: nothing is trained")
+    Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit).check(None, config)
+    if trained_in(Path(config.output_dir)):
+        raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
+    device, dtype = resolve_device(config)
+    tracker = start_tracker(config)
+    policy, tokenizer, classifier, _, evaluated, origin = load_everything(config, device, dtype, trains=False)
+    state = init_or_restore(None, config, origin, policy)
+    state.overlap = overlap([], evaluated["dialogue"])
+    warn(state, overlap_warnings(state.overlap))
+    human = measure_human(classifier, tokenizer, evaluated, config)
+    print_means("of the human summaries", human)
+    state.timings["load"] = time.perf_counter() - started
+
+    def evaluate_now(when):
+        with timed(state.timings, f"evaluate_{when}"):
+            tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
+        del tables["sampled"]["kl"]  # to the frozen copy of the adapter, which is no reference here
+        state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
+
+    with policy.model.disable_adapter():
+        evaluate_now("before")
+    state.evaluations["after"] = state.evaluations["before"]
+    if config.adapter_name:
+        evaluate_now("after")
+    state.timings["total"] = time.perf_counter() - started
+    return report(config, policy, state, evaluated, human, tracker)
 
 
 # === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
@@ -2312,6 +2322,13 @@ def new_warnings(state: RunState, config: DetoxConfig, human_length: float = mat
     return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
 
 
+def warn(state: RunState, texts: dict[str, str]) -> None:
+    """Print warnings, by kind, and keep them for the report."""
+    state.warnings |= texts
+    for text in texts.values():
+        print_wrapped(f"  warning, {text}")
+
+
 def minutes_left(state: RunState, config: DetoxConfig) -> float:
     """An estimate for the remaining steps and the last evaluation, from the newest step and the first evaluation."""
     steps = config.max_ppo_steps - state.step
@@ -2380,6 +2397,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
         way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
         warned["judge"] = f"{says}. {way}"
+    results["overlap"] = state.overlap
     return results
 
 
@@ -2712,8 +2730,28 @@ def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples
     )
 
 
-def write_report(config: DetoxConfig, results: dict, history: list[dict], evaluated, tables: dict[str, dict]) -> None:
-    """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there."""
+def report(config: DetoxConfig, policy: Policy, state: RunState, evaluated, human: pd.DataFrame, tracker) -> dict:
+    """Compute the results and, in one process, write and publish them; returns the contents of results.json."""
+    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
+    with timed(state.timings, "total"):
+        measured = build_results(tables, human, evaluated, state, config)
+    results = {"config": state.config, "environment": environment(config, policy, state.origin)}
+    results |= measured | {"timings": state.timings}
+    if PartialState().is_main_process:
+        write_report(config, results, state, evaluated, tables)
+        finish_tracker(tracker, measured, state.step)
+        if config.hub_model_id:
+            publish(config, Path(config.model_dir or config.output_dir))
+        if config.dynamodb_table:
+            upload_comparison(config.dynamodb_table, config.output_dir, config.prompt)
+    return results
+
+
+def write_report(config: DetoxConfig, results: dict, state: RunState, evaluated, tables: dict[str, dict]) -> None:
+    """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there.
+
+    What was not trained has no card.
+    """
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     before, after = tables["before"], tables["after"]
     comparison = build_comparison(evaluated, before, after)
@@ -2724,8 +2762,8 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     table = results_table(results)
     draw_toxicity(table, before, after).savefig(output_dir / "toxicity.png", dpi=120)
     files = f"{output_dir}/results.json"
-    if not config.evaluates_only:
-        draw_training(history).savefig(output_dir / "training.png", dpi=120)
+    if state.phase != "start":
+        draw_training(state.history).savefig(output_dir / "training.png", dpi=120)
         for name in ("toxicity.png", "training.png"):  # where the card shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
         card = model_card(config, results, table, examples)
@@ -2795,16 +2833,16 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
     print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
 
 
-def environment(config: DetoxConfig, device, dtype, origin: dict) -> dict:
+def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:
     """What the figures depend on beside the options."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package.__name__: package.__version__ for package in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "num_processes": PartialState().num_processes,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(policy.base.dtype).removeprefix("torch."),
         "seed": config.seed,
         **origin,
     }
@@ -2844,14 +2882,16 @@ class StopSignals:
 def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
     """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
-    if not checkpoint:
-        return RunState(options, origin, kl_coef=config.init_kl_coef)
-    state = dataclasses.replace(checkpoint["state"], config=options)
-    was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
-    names = sorted((was.keys() | now.keys()) - {"commits"})
-    if changed := [name for name in names if was.get(name) != now.get(name)]:
-        raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
-    policy.load_state_dict(checkpoint["weights"], strict=False)
+    state = RunState(options, origin, kl_coef=config.init_kl_coef)
+    if checkpoint:
+        state = dataclasses.replace(checkpoint["state"], config=options)
+        was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
+        names = sorted((was.keys() | now.keys()) - {"commits"})
+        if changed := [name for name in names if was.get(name) != now.get(name)]:
+            raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
+        policy.load_state_dict(checkpoint["weights"], strict=False)
+    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
+        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     return state
 
 
@@ -2928,8 +2968,6 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
-        elif config.evaluates_only and trained_in(Path(config.output_dir)):
-            raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")

@@ -401,9 +401,11 @@ def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, ca
     "options, why",
     [({"hub_model_id": "clean"}, "OWNER/NAME"), ({"hub_model_id": "me/it", "max_ppo_steps": 0}, "nothing is trained")],
 )
-def test_what_could_not_be_published_is_refused_at_once(small_config, options, why):
+def test_what_could_not_be_published_is_refused_at_once(small_config, options, why, monkeypatch, tmp_path):
+    monkeypatch.setattr(detox_ppo, "load_policy", lambda *_: pytest.fail("it loads first"))
     with pytest.raises(UserError, match=f"^--hub_model_id {options['hub_model_id']}: .*{why}"):
-        small_config(**options)
+        detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_s_contents_are_the_files_beside_its_config(tiny, tmp_path):
