@@ -310,28 +310,9 @@ class DetoxConfig:
     dynamodb_table: NameOrNone = option(None, "DynamoDB table to write comparison.csv to at the end (awswrangler).")
 
     def __post_init__(self):
-        """Check combinations of options."""
-        if self.eval_samples == 0:
-            raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
-        if self.toxic_label == self.reward_label:
-            raise UserError(f"--toxic_label is {self.toxic_label!r}: it should differ from reward_label")
-        if self.prompt.count("{dialogue}") != 1:
-            raise UserError(f"--prompt {self.prompt!r}: it should contain {{dialogue}} once")
         if self.adapter_name and os.path.exists(os.path.join(self.adapter_name, "adapter", "adapter_config.json")):
             self.adapter_name = os.path.join(self.adapter_name, "adapter")  # a run's output_dir was given
-        if self.judge_model_name == self.reward_model_name:
-            raise UserError(
-                f"--judge_model_name {self.judge_model_name}: it is also the reward model; give another classifier"
-            )
-        if self.hub_model_id and "/" not in self.hub_model_id:
-            raise UserError(f"--hub_model_id {self.hub_model_id}: it should be OWNER/NAME")
-        for kind in ("input_{}_text_length", "output_{}_length"):
-            low, high = kind.format("min"), kind.format("max")
-            if getattr(self, low) >= getattr(self, high):
-                raise UserError(f"--{low} {getattr(self, low)} must be below --{high} {getattr(self, high)}")
-        if self.batch_size % self.mini_batch_size:
-            sizes = f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
-            raise UserError(sizes)
+        check_options(self)
 
     @property
     def summary_columns(self) -> list[str]:
@@ -634,31 +615,9 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load the base and two copies of the starting adapter, one to train and one frozen; returns policy, tokenizer."""
-    name = config.model_name
-    with as_user_error(name, "model_name"):
-        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if not model_config.is_encoder_decoder:
-            raise ValueError("expected an encoder-decoder, such as a T5")
-        remove_dropout(model_config)
-        base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
-        tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
-        model_config = base.config
-        model_config.pad_token_id, model_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        if getattr(model_config, "decoder_start_token_id", None) is None:
-            model_config.decoder_start_token_id = base.generation_config.decoder_start_token_id
-        if model_config.decoder_start_token_id is None:  # T5Gemma has none
-            model_config.decoder_start_token_id = getattr(getattr(model_config, "decoder", None), "bos_token_id", None)
-        if model_config.decoder_start_token_id is None:
-            raise ValueError("its config has no decoder_start_token_id")
-    base.requires_grad_(False)
+    base, tokenizer = load_base(config.model_name, device, dtype)
     torch.manual_seed(config.seed)
-    if config.adapter_name:
-        with as_user_error(config.adapter_name, "adapter_name"):
-            model = load_adapter(base, config.adapter_name, name)
-    else:
-        model = new_adapter(base, config)
-    layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
-    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    model = starting_adapter(base, config)
     model.add_adapter("reference", model.peft_config["default"])
     copy_to_reference(model)
     use_fast_layers(model)
@@ -666,21 +625,7 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
     policy.freeze_encoder(config.freeze_encoder)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with as_user_error(name, "model_name"):  # does this family of models compute its logits as others do?
-        (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
-        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
-        expected, _ = policy.logprobs_and_values(probe)
-        with policy.learning(dropout=False):
-            logprobs, values = policy(probe)
-            (logprobs + values).sum().backward()
-        if (change := (logprobs - expected).abs().max()) > 1e-3:
-            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
-    if idle := idle_layers(policy):
-        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
-        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
-    policy.zero_grad()
+    check_policy(policy, tokenizer, config)
     return policy, tokenizer
 
 
@@ -718,53 +663,20 @@ class ToxicityClassifier:
         name_option = "judge_model_name" if judge else "reward_model_name"
         name = getattr(config, name_option)
         with as_user_error(name, name_option):
-            self.model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
-            self.model.to(device).eval().requires_grad_(False)
-            self.tokenizer = load_tokenizer(name, self.model, "pad_token")
+            self.model, self.tokenizer, self.max_length = load_classifier(name, device)
             settings = self.model.config
-            settings.pad_token_id = self.tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
-            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # Gemma 3 has it here
-            if settings.problem_type == "regression":
-                raise ValueError("it is a regression model, without probabilities of labels")
-            # Relative positions have no limit, but the attention has to fit in memory.
-            self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
-            if self.max_length < 16:
-                raise ValueError(f"it reads only {self.max_length} tokens")
             self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
             self.inputs = set(inspect.signature(self.model.forward).parameters)
-            self.choose_padding()
+            choose_padding(self)
         use_fast_layers(self.model)
         # As in transformers' text-classification pipeline: softmax over exclusive labels, or a sigmoid for each.
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
-        self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
-        self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
+        self.toxic_index = label_index(self, "judge_label" if judge else "toxic_label", config)
+        self.reward_index = None if judge or config.reward_label is None else label_index(self, "reward_label", config)
         if self.reward_index is not None and not self.exclusive:
             why = f"the labels of {name} do not exclude each other"
             way = "Set --reward_label None: the score is then minus the logit of toxic_label"
             raise UserError(f"--reward_label {config.reward_label!r}: {why}. {way}.")
-
-    @torch.no_grad()
-    def choose_padding(self) -> None:
-        """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
-        short = "I like you."
-        alone = self.tokenizer(short, return_tensors="pt").to(self.model.device)
-        expected = self.model(**{k: v for k, v in alone.items() if k in self.inputs}).logits[0].float().cpu()
-        own_side = self.tokenizer.padding_side
-        for self.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
-            padded = self.logits([short, " ".join([short] * 5)])[0]
-            if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
-                return
-        change = (padded - expected).abs().max()
-        raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
-
-    def index_of(self, option_name: str, config: DetoxConfig) -> int:
-        label, way = getattr(config, option_name), ""
-        if label not in self.labels:
-            if option_name == "reward_label":
-                way = "; with None the score is minus the logit of toxic_label"
-            known = ", ".join(self.labels)
-            raise UserError(f"--{option_name} {label!r} is no label of {self.model.name_or_path}: it has {known}{way}")
-        return self.labels.index(label)
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one text that fits the classifier; the dialogue is truncated, never the summary."""
@@ -1323,10 +1235,7 @@ def evaluate_policy(
             parts.append(pd.DataFrame(columns, index=batch))
             bar.update(len(batch))
     table = pd.concat(gather_object(parts)).sort_index()
-    for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
-        if column in table and not np.isfinite(table[column]).all():
-            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
-            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
+    check_finite(table, policy, config)
     return table
 
 
@@ -2101,6 +2010,69 @@ def load_tokenizer(name: str, model, *needed: str):
     return tokenizer
 
 
+def load_base(name: str, device: torch.device, dtype: torch.dtype):
+    """Load an encoder-decoder, frozen and without dropout, and its tokenizer."""
+    with as_user_error(name, "model_name"):
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if not model_config.is_encoder_decoder:
+            raise ValueError("expected an encoder-decoder, such as a T5")
+        remove_dropout(model_config)
+        base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
+        tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
+        model_config = base.config
+        model_config.pad_token_id, model_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if getattr(model_config, "decoder_start_token_id", None) is None:
+            model_config.decoder_start_token_id = base.generation_config.decoder_start_token_id
+        if model_config.decoder_start_token_id is None:  # T5Gemma has none
+            model_config.decoder_start_token_id = getattr(getattr(model_config, "decoder", None), "bos_token_id", None)
+        if model_config.decoder_start_token_id is None:
+            raise ValueError("its config has no decoder_start_token_id")
+    return base.requires_grad_(False), tokenizer
+
+
+def load_classifier(name: str, device: torch.device):
+    """Load a classifier, frozen, and its tokenizer; also returns the most tokens that it reads."""
+    model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
+    model.to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(name, model, "pad_token")
+    settings = model.config
+    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
+    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 has it here
+    if settings.problem_type == "regression":
+        raise ValueError("it is a regression model, without probabilities of labels")
+    # Relative positions have no limit, but the attention has to fit in memory.
+    max_length = min(tokenizer.model_max_length, positions_of(model), 4096)
+    if max_length < 16:
+        raise ValueError(f"it reads only {max_length} tokens")
+    return model, tokenizer, max_length
+
+
+@torch.no_grad()
+def choose_padding(classifier: ToxicityClassifier) -> None:
+    """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
+    short = "I like you."
+    alone = classifier.tokenizer(short, return_tensors="pt").to(classifier.model.device)
+    expected = classifier.model(**{k: v for k, v in alone.items() if k in classifier.inputs}).logits[0].float().cpu()
+    own_side = classifier.tokenizer.padding_side
+    for classifier.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+        padded = classifier.logits([short, " ".join([short] * 5)])[0]
+        if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
+            return
+    change = (padded - expected).abs().max()
+    raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
+
+
+def label_index(classifier: ToxicityClassifier, option_name: str, config: DetoxConfig) -> int:
+    """The index of the label that an option gives."""
+    label, way = getattr(config, option_name), ""
+    if label not in classifier.labels:
+        if option_name == "reward_label":
+            way = "; with None the score is minus the logit of toxic_label"
+        name, known = classifier.model.name_or_path, ", ".join(classifier.labels)
+        raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {known}{way}")
+    return classifier.labels.index(label)
+
+
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -2160,6 +2132,45 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
             raise ValueError(f"{unknown[0]} is no layer of the model")
     print("adapter: a new LoRA, which starts as the identity", end="")
     return model
+
+
+def starting_adapter(base, config: DetoxConfig) -> peft.PeftModel:
+    """Put the adapter that adapter_name gives, or a new one, on the base; print the layers that it adapts."""
+    if config.adapter_name:
+        with as_user_error(config.adapter_name, "adapter_name"):
+            model = load_adapter(base, config.adapter_name, config.model_name)
+    else:
+        model = new_adapter(base, config)
+    layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
+    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    return model
+
+
+def check_policy(policy: Policy, tokenizer, config: DetoxConfig) -> None:
+    """Raise a UserError if nothing would be trained, some layer would learn nothing, or some dropout stays on."""
+    if not any(parameter.requires_grad for parameter in policy.model.parameters()):
+        raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
+    with as_user_error(config.model_name, "model_name"):  # does this family of models compute its logits as others do?
+        (ids,), device = token_ids(tokenizer, ["Hello! How are you?"]), policy.device
+        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
+        expected, _ = policy.logprobs_and_values(probe)
+        with policy.learning(dropout=False):
+            logprobs, values = policy(probe)
+            (logprobs + values).sum().backward()
+        if (change := (logprobs - expected).abs().max()) > 1e-3:
+            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
+    if idle := idle_layers(policy):
+        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
+        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
+    policy.zero_grad()
+
+
+def check_finite(table: pd.DataFrame, policy: Policy, config: DetoxConfig) -> None:
+    """Raise a UserError if an evaluation's KL or rewards are not finite."""
+    for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
+        if column in table and not np.isfinite(table[column]).all():
+            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
+            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
 
 
 def cpu_quota() -> float:
@@ -3230,6 +3241,29 @@ def options_of_the_job() -> dict:
         synced = SAGEMAKER / "checkpoints"
         options |= {"resume": True, "checkpoint_dir": str(synced) if synced.is_dir() else None}
     return options
+
+
+def check_options(config: DetoxConfig) -> None:
+    """Check combinations of options."""
+    if config.eval_samples == 0:
+        raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
+    if config.toxic_label == config.reward_label:
+        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from reward_label")
+    if config.prompt.count("{dialogue}") != 1:
+        raise UserError(f"--prompt {config.prompt!r}: it should contain {{dialogue}} once")
+    if config.judge_model_name == config.reward_model_name:
+        raise UserError(
+            f"--judge_model_name {config.judge_model_name}: it is also the reward model; give another classifier"
+        )
+    if config.hub_model_id and "/" not in config.hub_model_id:
+        raise UserError(f"--hub_model_id {config.hub_model_id}: it should be OWNER/NAME")
+    for kind in ("input_{}_text_length", "output_{}_length"):
+        low, high = kind.format("min"), kind.format("max")
+        if getattr(config, low) >= getattr(config, high):
+            raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
+    if config.batch_size % config.mini_batch_size:
+        sizes = f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
+        raise UserError(sizes)
 
 
 def parse_config(args: list[str]) -> DetoxConfig:
