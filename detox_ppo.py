@@ -132,11 +132,8 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()
 
-SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: off unless stderr is a terminal
-PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
-TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
 # Streams of random numbers. Every draw is a function of the seed, the stream and its purpose, so evaluating more often
@@ -329,26 +326,6 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
     return prompt.replace("{dialogue}", dialogue)
 
 
-def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
-    itself adds them.
-
-    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
-    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
-    """
-    encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    rows = []
-    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
-        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
-        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
-    return rows
-
-
-def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
-    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
-
-
 def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
     """Filter by length, build and tokenize the prompts, and split in file order.
 
@@ -394,13 +371,6 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     return splits
 
 
-def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
-    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
-    trained, counts = set(train), Counter(evaluated)
-    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
-    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
-
-
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
     """Indices of a step's batch among count rows. Each epoch has a new order; its last incomplete batch is dropped."""
     epoch, index = divmod(step - 1, count // size)
@@ -408,32 +378,6 @@ def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np
 
 
 # --- Policy: one frozen base, the adapters "default" (trained) and "reference" (frozen), and a value head ------------
-
-
-def padded_width(lengths: Iterable[int]) -> int:
-    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
-    return -(-max(map(int, lengths)) // 16) * 16
-
-
-def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
-    """Split rows into groups of similar length (tokens), one forward pass each.
-
-    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
-    those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
-    and on a GPU, which needs large groups.
-    """
-    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
-    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
-    logits = logits or [0] * len(lengths)
-    groups = []
-    for row in sorted(map(int, rows), key=lambda row: lengths[row]):
-        group = [*groups[-1], row] if groups else []
-        most_logits = max((logits[i] for i in group), default=0)
-        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 @dataclasses.dataclass
@@ -629,26 +573,6 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     return policy, tokenizer
 
 
-def remove_dropout(config: transformers.PreTrainedConfig) -> None:
-    """Set dropout_rate, attention_dropout, decoder_layerdrop and so on to 0, in nested configurations too."""
-    for key, value in vars(config).items():
-        if isinstance(value, transformers.PreTrainedConfig):
-            remove_dropout(value)
-        elif "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-
-
-def idle_layers(policy: Policy) -> list[str]:
-    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
-    learning = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            layer, _, lora = name.partition(".lora_")
-            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
-            learning[layer] = learning.get(layer, False) or has_gradient
-    return [layer for layer, learns in learning.items() if not learns]
-
-
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
 
 
@@ -726,41 +650,6 @@ class ToxicityClassifier:
         return self.score(self.logits(texts, dtype))
 
 
-class Toxicity(evaluate.Measurement):
-    """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
-
-    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
-    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
-    """
-
-    def __init__(self, classifier: ToxicityClassifier):
-        super().__init__(keep_in_memory=True)
-        self.classifier = classifier
-
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string")})
-        return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
-
-    def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
-        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
-            if given not in known:
-                raise ValueError(f"{given!r} is not one of {known}")
-        toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
-        if aggregation == "ratio":
-            return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
-        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
-
-
-def print_examples(classifier: ToxicityClassifier) -> None:
-    """Score the two example sentences of the published notebooks, for a check by eye."""
-    for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
-        logits = classifier.logits([text])
-        probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
-        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
-        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
-        print(f", reward {classifier.score(logits).item():.4f}")
-
-
 # --- Rollout: sample responses, then log-probabilities, values, reference log-probabilities and scores ---------------
 
 
@@ -815,30 +704,6 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
             rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
         last = tokens[rows, position, None]
     return Responses(prompts, tokens[:, : padded_width(lengths)], lengths, finished, encoder_states)
-
-
-def plain_texts(tokenizer, responses: Responses) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
-
-
-def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
-    state = PartialState()
-    return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
-
-
-def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
-    """Gather a column (b, ...) of each process's rows (equally many) into the batch's (B, ...), padded with 0."""
-    order = gather(torch.tensor(rows, device=column.device))
-    return gather(pad_across_processes(column, dim=1))[order.argsort()]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Add the duration of a block, in seconds, to seconds[name]."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
@@ -957,21 +822,6 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 a constant one."""
     error, spread = (returns - values)[mask], returns[mask]
     return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
-
-
-def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
-    """Add up the gradients of all processes in place; returns the sum of their stats."""
-    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    if PartialState().num_processes == 1:
-        return stats
-    gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
-    nn.utils.vector_to_parameters(summed, gradients)
-    total = Counter()
-    for part in gather_object([stats]):
-        total.update(part)
-    return total
 
 
 def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
@@ -1121,17 +971,6 @@ def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxC
     return summaries
 
 
-def check_summaries(classifier, train, config: DetoxConfig) -> None:
-    """Raise a UserError if there is no clean human summary for the loss of ptx_coef."""
-    texts = [text for text in train["summary"] if text]
-    for start in range(0, len(texts), config.batch_size):
-        if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
-            return
-    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
-    hint = "Set it to 0, or give other dialogues with --dataset_name"
-    raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
-
-
 def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_states=None) -> torch.Tensor:
     """Negative log-likelihood of the human summaries of some rows, in nats: their sum divided by a number of tokens.
 
@@ -1174,14 +1013,6 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
 
 
 # --- Evaluation: the same prompts and random numbers, before and after -----------------------------------------------
-
-
-def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
-    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
-    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
-    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
-    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
-    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
 
 
 def evaluate_policy(
@@ -1237,14 +1068,6 @@ def evaluate_policy(
     table = pd.concat(gather_object(parts)).sort_index()
     check_finite(table, policy, config)
     return table
-
-
-def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
-    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
-    rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
-    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
-    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
-    return [by_row[row] for row in range(len(texts))]
 
 
 def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torch.device) -> None:
@@ -1342,20 +1165,6 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
     }
 
 
-def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
-    """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
-    counts = np.zeros((len(texts), buckets), dtype=np.float32)
-    for row, text in enumerate(texts):
-        codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-        grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
-        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
-        hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
-        hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
-        found, times = np.unique(hashed, return_counts=True)
-        counts[row, found] = 1 + np.log(times)
-    return counts
-
-
 LEAST_RETRIEVED = 20  # among fewer dialogues R@1 means little, and is left out
 
 
@@ -1378,26 +1187,6 @@ def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
         similarity[rows - first, rows] = -1
         others[rows] = similarity.max(axis=1)
     return float(np.mean(own > others))
-
-
-# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
-UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
-
-
-def split_words(text: str) -> list[str]:
-    """The words between spaces, lower-case; in a script without spaces each character is a word."""
-    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
-    return UNSPACED.sub(r" \g<0> ", text).split()
-
-
-class RougeTokenizer:
-    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
-
-    stem = staticmethod(PorterStemmer().stem)
-
-    def tokenize(self, text: str) -> list[str]:
-        words = regex.findall(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*", " ".join(split_words(text)))
-        return [self.stem(word) if len(word) > 3 else word for word in words]
 
 
 def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues: list[str]) -> dict[str, float]:
@@ -1430,117 +1219,7 @@ def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues:
     }
 
 
-SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
-
-
-def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
-    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
-
-    human_length is the mean length of the human summaries in tokens, where there are any.
-    """
-    faults = []
-    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
-    for name, wording, least in leasts:
-        if name in before and after[name] < least * before[name]:
-            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
-    if after["length"] < min(SHORT * before["length"], human_length):
-        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
-    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
-        if after[name] > before[name] + 0.1:
-            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
-    return faults
-
-
 # --- The run ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class RunState:
-    """All that the next step depends on, but for the weights and the optimizer."""
-
-    config: dict
-    origin: dict  # of models and data: commits, dataset_fingerprint
-    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
-    sft_step: int = 0
-    step: int = 0  # of PPO
-    kl_coef: float = 0.0
-    skipped_in_row: int = 0
-    history: list = field(default_factory=list)  # a dict of metrics a PPO step
-    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
-    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
-    warnings: dict = field(default_factory=dict)
-    timings: dict = field(default_factory=dict)  # seconds of each part
-
-
-def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
-    """Load what a run needs, the quickest to fail first.
-
-    Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
-    """
-    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
-    print(yaml.safe_dump(changed, sort_keys=False), end="")
-    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
-    trained_on = trains or not config.eval_dataset_name
-    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
-    commits = {name: contents_of(getattr(config, name), name) for name in named}
-    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
-    evaluated, held_out = None, config.eval_dataset_name
-    if held_out:
-        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, parts))
-    elif os.path.isdir(config.dataset_name):
-        evaluated = load_dialogues(config.dataset_name, config, split="test")
-    rows = load_dialogues(config.dataset_name, config) if trained_on else None
-    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
-    if not has_summaries and config.summary_column != DetoxConfig.summary_column:
-        names = " ".join(config.summary_columns)
-        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
-    policy, tokenizer = load_policy(config, device, dtype)
-    set_threads(policy)
-    print_parameters(policy)
-    classifier = ToxicityClassifier(config, device)
-    print_examples(classifier)
-    splits = build_dataset(rows, tokenizer, config, evaluated)
-    check_lengths(policy, splits, classifier.max_length, config)
-    if config.ptx_coef and config.max_ppo_steps:
-        check_summaries(classifier, splits["train"], config)
-    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
-    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
-    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    count = len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
-    origin = {"commits": commits, "dataset_fingerprint": fingerprint}
-    return policy, tokenizer, classifier, splits["train"], evaluated, origin
-
-
-@contextmanager
-def own_settings():
-    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
-    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
-
-
-def steps_of(desc: str, done: int, last: int, stop: StopSignals):
-    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
-    stop.in_step = True
-    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
-    for step in bar:
-        yield step, bar
-    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
-    if agreed:
-        raise Stopped
 
 
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
@@ -1666,6 +1345,12 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     return report(config, policy, state, evaluated, human, tracker)
 
 
+# === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
+
+
+# --- Evaluation alone: the base model and an adapter, nothing is trained ---------------------------------------------
+
+
 def evaluate_adapter(config: DetoxConfig) -> dict:
     """A run without training: measure the base model ("before") and its adapter ("after"), and write the report.
 
@@ -1700,9 +1385,6 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
         evaluate_now("after")
     state.timings["total"] = time.perf_counter() - started
     return report(config, policy, state, evaluated, human, tracker)
-
-
-# === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
 
 
 # --- Reading files and datasets --------------------------------------------------------------------------------------
@@ -2010,6 +1692,39 @@ def load_tokenizer(name: str, model, *needed: str):
     return tokenizer
 
 
+def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
+    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
+    itself adds them.
+
+    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
+    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
+    """
+    encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = []
+    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
+        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+    return rows
+
+
+def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
+    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
+
+
+def plain_texts(tokenizer, responses: Responses) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
+
+
+def remove_dropout(config: transformers.PreTrainedConfig) -> None:
+    """Set dropout_rate, attention_dropout, decoder_layerdrop and so on to 0, in nested configurations too."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            remove_dropout(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
 def load_base(name: str, device: torch.device, dtype: torch.dtype):
     """Load an encoder-decoder, frozen and without dropout, and its tokenizer."""
     with as_user_error(name, "model_name"):
@@ -2071,6 +1786,41 @@ def label_index(classifier: ToxicityClassifier, option_name: str, config: DetoxC
         name, known = classifier.model.name_or_path, ", ".join(classifier.labels)
         raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {known}{way}")
     return classifier.labels.index(label)
+
+
+class Toxicity(evaluate.Measurement):
+    """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
+
+    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
+    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    """
+
+    def __init__(self, classifier: ToxicityClassifier):
+        super().__init__(keep_in_memory=True)
+        self.classifier = classifier
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string")})
+        return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
+
+    def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
+        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
+            if given not in known:
+                raise ValueError(f"{given!r} is not one of {known}")
+        toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
+        if aggregation == "ratio":
+            return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
+        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
+
+
+def print_examples(classifier: ToxicityClassifier) -> None:
+    """Score the two example sentences of the published notebooks, for a check by eye."""
+    for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
+        logits = classifier.logits([text])
+        probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
+        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
+        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
+        print(f", reward {classifier.score(logits).item():.4f}")
 
 
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
@@ -2144,6 +1894,17 @@ def starting_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
     print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
     return model
+
+
+def idle_layers(policy: Policy) -> list[str]:
+    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
+    learning = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            layer, _, lora = name.partition(".lora_")
+            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
+            learning[layer] = learning.get(layer, False) or has_gradient
+    return [layer for layer, learns in learning.items() if not learns]
 
 
 def check_policy(policy: Policy, tokenizer, config: DetoxConfig) -> None:
@@ -2223,6 +1984,17 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
             raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
 
 
+def check_summaries(classifier, train, config: DetoxConfig) -> None:
+    """Raise a UserError if there is no clean human summary for the loss of ptx_coef."""
+    texts = [text for text in train["summary"] if text]
+    for start in range(0, len(texts), config.batch_size):
+        if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
+            return
+    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
+    hint = "Set it to 0, or give other dialogues with --dataset_name"
+    raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
+
+
 def positions_of(model) -> float:
     """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
     config = model.config.get_text_config()
@@ -2261,7 +2033,186 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
+def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
+    """Load what a run needs, the quickest to fail first.
+
+    Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
+    """
+    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
+    print(yaml.safe_dump(changed, sort_keys=False), end="")
+    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
+    trained_on = trains or not config.eval_dataset_name
+    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
+    commits = {name: contents_of(getattr(config, name), name) for name in named}
+    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
+    evaluated, held_out = None, config.eval_dataset_name
+    if held_out:
+        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
+        evaluated = next(filter(None, parts))
+    elif os.path.isdir(config.dataset_name):
+        evaluated = load_dialogues(config.dataset_name, config, split="test")
+    rows = load_dialogues(config.dataset_name, config) if trained_on else None
+    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
+    if not has_summaries and config.summary_column != DetoxConfig.summary_column:
+        names = " ".join(config.summary_columns)
+        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
+    policy, tokenizer = load_policy(config, device, dtype)
+    set_threads(policy)
+    print_parameters(policy)
+    classifier = ToxicityClassifier(config, device)
+    print_examples(classifier)
+    splits = build_dataset(rows, tokenizer, config, evaluated)
+    check_lengths(policy, splits, classifier.max_length, config)
+    if config.ptx_coef and config.max_ppo_steps:
+        check_summaries(classifier, splits["train"], config)
+    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
+    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    count = len(splits["test"])
+    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    origin = {"commits": commits, "dataset_fingerprint": fingerprint}
+    return policy, tokenizer, classifier, splits["train"], evaluated, origin
+
+
+# --- Micro-batches and several processes -----------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the duration of a block, in seconds, to seconds[name]."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def padded_width(lengths: Iterable[int]) -> int:
+    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
+    return -(-max(map(int, lengths)) // 16) * 16
+
+
+def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
+    """Split rows into groups of similar length (tokens), one forward pass each.
+
+    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
+    those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
+    and on a GPU, which needs large groups.
+    """
+    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
+    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
+    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    logits = logits or [0] * len(lengths)
+    groups = []
+    for row in sorted(map(int, rows), key=lambda row: lengths[row]):
+        group = [*groups[-1], row] if groups else []
+        most_logits = max((logits[i] for i in group), default=0)
+        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
+    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
+    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
+    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
+    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
+    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
+
+
+def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
+    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
+    state = PartialState()
+    return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
+
+
+def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
+    """Gather a column (b, ...) of each process's rows (equally many) into the batch's (B, ...), padded with 0."""
+    order = gather(torch.tensor(rows, device=column.device))
+    return gather(pad_across_processes(column, dim=1))[order.argsort()]
+
+
+def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
+    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
+    rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
+    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
+    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
+    return [by_row[row] for row in range(len(texts))]
+
+
+def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
+    """Add up the gradients of all processes in place; returns the sum of their stats."""
+    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if PartialState().num_processes == 1:
+        return stats
+    gradients = [parameter.grad for parameter in parameters]
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
+    nn.utils.vector_to_parameters(summed, gradients)
+    total = Counter()
+    for part in gather_object([stats]):
+        total.update(part)
+    return total
+
+
+# --- Words and characters of any language ----------------------------------------------------------------------------
+
+
+# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
+
+
+def split_words(text: str) -> list[str]:
+    """The words between spaces, lower-case; in a script without spaces each character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
+    return UNSPACED.sub(r" \g<0> ", text).split()
+
+
+class RougeTokenizer:
+    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
+
+    stem = staticmethod(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = regex.findall(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*", " ".join(split_words(text)))
+        return [self.stem(word) if len(word) > 3 else word for word in words]
+
+
+def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
+    """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
+    counts = np.zeros((len(texts), buckets), dtype=np.float32)
+    for row, text in enumerate(texts):
+        codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+        grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
+        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
+        hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
+        hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
+        found, times = np.unique(hashed, return_counts=True)
+        counts[row, found] = 1 + np.log(times)
+    return counts
+
+
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
+
+
+SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
+
+
+def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
+    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
+
+    human_length is the mean length of the human summaries in tokens, where there are any.
+    """
+    faults = []
+    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
+    for name, wording, least in leasts:
+        if name in before and after[name] < least * before[name]:
+            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
+    if after["length"] < min(SHORT * before["length"], human_length):
+        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
+    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
+        if after[name] > before[name] + 0.1:
+            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
+    return faults
 
 
 def step_warnings(history: list[dict], config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
@@ -2301,6 +2252,13 @@ def step_warnings(history: list[dict], config: DetoxConfig, human_length: float 
         ),
     }
     return {kind: text for kind, (holds, text) in warned.items() if holds}
+
+
+def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
+    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
+    trained, counts = set(train), Counter(evaluated)
+    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
+    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
 
 
 def overlap_warnings(shared: dict[str, int]) -> dict[str, str]:
@@ -2868,6 +2826,24 @@ MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total
 MAY_CHANGE += FROM_HUB
 
 
+@dataclasses.dataclass
+class RunState:
+    """All that the next step depends on, but for the weights and the optimizer."""
+
+    config: dict
+    origin: dict  # of models and data: commits, dataset_fingerprint
+    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
+    sft_step: int = 0
+    step: int = 0  # of PPO
+    kl_coef: float = 0.0
+    skipped_in_row: int = 0
+    history: list = field(default_factory=list)  # a dict of metrics a PPO step
+    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
+    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
+    warnings: dict = field(default_factory=dict)
+    timings: dict = field(default_factory=dict)  # seconds of each part
+
+
 class Stopped(BaseException):
     """SIGTERM, SIGHUP or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
 
@@ -2888,6 +2864,36 @@ class StopSignals:
         received = next(filter(None, gather_object([self.received])), None)
         self.received = self.received or received  # a signal may just have come here, for the next time to tell
         return received is not None
+
+
+@contextmanager
+def own_settings():
+    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
+
+
+def steps_of(desc: str, done: int, last: int, stop: StopSignals):
+    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
+    stop.in_step = True
+    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
+    for step in bar:
+        yield step, bar
+    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    if agreed:
+        raise Stopped
 
 
 def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
@@ -3062,6 +3068,12 @@ KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, 
 }
 
 
+PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
+
+
+TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
+
+
 class UserError(Exception):
     """What the user can mend. It may quote anything: secrets are masked, signs that move the cursor spelt out."""
 
@@ -3226,6 +3238,9 @@ def unknown_option(given: str) -> str:
         close = ["config " + given]
     hint = f"did you mean --{close[0]}?" if close else "see: python detox_ppo.py --help"
     return f"unknown option: {given} ({hint})"
+
+
+SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 
 
 def options_of_the_job() -> dict:
