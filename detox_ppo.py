@@ -13,10 +13,12 @@ A run writes results.json, metrics.jsonl (one line per PPO step), comparison.csv
 human summaries first. --resume continues an interrupted run. To use several processes:
 `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 
-The first half of the file is the algorithm, in reading order: options, data, policy, classifier, rollout, PPO, SFT,
-evaluation, run. The second half is everything else: reading files, loading checks, report, checkpoints, errors, the
-command line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of all responses in a
-batch, V tokens of the vocabulary, d the model's hidden size.
+The front of the file, up to the heading "Back rooms", is the algorithm in reading order: options, data, policy,
+classifier, rollout, PPO, SFT, evaluation, run. The back is everything else: evaluation alone, reading files, loading
+checks, processes, report, checkpoints, errors, command line.
+
+Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of all responses in a batch,
+V tokens of the vocabulary, d the model's hidden size.
 """
 
 from __future__ import annotations
