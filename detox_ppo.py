@@ -13,14 +13,17 @@ A run writes results.json, metrics.jsonl (one line per PPO step), comparison.csv
 human summaries first. --resume continues an interrupted run. To use several processes:
 `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 
-The first half of the file is the algorithm, in reading order: options, data, policy, classifier, rollout, PPO, SFT,
-evaluation, run. The second half is everything else: reading files, loading checks, report, checkpoints, errors, the
-command line. Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of all responses in a
-batch, V tokens of the vocabulary, d the model's hidden size.
+The front of the file, up to the heading "Back rooms", is the algorithm in reading order: options, data, policy,
+classifier, rollout, PPO, SFT, evaluation, run. The back is everything else: evaluation alone, reading files, loading
+checks, processes, report, checkpoints, errors, command line.
+
+Shapes: B rows of a batch, S tokens of a prompt, T tokens of a response, N tokens of all responses in a batch,
+V tokens of the vocabulary, d the model's hidden size.
 """
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import copy
 import csv
@@ -39,6 +42,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -49,8 +53,8 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field
 from decimal import Decimal
 from importlib.metadata import version
@@ -70,13 +74,21 @@ if sys.platform == "win32":
 if unsupported and __name__ != "__main__":
     raise ImportError(unsupported[0])
 
+
+def temporary_directory() -> str:
+    """A directory that is removed when the process exits."""
+    directory = tempfile.mkdtemp(prefix="detox_ppo-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 if __name__ == "__main__":  # settings of the process: an import leaves them to the importer
     if unsupported:
         print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
         sys.exit(2)
     # Libraries keep caches and settings in the home directory; some fail without one.
     if not os.access(os.path.expanduser("~"), os.W_OK):
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="detox_ppo-")
+        os.environ["HOME"] = temporary_directory()
         print(
             f"no writable home directory: using {os.environ['HOME']}. Set HF_HOME to keep downloads", file=sys.stderr
         )
@@ -122,11 +134,8 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()
 
-SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: off unless stderr is a terminal
-PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
-TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
 
 # Streams of random numbers. Every draw is a function of the seed, the stream and its purpose, so evaluating more often
@@ -148,7 +157,7 @@ def normalize(value):
     An empty text (an unset shell variable, SageMaker's None) and "None" give None.
     """
     if isinstance(value, datasets.Dataset):
-        directory = tempfile.mkdtemp(prefix="detox_ppo-")
+        directory = temporary_directory()
         value.save_to_disk(directory)
         return directory
     name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
@@ -300,33 +309,9 @@ class DetoxConfig:
     dynamodb_table: NameOrNone = option(None, "DynamoDB table to write comparison.csv to at the end (awswrangler).")
 
     def __post_init__(self):
-        """Check combinations of options."""
-        if self.eval_samples == 0:
-            raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
-        if self.toxic_label == self.reward_label:
-            raise UserError(f"--toxic_label is {self.toxic_label!r}: it should differ from reward_label")
-        if self.prompt.count("{dialogue}") != 1:
-            raise UserError(f"--prompt {self.prompt!r}: it should contain {{dialogue}} once")
         if self.adapter_name and os.path.exists(os.path.join(self.adapter_name, "adapter", "adapter_config.json")):
             self.adapter_name = os.path.join(self.adapter_name, "adapter")  # a run's output_dir was given
-        if self.judge_model_name == self.reward_model_name:
-            raise UserError(
-                f"--judge_model_name {self.judge_model_name}: it is also the reward model; give another classifier"
-            )
-        if self.hub_model_id and ("/" not in self.hub_model_id or self.evaluates_only):
-            why = "nothing is trained" if self.evaluates_only else "it should be OWNER/NAME"
-            raise UserError(f"--hub_model_id {self.hub_model_id}: {why}")
-        for kind in ("input_{}_text_length", "output_{}_length"):
-            low, high = kind.format("min"), kind.format("max")
-            if getattr(self, low) >= getattr(self, high):
-                raise UserError(f"--{low} {getattr(self, low)} must be below --{high} {getattr(self, high)}")
-        if self.batch_size % self.mini_batch_size:
-            sizes = f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
-            raise UserError(sizes)
-
-    @property
-    def evaluates_only(self) -> bool:
-        return self.max_ppo_steps == self.sft_steps == 0
+        check_options(self)
 
     @property
     def summary_columns(self) -> list[str]:
@@ -341,26 +326,6 @@ OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
 
 def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
     return prompt.replace("{dialogue}", dialogue)
-
-
-def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
-    itself adds them.
-
-    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
-    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
-    """
-    encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    rows = []
-    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
-        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
-        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
-    return rows
-
-
-def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
-    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
 
 
 def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
@@ -408,13 +373,6 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datas
     return splits
 
 
-def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
-    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
-    trained, counts = set(train), Counter(evaluated)
-    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
-    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
-
-
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
     """Indices of a step's batch among count rows. Each epoch has a new order; its last incomplete batch is dropped."""
     epoch, index = divmod(step - 1, count // size)
@@ -422,32 +380,6 @@ def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np
 
 
 # --- Policy: one frozen base, the adapters "default" (trained) and "reference" (frozen), and a value head ------------
-
-
-def padded_width(lengths: Iterable[int]) -> int:
-    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
-    return -(-max(map(int, lengths)) // 16) * 16
-
-
-def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
-    """Split rows into groups of similar length (tokens), one forward pass each.
-
-    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
-    those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
-    and on a GPU, which needs large groups.
-    """
-    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
-    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
-    logits = logits or [0] * len(lengths)
-    groups = []
-    for row in sorted(map(int, rows), key=lambda row: lengths[row]):
-        group = [*groups[-1], row] if groups else []
-        most_logits = max((logits[i] for i in group), default=0)
-        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 @dataclasses.dataclass
@@ -629,31 +561,9 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load the base and two copies of the starting adapter, one to train and one frozen; returns policy, tokenizer."""
-    name = config.model_name
-    with as_user_error(name, "model_name"):
-        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if not model_config.is_encoder_decoder:
-            raise ValueError("expected an encoder-decoder, such as a T5")
-        remove_dropout(model_config)
-        base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
-        tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
-        model_config = base.config
-        model_config.pad_token_id, model_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        if getattr(model_config, "decoder_start_token_id", None) is None:
-            model_config.decoder_start_token_id = base.generation_config.decoder_start_token_id
-        if model_config.decoder_start_token_id is None:  # T5Gemma has none
-            model_config.decoder_start_token_id = getattr(getattr(model_config, "decoder", None), "bos_token_id", None)
-        if model_config.decoder_start_token_id is None:
-            raise ValueError("its config has no decoder_start_token_id")
-    base.requires_grad_(False)
+    base, tokenizer = load_base(config.model_name, device, dtype)
     torch.manual_seed(config.seed)
-    if config.adapter_name:
-        with as_user_error(config.adapter_name, "adapter_name"):
-            model = load_adapter(base, config.adapter_name, name)
-    else:
-        model = new_adapter(base, config)
-    layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
-    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    model = starting_adapter(base, config)
     model.add_adapter("reference", model.peft_config["default"])
     copy_to_reference(model)
     use_fast_layers(model)
@@ -661,42 +571,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
         base.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).to(device)
     policy.freeze_encoder(config.freeze_encoder)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with as_user_error(name, "model_name"):  # does this family of models compute its logits as others do?
-        (ids,) = token_ids(tokenizer, ["Hello! How are you?"])
-        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
-        expected, _ = policy.logprobs_and_values(probe)
-        with policy.learning(dropout=False):
-            logprobs, values = policy(probe)
-            (logprobs + values).sum().backward()
-        if (change := (logprobs - expected).abs().max()) > 1e-3:
-            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
-    if idle := idle_layers(policy):
-        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
-        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
-    policy.zero_grad()
+    check_policy(policy, tokenizer, config)
     return policy, tokenizer
-
-
-def remove_dropout(config: transformers.PreTrainedConfig) -> None:
-    """Set dropout_rate, attention_dropout, decoder_layerdrop and so on to 0, in nested configurations too."""
-    for key, value in vars(config).items():
-        if isinstance(value, transformers.PreTrainedConfig):
-            remove_dropout(value)
-        elif "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-
-
-def idle_layers(policy: Policy) -> list[str]:
-    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
-    learning = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            layer, _, lora = name.partition(".lora_")
-            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
-            learning[layer] = learning.get(layer, False) or has_gradient
-    return [layer for layer, learns in learning.items() if not learns]
 
 
 # --- Classifier: one for reward and toxicity -------------------------------------------------------------------------
@@ -713,53 +589,20 @@ class ToxicityClassifier:
         name_option = "judge_model_name" if judge else "reward_model_name"
         name = getattr(config, name_option)
         with as_user_error(name, name_option):
-            self.model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
-            self.model.to(device).eval().requires_grad_(False)
-            self.tokenizer = load_tokenizer(name, self.model, "pad_token")
+            self.model, self.tokenizer, self.max_length = load_classifier(name, device)
             settings = self.model.config
-            settings.pad_token_id = self.tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
-            settings.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # Gemma 3 has it here
-            if settings.problem_type == "regression":
-                raise ValueError("it is a regression model, without probabilities of labels")
-            # Relative positions have no limit, but the attention has to fit in memory.
-            self.max_length = min(self.tokenizer.model_max_length, positions_of(self.model), 4096)
-            if self.max_length < 16:
-                raise ValueError(f"it reads only {self.max_length} tokens")
             self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
             self.inputs = set(inspect.signature(self.model.forward).parameters)
-            self.choose_padding()
+            choose_padding(self)
         use_fast_layers(self.model)
         # As in transformers' text-classification pipeline: softmax over exclusive labels, or a sigmoid for each.
         self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
-        self.toxic_index = self.index_of("judge_label" if judge else "toxic_label", config)
-        self.reward_index = None if judge or config.reward_label is None else self.index_of("reward_label", config)
+        self.toxic_index = label_index(self, "judge_label" if judge else "toxic_label", config)
+        self.reward_index = None if judge or config.reward_label is None else label_index(self, "reward_label", config)
         if self.reward_index is not None and not self.exclusive:
             why = f"the labels of {name} do not exclude each other"
             way = "Set --reward_label None: the score is then minus the logit of toxic_label"
             raise UserError(f"--reward_label {config.reward_label!r}: {why}. {way}.")
-
-    @torch.no_grad()
-    def choose_padding(self) -> None:
-        """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
-        short = "I like you."
-        alone = self.tokenizer(short, return_tensors="pt").to(self.model.device)
-        expected = self.model(**{k: v for k, v in alone.items() if k in self.inputs}).logits[0].float().cpu()
-        own_side = self.tokenizer.padding_side
-        for self.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
-            padded = self.logits([short, " ".join([short] * 5)])[0]
-            if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
-                return
-        change = (padded - expected).abs().max()
-        raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
-
-    def index_of(self, option_name: str, config: DetoxConfig) -> int:
-        label, way = getattr(config, option_name), ""
-        if label not in self.labels:
-            if option_name == "reward_label":
-                way = "; with None the score is minus the logit of toxic_label"
-            known = ", ".join(self.labels)
-            raise UserError(f"--{option_name} {label!r} is no label of {self.model.name_or_path}: it has {known}{way}")
-        return self.labels.index(label)
 
     def join(self, dialogue: str, summary: str) -> str:
         """Dialogue + summary as one text that fits the classifier; the dialogue is truncated, never the summary."""
@@ -807,41 +650,6 @@ class ToxicityClassifier:
 
     def scores(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.score(self.logits(texts, dtype))
-
-
-class Toxicity(evaluate.Measurement):
-    """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
-
-    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
-    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
-    """
-
-    def __init__(self, classifier: ToxicityClassifier):
-        super().__init__(keep_in_memory=True)
-        self.classifier = classifier
-
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string")})
-        return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
-
-    def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
-        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
-            if given not in known:
-                raise ValueError(f"{given!r} is not one of {known}")
-        toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
-        if aggregation == "ratio":
-            return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
-        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
-
-
-def print_examples(classifier: ToxicityClassifier) -> None:
-    """Score the two example sentences of the published notebooks, for a check by eye."""
-    for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
-        logits = classifier.logits([text])
-        probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
-        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
-        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
-        print(f", reward {classifier.score(logits).item():.4f}")
 
 
 # --- Rollout: sample responses, then log-probabilities, values, reference log-probabilities and scores ---------------
@@ -898,30 +706,6 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
             rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
         last = tokens[rows, position, None]
     return Responses(prompts, tokens[:, : padded_width(lengths)], lengths, finished, encoder_states)
-
-
-def plain_texts(tokenizer, responses: Responses) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
-
-
-def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
-    state = PartialState()
-    return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
-
-
-def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
-    """Gather a column (b, ...) of each process's rows (equally many) into the batch's (B, ...), padded with 0."""
-    order = gather(torch.tensor(rows, device=column.device))
-    return gather(pad_across_processes(column, dim=1))[order.argsort()]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Add the duration of a block, in seconds, to seconds[name]."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
@@ -1040,21 +824,6 @@ def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.
     """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 a constant one."""
     error, spread = (returns - values)[mask], returns[mask]
     return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
-
-
-def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
-    """Add up the gradients of all processes in place; returns the sum of their stats."""
-    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    if PartialState().num_processes == 1:
-        return stats
-    gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
-    nn.utils.vector_to_parameters(summed, gradients)
-    total = Counter()
-    for part in gather_object([stats]):
-        total.update(part)
-    return total
 
 
 def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
@@ -1204,17 +973,6 @@ def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxC
     return summaries
 
 
-def check_summaries(classifier, train, config: DetoxConfig) -> None:
-    """Raise a UserError if there is no clean human summary for the loss of ptx_coef."""
-    texts = [text for text in train["summary"] if text]
-    for start in range(0, len(texts), config.batch_size):
-        if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
-            return
-    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
-    hint = "Set it to 0, or give other dialogues with --dataset_name"
-    raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
-
-
 def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_states=None) -> torch.Tensor:
     """Negative log-likelihood of the human summaries of some rows, in nats: their sum divided by a number of tokens.
 
@@ -1257,14 +1015,6 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
 
 
 # --- Evaluation: the same prompts and random numbers, before and after -----------------------------------------------
-
-
-def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
-    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
-    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
-    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
-    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
-    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
 
 
 def evaluate_policy(
@@ -1318,10 +1068,7 @@ def evaluate_policy(
             parts.append(pd.DataFrame(columns, index=batch))
             bar.update(len(batch))
     table = pd.concat(gather_object(parts)).sort_index()
-    for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
-        if column in table and not np.isfinite(table[column]).all():
-            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
-            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
+    check_finite(table, policy, config)
     return table
 
 
@@ -1330,7 +1077,8 @@ def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torc
     if config.judge_model_name:
         judge = ToxicityClassifier(config, device, judge=True)
         for table in tables.values():
-            table["judge_toxicity"] = judge.toxicity(judge.logits(list(table["response"])))
+            responses = list(table["response"])
+            table["judge_toxicity"] = shared_toxicity(responses, lambda part: judge.toxicity(judge.logits(part)))
 
 
 def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
@@ -1339,16 +1087,19 @@ def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: Detox
     Columns: dialogue_toxicity, and of the human summaries response, length (tokens of the policy's tokenizer),
     toxicity, summary_toxicity and judge_toxicity, which are missing (NaN) in rows without one.
     """
-    measure, how = Toxicity(classifier), {"toxic_label": config.toxic_label}
-    dialogues = list(rows["dialogue"])
-    dialogue_toxicity = measure.compute(predictions=dialogues, **how)["toxicity"]
+    measure, dialogues = Toxicity(classifier), list(rows["dialogue"])
+
+    def toxicity(texts):
+        return measure.compute(predictions=texts, toxic_label=config.toxic_label)["toxicity"]
+
+    dialogue_toxicity = shared_toxicity(dialogues, toxicity)
     human = pd.DataFrame({"response": list(rows["summary"])}).query("response != ''")
     if not human.empty:
         texts = list(human["response"])
         joined = [classifier.join(dialogues[i], text) for i, text in human["response"].items()]
         human["length"] = [len(ids) for ids in token_ids(tokenizer, texts)]
-        human["toxicity"] = measure.compute(predictions=joined, **how)["toxicity"]
-        human["summary_toxicity"] = measure.compute(predictions=texts, **how)["toxicity"]
+        human["toxicity"] = shared_toxicity(joined, toxicity)
+        human["summary_toxicity"] = shared_toxicity(texts, toxicity)
         add_judge({"human": human}, config, classifier.model.device)
     return pd.DataFrame({"dialogue_toxicity": dialogue_toxicity}).join(human)
 
@@ -1359,8 +1110,6 @@ def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConf
     for name in ("sampled", "greedy"):
         how = (f"{when}, {name}", name == "greedy", when == "after")
         tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, *how)
-    if config.evaluates_only:  # the base was compared with itself, without the adapters: there is no reference
-        del tables["sampled"]["kl"]
     add_judge(tables, config, policy.device)
     for name, table in tables.items():
         print_means(("before SFT" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
@@ -1418,20 +1167,6 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
     }
 
 
-def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
-    """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
-    counts = np.zeros((len(texts), buckets), dtype=np.float32)
-    for row, text in enumerate(texts):
-        codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-        grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
-        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
-        hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
-        hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
-        found, times = np.unique(hashed, return_counts=True)
-        counts[row, found] = 1 + np.log(times)
-    return counts
-
-
 LEAST_RETRIEVED = 20  # among fewer dialogues R@1 means little, and is left out
 
 
@@ -1454,26 +1189,6 @@ def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
         similarity[rows - first, rows] = -1
         others[rows] = similarity.max(axis=1)
     return float(np.mean(own > others))
-
-
-# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
-UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
-
-
-def split_words(text: str) -> list[str]:
-    """The words between spaces, lower-case; in a script without spaces each character is a word."""
-    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
-    return UNSPACED.sub(r" \g<0> ", text).split()
-
-
-class RougeTokenizer:
-    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
-
-    stem = staticmethod(PorterStemmer().stem)
-
-    def tokenize(self, text: str) -> list[str]:
-        words = regex.findall(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*", " ".join(split_words(text)))
-        return [self.stem(word) if len(word) > 3 else word for word in words]
 
 
 def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues: list[str]) -> dict[str, float]:
@@ -1506,120 +1221,19 @@ def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues:
     }
 
 
-SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
-
-
-def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
-    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
-
-    human_length is the mean length of the human summaries in tokens, where there are any.
-    """
-    faults = []
-    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
-    for name, wording, least in leasts:
-        if name in before and after[name] < least * before[name]:
-            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
-    if after["length"] < min(SHORT * before["length"], human_length):
-        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
-    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
-        if after[name] > before[name] + 0.1:
-            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
-    return faults
-
-
 # --- The run ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class RunState:
-    """All that the next step depends on, but for the weights and the optimizer."""
-
-    config: dict
-    origin: dict  # of models and data: commits, dataset_fingerprint
-    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
-    sft_step: int = 0
-    step: int = 0  # of PPO
-    kl_coef: float = 0.0
-    skipped_in_row: int = 0
-    history: list = field(default_factory=list)  # a dict of metrics a PPO step
-    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
-    warnings: dict = field(default_factory=dict)
-    timings: dict = field(default_factory=dict)  # seconds of each part
-
-
-def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
-    """Load what a run needs, the quickest to fail first: policy, tokenizer, classifier, splits, and their origin."""
-    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
-    print(yaml.safe_dump(changed, sort_keys=False), end="")
-    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
-    trained_on = not (config.eval_dataset_name and config.evaluates_only)
-    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
-    commits = {name: contents_of(getattr(config, name), name) for name in named}
-    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
-    evaluated, held_out = None, config.eval_dataset_name
-    if held_out:
-        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, parts))
-    elif os.path.isdir(config.dataset_name):
-        evaluated = load_dialogues(config.dataset_name, config, split="test")
-    rows = load_dialogues(config.dataset_name, config) if trained_on else None
-    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
-    if not has_summaries and config.summary_column != DetoxConfig.summary_column:
-        names = " ".join(config.summary_columns)
-        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
-    policy, tokenizer = load_policy(config, device, dtype)
-    set_threads(policy)
-    print_parameters(policy)
-    classifier = ToxicityClassifier(config, device)
-    print_examples(classifier)
-    splits = build_dataset(rows, tokenizer, config, evaluated)
-    check_lengths(policy, splits, classifier.max_length, config)
-    if config.ptx_coef and config.max_ppo_steps:
-        check_summaries(classifier, splits["train"], config)
-    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
-    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
-    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return policy, tokenizer, classifier, splits, {"commits": commits, "dataset_fingerprint": fingerprint}
-
-
-@contextmanager
-def own_settings():
-    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
-    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
-
-
-def steps_of(desc: str, done: int, last: int, stop: StopSignals):
-    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
-    stop.in_step = True
-    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
-    for step in bar:
-        yield step, bar
-    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
-    if agreed:
-        raise Stopped
 
 
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
     """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
 
     Returns the contents of results.json; "base" in it is the start before SFT. After SFT without PPO steps
-    "after" is "before"; where nothing is trained, "before" is the bare base. Raises UserError, and Stopped at a
-    signal: what was done so far is then in a checkpoint.
+    "after" is "before". Without SFT and PPO steps it is an evaluation alone: see evaluate_adapter. Raises UserError,
+    and Stopped at a signal: what was done so far is then in a checkpoint.
     """
     with own_settings(), lock_directories(config):
+        if not (config.sft_steps or config.max_ppo_steps):
+            return evaluate_adapter(config)
         return run_locked(config, stop or StopSignals())
 
 
@@ -1630,27 +1244,21 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     writes = processes.is_main_process  # one process writes, for all
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
-    checkpoint = checkpoints.load() if config.resume and not config.evaluates_only else None
+    checkpoint = checkpoints.load() if config.resume else None
     checkpoints.check(checkpoint, config)
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
-    policy, tokenizer, classifier, splits, origin = load_everything(config, device, dtype)
-    train, count = splits["train"], len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    policy, tokenizer, classifier, train, evaluated, origin = load_everything(config, device, dtype)
     state = init_or_restore(checkpoint, config, origin, policy)
-    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
-        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     if checkpoint and writes:  # all have read theirs
         checkpoints.prune(config.save_total_limit)
-    trained = [] if config.evaluates_only else train["dialogue"]
-    shared = overlap(trained, evaluated["dialogue"])
-    for text in overlap_warnings(shared).values():
-        print_wrapped(f"  warning, {text}")
+    state.overlap = overlap(train["dialogue"], evaluated["dialogue"])
+    warn(state, overlap_warnings(state.overlap))
     human = measure_human(classifier, tokenizer, evaluated, config)
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
-    begun, earlier = state.step, state.timings.get("total", 0.0)
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
+    begun, started = state.step, started - state.timings.get("total", 0.0)  # seconds before a resume count
 
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
@@ -1661,17 +1269,15 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         """Write a checkpoint where one is due or the run is to stop; then stop."""
         stopping = stop.agreed()
         if (due or stopping) and writes:
-            state.timings["total"] = earlier + time.perf_counter() - started
+            state.timings["total"] = time.perf_counter() - started
             checkpoints.save(policy, optimizer, state)
         if stopping:
             raise Stopped
 
     # Measure the start
     if state.phase == "start":
-        # Where nothing is trained, the bare base is compared with the adapter.
-        with policy.model.disable_adapter() if config.evaluates_only else nullcontext():
-            evaluate_now("base" if config.sft_steps else "before")
-        if writes and not config.evaluates_only:  # only now is anything of an earlier run replaced
+        evaluate_now("base" if config.sft_steps else "before")
+        if writes:  # only now is anything of an earlier run replaced
             checkpoints.prune(0)
         state.phase = "sft" if config.sft_steps else "ppo"
     if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
@@ -1694,7 +1300,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         copy_to_reference(policy.model)
         evaluate_now("before")
         state.phase = "ppo"
-    if writes and not config.evaluates_only and (start := start_directory(config)):
+    if writes and (start := start_directory(config)):
         save_adapter(policy, model_dir / start, "reference")
 
     # Train
@@ -1702,10 +1308,9 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.learning_rate)
     if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if not state.step and not config.evaluates_only:
+    if not state.step:
         keep(True)
-    path = output_dir / "metrics.jsonl" if writes and not config.evaluates_only else os.devnull
-    log = open(path, "w", encoding="utf-8", buffering=1)
+    log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
     for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
         batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
@@ -1717,9 +1322,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         if not skipped:
             state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             print_step(metrics, config, bar)
-            for kind, text in new_warnings(state, config, human_length).items():
-                state.warnings[kind] = text
-                print_wrapped(f"  warning, {text}")
+            warn(state, new_warnings(state, config, human_length))
             if step == begun + 1:
                 print_wrapped(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
@@ -1732,35 +1335,58 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     log.close()
 
     # Measure what a user will load: the files on disk, not the weights in memory
-    if writes and not config.evaluates_only:
+    if writes:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
     state.evaluations["after"] = state.evaluations["before"]
-    if config.evaluates_only and config.adapter_name:
-        evaluate_now("after")
     if config.max_ppo_steps:
         policy.model.load_adapter(model_dir / "adapter", adapter_name="saved", torch_device=str(device))
         with policy.as_adapter("saved"):
             evaluate_now("after")
-
-    # Report
-    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
-    measured = build_results(tables, human, evaluated, state, config)
-    measured["overlap"] = shared
-    measured["warnings"] |= overlap_warnings(shared)
-    results = {"config": state.config, "environment": environment(config, device, dtype, origin)} | measured
-    results["timings"] = state.timings | {"total": earlier + time.perf_counter() - started}
-    if writes:
-        write_report(config, results, state.history, evaluated, tables)
-        finish_tracker(tracker, measured, state.step)
-        if config.hub_model_id:
-            publish(config, model_dir)
-        if config.dynamodb_table:
-            upload_comparison(config.dynamodb_table, output_dir, config.prompt)
-    return results
+    state.timings["total"] = time.perf_counter() - started
+    return report(config, policy, state, evaluated, human, tracker)
 
 
 # === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
+
+
+# --- Evaluation alone: the base model and an adapter, nothing is trained ---------------------------------------------
+
+
+def evaluate_adapter(config: DetoxConfig) -> dict:
+    """A run without training: measure the base model ("before") and its adapter ("after"), and write the report.
+
+    Without an adapter "after" is "before". Returns the contents of results.json.
+    """
+    started = time.perf_counter()
+    if config.hub_model_id:
+        raise UserError(f"--hub_model_id {config.hub_model_id}: nothing is trained")
+    Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit).check(None, config)
+    if trained_in(Path(config.output_dir)):
+        raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
+    device, dtype = resolve_device(config)
+    tracker = start_tracker(config)
+    policy, tokenizer, classifier, _, evaluated, origin = load_everything(config, device, dtype, trains=False)
+    state = init_or_restore(None, config, origin, policy)
+    state.overlap = overlap([], evaluated["dialogue"])
+    warn(state, overlap_warnings(state.overlap))
+    human = measure_human(classifier, tokenizer, evaluated, config)
+    print_means("of the human summaries", human)
+    state.timings["load"] = time.perf_counter() - started
+
+    def evaluate_now(when):
+        with timed(state.timings, f"evaluate_{when}"):
+            tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
+        del tables["sampled"]["kl"]  # to the frozen copy of the adapter, which is no reference here
+        state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
+
+    with policy.model.disable_adapter():
+        evaluate_now("before")
+    state.evaluations["after"] = state.evaluations["before"]
+    if config.adapter_name:
+        evaluate_now("after")
+    state.timings["total"] = time.perf_counter() - started
+    return report(config, policy, state, evaluated, human, tracker)
 
 
 # --- Reading files and datasets --------------------------------------------------------------------------------------
@@ -2068,6 +1694,137 @@ def load_tokenizer(name: str, model, *needed: str):
     return tokenizer
 
 
+def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
+    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
+    itself adds them.
+
+    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
+    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
+    """
+    encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = []
+    for row, mask in enumerate(encoded.pop("special_tokens_mask")):
+        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+    return rows
+
+
+def token_ids(tokenizer, texts: list[str], **kwargs) -> list[list[int]]:
+    return [row["input_ids"] for row in tokenize(tokenizer, texts, **kwargs)]
+
+
+def plain_texts(tokenizer, responses: Responses) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)]
+
+
+def remove_dropout(config: transformers.PreTrainedConfig) -> None:
+    """Set dropout_rate, attention_dropout, decoder_layerdrop and so on to 0, in nested configurations too."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            remove_dropout(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
+def load_base(name: str, device: torch.device, dtype: torch.dtype):
+    """Load an encoder-decoder, frozen and without dropout, and its tokenizer."""
+    with as_user_error(name, "model_name"):
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if not model_config.is_encoder_decoder:
+            raise ValueError("expected an encoder-decoder, such as a T5")
+        remove_dropout(model_config)
+        base = load_model(AutoModelForSeq2SeqLM, name, device, config=model_config, dtype=dtype)
+        tokenizer = load_tokenizer(name, base, "pad_token", "eos_token")
+        model_config = base.config
+        model_config.pad_token_id, model_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if getattr(model_config, "decoder_start_token_id", None) is None:
+            model_config.decoder_start_token_id = base.generation_config.decoder_start_token_id
+        if model_config.decoder_start_token_id is None:  # T5Gemma has none
+            model_config.decoder_start_token_id = getattr(getattr(model_config, "decoder", None), "bos_token_id", None)
+        if model_config.decoder_start_token_id is None:
+            raise ValueError("its config has no decoder_start_token_id")
+    return base.requires_grad_(False), tokenizer
+
+
+def load_classifier(name: str, device: torch.device):
+    """Load a classifier, frozen, and its tokenizer; also returns the most tokens that it reads."""
+    model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
+    model.to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(name, model, "pad_token")
+    settings = model.config
+    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
+    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 has it here
+    if settings.problem_type == "regression":
+        raise ValueError("it is a regression model, without probabilities of labels")
+    # Relative positions have no limit, but the attention has to fit in memory.
+    max_length = min(tokenizer.model_max_length, positions_of(model), 4096)
+    if max_length < 16:
+        raise ValueError(f"it reads only {max_length} tokens")
+    return model, tokenizer, max_length
+
+
+@torch.no_grad()
+def choose_padding(classifier: ToxicityClassifier) -> None:
+    """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
+    short = "I like you."
+    alone = classifier.tokenizer(short, return_tensors="pt").to(classifier.model.device)
+    expected = classifier.model(**{k: v for k, v in alone.items() if k in classifier.inputs}).logits[0].float().cpu()
+    own_side = classifier.tokenizer.padding_side
+    for classifier.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+        padded = classifier.logits([short, " ".join([short] * 5)])[0]
+        if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
+            return
+    change = (padded - expected).abs().max()
+    raise ValueError(f"padding changes its logits, by {change:.2g}, on either side; use another classifier")
+
+
+def label_index(classifier: ToxicityClassifier, option_name: str, config: DetoxConfig) -> int:
+    """The index of the label that an option gives."""
+    label, way = getattr(config, option_name), ""
+    if label not in classifier.labels:
+        if option_name == "reward_label":
+            way = "; with None the score is minus the logit of toxic_label"
+        name, known = classifier.model.name_or_path, ", ".join(classifier.labels)
+        raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {known}{way}")
+    return classifier.labels.index(label)
+
+
+class Toxicity(evaluate.Measurement):
+    """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
+
+    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
+    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    """
+
+    def __init__(self, classifier: ToxicityClassifier):
+        super().__init__(keep_in_memory=True)
+        self.classifier = classifier
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string")})
+        return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
+
+    def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
+        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
+            if given not in known:
+                raise ValueError(f"{given!r} is not one of {known}")
+        toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
+        if aggregation == "ratio":
+            return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
+        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
+
+
+def print_examples(classifier: ToxicityClassifier) -> None:
+    """Score the two example sentences of the published notebooks, for a check by eye."""
+    for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
+        logits = classifier.logits([text])
+        probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
+        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
+        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
+        print(f", reward {classifier.score(logits).item():.4f}")
+
+
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -2129,6 +1886,56 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
     return model
 
 
+def starting_adapter(base, config: DetoxConfig) -> peft.PeftModel:
+    """Put the adapter that adapter_name gives, or a new one, on the base; print the layers that it adapts."""
+    if config.adapter_name:
+        with as_user_error(config.adapter_name, "adapter_name"):
+            model = load_adapter(base, config.adapter_name, config.model_name)
+    else:
+        model = new_adapter(base, config)
+    layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
+    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    return model
+
+
+def idle_layers(policy: Policy) -> list[str]:
+    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
+    learning = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            layer, _, lora = name.partition(".lora_")
+            has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
+            learning[layer] = learning.get(layer, False) or has_gradient
+    return [layer for layer, learns in learning.items() if not learns]
+
+
+def check_policy(policy: Policy, tokenizer, config: DetoxConfig) -> None:
+    """Raise a UserError if nothing would be trained, some layer would learn nothing, or some dropout stays on."""
+    if not any(parameter.requires_grad for parameter in policy.model.parameters()):
+        raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
+    with as_user_error(config.model_name, "model_name"):  # does this family of models compute its logits as others do?
+        (ids,), device = token_ids(tokenizer, ["Hello! How are you?"]), policy.device
+        probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
+        expected, _ = policy.logprobs_and_values(probe)
+        with policy.learning(dropout=False):
+            logprobs, values = policy(probe)
+            (logprobs + values).sum().backward()
+        if (change := (logprobs - expected).abs().max()) > 1e-3:
+            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
+    if idle := idle_layers(policy):
+        source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
+        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
+    policy.zero_grad()
+
+
+def check_finite(table: pd.DataFrame, policy: Policy, config: DetoxConfig) -> None:
+    """Raise a UserError if an evaluation's KL or rewards are not finite."""
+    for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
+        if column in table and not np.isfinite(table[column]).all():
+            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
+            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
+
+
 def cpu_quota() -> float:
     """How many CPUs a container may use at a time, by version 2 or 1 of Linux's cgroups; infinity without a limit."""
     groups = Path("/sys/fs/cgroup")
@@ -2179,6 +1986,17 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
             raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
 
 
+def check_summaries(classifier, train, config: DetoxConfig) -> None:
+    """Raise a UserError if there is no clean human summary for the loss of ptx_coef."""
+    texts = [text for text in train["summary"] if text]
+    for start in range(0, len(texts), config.batch_size):
+        if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
+            return
+    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
+    hint = "Set it to 0, or give other dialogues with --dataset_name"
+    raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
+
+
 def positions_of(model) -> float:
     """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
     config = model.config.get_text_config()
@@ -2217,7 +2035,186 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
+def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
+    """Load what a run needs, the quickest to fail first.
+
+    Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
+    """
+    changed = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(DetoxConfig, name)}
+    print(yaml.safe_dump(changed, sort_keys=False), end="")
+    print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
+    trained_on = trains or not config.eval_dataset_name
+    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
+    commits = {name: contents_of(getattr(config, name), name) for name in named}
+    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
+    evaluated, held_out = None, config.eval_dataset_name
+    if held_out:
+        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
+        evaluated = next(filter(None, parts))
+    elif os.path.isdir(config.dataset_name):
+        evaluated = load_dialogues(config.dataset_name, config, split="test")
+    rows = load_dialogues(config.dataset_name, config) if trained_on else None
+    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
+    if not has_summaries and config.summary_column != DetoxConfig.summary_column:
+        names = " ".join(config.summary_columns)
+        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
+    policy, tokenizer = load_policy(config, device, dtype)
+    set_threads(policy)
+    print_parameters(policy)
+    classifier = ToxicityClassifier(config, device)
+    print_examples(classifier)
+    splits = build_dataset(rows, tokenizer, config, evaluated)
+    check_lengths(policy, splits, classifier.max_length, config)
+    if config.ptx_coef and config.max_ppo_steps:
+        check_summaries(classifier, splits["train"], config)
+    texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
+    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
+    fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    count = len(splits["test"])
+    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    origin = {"commits": commits, "dataset_fingerprint": fingerprint}
+    return policy, tokenizer, classifier, splits["train"], evaluated, origin
+
+
+# --- Micro-batches and several processes -----------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the duration of a block, in seconds, to seconds[name]."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def padded_width(lengths: Iterable[int]) -> int:
+    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
+    return -(-max(map(int, lengths)) // 16) * 16
+
+
+def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
+    """Split rows into groups of similar length (tokens), one forward pass each.
+
+    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
+    those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
+    and on a GPU, which needs large groups.
+    """
+    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
+    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
+    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    logits = logits or [0] * len(lengths)
+    groups = []
+    for row in sorted(map(int, rows), key=lambda row: lengths[row]):
+        group = [*groups[-1], row] if groups else []
+        most_logits = max((logits[i] for i in group), default=0)
+        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
+    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
+    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
+    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
+    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
+    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
+
+
+def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
+    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
+    state = PartialState()
+    return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
+
+
+def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
+    """Gather a column (b, ...) of each process's rows (equally many) into the batch's (B, ...), padded with 0."""
+    order = gather(torch.tensor(rows, device=column.device))
+    return gather(pad_across_processes(column, dim=1))[order.argsort()]
+
+
+def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
+    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
+    rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
+    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
+    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
+    return [by_row[row] for row in range(len(texts))]
+
+
+def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
+    """Add up the gradients of all processes in place; returns the sum of their stats."""
+    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if PartialState().num_processes == 1:
+        return stats
+    gradients = [parameter.grad for parameter in parameters]
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
+    nn.utils.vector_to_parameters(summed, gradients)
+    total = Counter()
+    for part in gather_object([stats]):
+        total.update(part)
+    return total
+
+
+# --- Words and characters of any language ----------------------------------------------------------------------------
+
+
+# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
+
+
+def split_words(text: str) -> list[str]:
+    """The words between spaces, lower-case; in a script without spaces each character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
+    return UNSPACED.sub(r" \g<0> ", text).split()
+
+
+class RougeTokenizer:
+    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
+
+    stem = staticmethod(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = regex.findall(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*", " ".join(split_words(text)))
+        return [self.stem(word) if len(word) > 3 else word for word in words]
+
+
+def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
+    """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
+    counts = np.zeros((len(texts), buckets), dtype=np.float32)
+    for row, text in enumerate(texts):
+        codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+        grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
+        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
+        hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
+        hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
+        found, times = np.unique(hashed, return_counts=True)
+        counts[row, found] = 1 + np.log(times)
+    return counts
+
+
 # --- Report: what a run leaves behind --------------------------------------------------------------------------------
+
+
+SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
+
+
+def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
+    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
+
+    human_length is the mean length of the human summaries in tokens, where there are any.
+    """
+    faults = []
+    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
+    for name, wording, least in leasts:
+        if name in before and after[name] < least * before[name]:
+            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
+    if after["length"] < min(SHORT * before["length"], human_length):
+        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
+    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
+        if after[name] > before[name] + 0.1:
+            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
+    return faults
 
 
 def step_warnings(history: list[dict], config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
@@ -2259,6 +2256,13 @@ def step_warnings(history: list[dict], config: DetoxConfig, human_length: float 
     return {kind: text for kind, (holds, text) in warned.items() if holds}
 
 
+def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
+    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
+    trained, counts = set(train), Counter(evaluated)
+    also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
+    return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
+
+
 def overlap_warnings(shared: dict[str, int]) -> dict[str, str]:
     """Why the evaluated dialogues are not held out, or the interval is too narrow; shared is overlap's."""
     warned, among = {}, f"of the {shared['n']} evaluated dialogues"
@@ -2287,6 +2291,13 @@ def new_warnings(state: RunState, config: DetoxConfig, human_length: float = mat
     history = [line for line in state.history if not line["ppo/skipped_steps"]]
     warned = step_warnings(history, config, human_length)
     return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
+
+
+def warn(state: RunState, texts: dict[str, str]) -> None:
+    """Print warnings, by kind, and keep them for the report."""
+    state.warnings |= texts
+    for text in texts.values():
+        print_wrapped(f"  warning, {text}")
 
 
 def minutes_left(state: RunState, config: DetoxConfig) -> float:
@@ -2357,6 +2368,7 @@ def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, con
         says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
         way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
         warned["judge"] = f"{says}. {way}"
+    results["overlap"] = state.overlap
     return results
 
 
@@ -2689,8 +2701,28 @@ def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples
     )
 
 
-def write_report(config: DetoxConfig, results: dict, history: list[dict], evaluated, tables: dict[str, dict]) -> None:
-    """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there."""
+def report(config: DetoxConfig, policy: Policy, state: RunState, evaluated, human: pd.DataFrame, tracker) -> dict:
+    """Compute the results and, in one process, write and publish them; returns the contents of results.json."""
+    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
+    with timed(state.timings, "total"):
+        measured = build_results(tables, human, evaluated, state, config)
+    results = {"config": state.config, "environment": environment(config, policy, state.origin)}
+    results |= measured | {"timings": state.timings}
+    if PartialState().is_main_process:
+        write_report(config, results, state, evaluated, tables)
+        finish_tracker(tracker, measured, state.step)
+        if config.hub_model_id:
+            publish(config, Path(config.model_dir or config.output_dir))
+        if config.dynamodb_table:
+            upload_comparison(config.dynamodb_table, config.output_dir, config.prompt)
+    return results
+
+
+def write_report(config: DetoxConfig, results: dict, state: RunState, evaluated, tables: dict[str, dict]) -> None:
+    """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there.
+
+    What was not trained has no card.
+    """
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     before, after = tables["before"], tables["after"]
     comparison = build_comparison(evaluated, before, after)
@@ -2701,8 +2733,8 @@ def write_report(config: DetoxConfig, results: dict, history: list[dict], evalua
     table = results_table(results)
     draw_toxicity(table, before, after).savefig(output_dir / "toxicity.png", dpi=120)
     files = f"{output_dir}/results.json"
-    if not config.evaluates_only:
-        draw_training(history).savefig(output_dir / "training.png", dpi=120)
+    if state.phase != "start":
+        draw_training(state.history).savefig(output_dir / "training.png", dpi=120)
         for name in ("toxicity.png", "training.png"):  # where the card shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
         card = model_card(config, results, table, examples)
@@ -2772,16 +2804,16 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
     print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
 
 
-def environment(config: DetoxConfig, device, dtype, origin: dict) -> dict:
+def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:
     """What the figures depend on beside the options."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package.__name__: package.__version__ for package in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "num_processes": PartialState().num_processes,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(policy.base.dtype).removeprefix("torch."),
         "seed": config.seed,
         **origin,
     }
@@ -2794,6 +2826,24 @@ def environment(config: DetoxConfig, device, dtype, origin: dict) -> dict:
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
     report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
 MAY_CHANGE += FROM_HUB
+
+
+@dataclasses.dataclass
+class RunState:
+    """All that the next step depends on, but for the weights and the optimizer."""
+
+    config: dict
+    origin: dict  # of models and data: commits, dataset_fingerprint
+    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
+    sft_step: int = 0
+    step: int = 0  # of PPO
+    kl_coef: float = 0.0
+    skipped_in_row: int = 0
+    history: list = field(default_factory=list)  # a dict of metrics a PPO step
+    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
+    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
+    warnings: dict = field(default_factory=dict)
+    timings: dict = field(default_factory=dict)  # seconds of each part
 
 
 class Stopped(BaseException):
@@ -2818,17 +2868,49 @@ class StopSignals:
         return received is not None
 
 
+@contextmanager
+def own_settings():
+    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
+
+
+def steps_of(desc: str, done: int, last: int, stop: StopSignals):
+    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
+    stop.in_step = True
+    bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
+    for step in bar:
+        yield step, bar
+    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    if agreed:
+        raise Stopped
+
+
 def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
     """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
-    if not checkpoint:
-        return RunState(options, origin, kl_coef=config.init_kl_coef)
-    state = dataclasses.replace(checkpoint["state"], config=options)
-    was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
-    names = sorted((was.keys() | now.keys()) - {"commits"})
-    if changed := [name for name in names if was.get(name) != now.get(name)]:
-        raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
-    policy.load_state_dict(checkpoint["weights"], strict=False)
+    state = RunState(options, origin, kl_coef=config.init_kl_coef)
+    if checkpoint:
+        state = dataclasses.replace(checkpoint["state"], config=options)
+        was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
+        names = sorted((was.keys() | now.keys()) - {"commits"})
+        if changed := [name for name in names if was.get(name) != now.get(name)]:
+            raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
+        policy.load_state_dict(checkpoint["weights"], strict=False)
+    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
+        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
     return state
 
 
@@ -2879,16 +2961,18 @@ class Checkpoints:
         self.damaged = []
 
     def load(self) -> dict | None:
-        """The newest whole one; each damaged one that is passed over is told."""
+        """The newest valid one. Each that is corrupt or of another version of the script is reported and skipped."""
         for path in self.paths():
             with as_user_error(str(path), "resume"):  # a disk that fails may come back: that is no damage
-                content = path.read_bytes()
+                content, fault = path.read_bytes(), "it is damaged"
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-                    print(f"going on from {path}")
                     checkpoint = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
-                    return checkpoint | {"state": RunState(**checkpoint["state"])}
+                    if checkpoint["state"].keys() == {entry.name for entry in dataclasses.fields(RunState)}:
+                        print(f"going on from {path}")
+                        return checkpoint | {"state": RunState(**checkpoint["state"])}
+                    fault = "another version of this script wrote it"
             self.damaged.append(path)
-            print(f"warning: {path} is not used: it is damaged")
+            print(f"warning: {path} is not used: {fault}")
         # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
         print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
         return None
@@ -2903,8 +2987,6 @@ class Checkpoints:
                 raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
             if step > config.max_ppo_steps:
                 raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
-        elif config.evaluates_only and trained_in(Path(config.output_dir)):
-            raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
             begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
             raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
@@ -2986,6 +3068,12 @@ KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, 
     "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
     r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
 }
+
+
+PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
+
+
+TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
 class UserError(Exception):
@@ -3154,6 +3242,9 @@ def unknown_option(given: str) -> str:
     return f"unknown option: {given} ({hint})"
 
 
+SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
+
+
 def options_of_the_job() -> dict:
     """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
     places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
@@ -3167,6 +3258,29 @@ def options_of_the_job() -> dict:
         synced = SAGEMAKER / "checkpoints"
         options |= {"resume": True, "checkpoint_dir": str(synced) if synced.is_dir() else None}
     return options
+
+
+def check_options(config: DetoxConfig) -> None:
+    """Check combinations of options."""
+    if config.eval_samples == 0:
+        raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
+    if config.toxic_label == config.reward_label:
+        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from reward_label")
+    if config.prompt.count("{dialogue}") != 1:
+        raise UserError(f"--prompt {config.prompt!r}: it should contain {{dialogue}} once")
+    if config.judge_model_name == config.reward_model_name:
+        raise UserError(
+            f"--judge_model_name {config.judge_model_name}: it is also the reward model; give another classifier"
+        )
+    if config.hub_model_id and "/" not in config.hub_model_id:
+        raise UserError(f"--hub_model_id {config.hub_model_id}: it should be OWNER/NAME")
+    for kind in ("input_{}_text_length", "output_{}_length"):
+        low, high = kind.format("min"), kind.format("max")
+        if getattr(config, low) >= getattr(config, high):
+            raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
+    if config.batch_size % config.mini_batch_size:
+        sizes = f"--batch_size {config.batch_size} is not a multiple of --mini_batch_size {config.mini_batch_size}"
+        raise UserError(sizes)
 
 
 def parse_config(args: list[str]) -> DetoxConfig:

@@ -1,6 +1,6 @@
-"""The real command line, with a note of its process and of what it sampled.
+"""The real command line, with a note of its process, of what it sampled and of what its classifiers scored.
 
-python tests/noted_run.py DIRECTORY ARGUMENTS       # leaves process.RANK and sampled.RANK.jsonl in the directory
+python tests/noted_run.py DIRECTORY ARGUMENTS   # leaves process.RANK, sampled.RANK.jsonl and scored.RANK.jsonl there
 """
 
 import json
@@ -16,6 +16,7 @@ import detox_ppo  # noqa: E402
 def note(directory):
     """Prepare a run: see forks."""
     rank, sample = os.environ.get("RANK", 0), detox_ppo.generate
+    logits = detox_ppo.ToxicityClassifier.logits
     (Path(directory) / f"process.{rank}").write_text(str(os.getpid()))
 
     def noted(policy, prompts, *args):
@@ -27,7 +28,12 @@ def note(directory):
                 print(json.dumps([prompt, tokens[:length]]), file=file)
         return responses
 
-    detox_ppo.generate = noted
+    def noted_logits(classifier, texts, *args):
+        with open(Path(directory) / f"scored.{rank}.jsonl", "a") as file:
+            file.writelines(json.dumps(text) + "\n" for text in texts)
+        return logits(classifier, texts, *args)
+
+    detox_ppo.generate, detox_ppo.ToxicityClassifier.logits = noted, noted_logits
 
 
 if __name__ == "__main__":

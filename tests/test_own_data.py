@@ -1,5 +1,6 @@
 """Data as people have it, the evaluation alone, and what becomes of the result: own files, own adapter, the hub."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -175,9 +176,13 @@ def test_each_form_gives_the_same_rows(kind, tmp_path):
         assert (test and test.to_list()) == (EXPECTED[:1] if "splits" in kind else None)
 
 
-def test_a_dataset_in_place_of_its_name(tmp_path):
+def test_a_dataset_in_place_of_its_name(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *args, **kwargs: at_exit.append(functools.partial(*args, **kwargs)))
     config = DetoxConfig(dataset_name=datasets.Dataset.from_list(ROWS))
     assert load_dialogues(config.dataset_name).to_list() == EXPECTED
+    at_exit[0]()
+    assert not Path(config.dataset_name).exists()
     assert DetoxConfig(dataset_name=tmp_path).dataset_name == str(tmp_path)
 
 
@@ -325,6 +330,7 @@ def test_dialogues_that_are_trained_on_and_evaluated_are_counted(ran, dialogues,
     assert results["overlap"] == {"n": 3, "also_trained": 3, "duplicates": 1}
     assert "3 of the 3 evaluated dialogues are also trained on" in results["warnings"]["overlap"]
     assert "1 of the 3 evaluated dialogues" in results["warnings"]["duplicates"]
+    assert list(detox_ppo.Checkpoints(tmp_path / "out", 1).load()["state"].warnings)[:2] == ["overlap", "duplicates"]
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (card, printed):
         assert "3 of the 3 evaluated dialogues are also trained on" in text
@@ -395,9 +401,11 @@ def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, ca
     "options, why",
     [({"hub_model_id": "clean"}, "OWNER/NAME"), ({"hub_model_id": "me/it", "max_ppo_steps": 0}, "nothing is trained")],
 )
-def test_what_could_not_be_published_is_refused_at_once(small_config, options, why):
+def test_what_could_not_be_published_is_refused_at_once(small_config, options, why, monkeypatch, tmp_path):
+    monkeypatch.setattr(detox_ppo, "load_policy", lambda *_: pytest.fail("it loads first"))
     with pytest.raises(UserError, match=f"^--hub_model_id {options['hub_model_id']}: .*{why}"):
-        small_config(**options)
+        detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_s_contents_are_the_files_beside_its_config(tiny, tmp_path):

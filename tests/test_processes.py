@@ -130,8 +130,10 @@ def run_by_one_and_two(forked, args, base):
 
 
 @pytest.fixture(scope="module")
-def ended(small_arguments, forked, tmp_path_factory):
+def ended(small_arguments, forked, tiny, tmp_path_factory):
     """A run with all its stages, by one process and by two."""
+    base = tmp_path_factory.mktemp("ended")
+    shutil.copytree(tiny / "classifier", base / "judge")
     args = small_arguments(
         adapter_name="",
         lora_dropout=0,  # each process would have its own
@@ -146,8 +148,10 @@ def ended(small_arguments, forked, tmp_path_factory):
         save_steps=2,
         save_total_limit=9,
         report_to="tensorboard",
+        judge_model_name=base / "judge",
+        judge_label="hate",
     )
-    return run_by_one_and_two(forked, args, tmp_path_factory.mktemp("ended"))
+    return run_by_one_and_two(forked, args, base)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, tmp_path):
@@ -270,6 +274,21 @@ def test_two_processes_share_the_encoder_states_and_the_human_summaries(small_ar
     adapters = [load_file(path / "run" / "adapter" / "adapter_model.safetensors") for path in (one, two)]
     for name, tensor in adapters[0].items():
         assert (tensor - adapters[1][name]).norm() < 1e-2 * tensor.norm(), name
+
+
+def test_each_text_is_scored_by_one_process(ended):
+    """Dialogues once; human summaries twice, by the classifier and by the judge."""
+    for directory in ended.values():
+        files = sorted(directory.glob("scored.*.jsonl"))
+        shares = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        rows = pd.read_csv(directory / "run" / "comparison.csv", dtype=str)
+        for texts, times in ((rows["dialogue"], 1), (rows["human_summary"], 2)):
+            counts = [sum(share.count(text) for text in texts) for share in shares]
+            assert sum(counts) == times * len(texts) and min(counts) > 0
+    judged = [pd.read_csv(path / "run" / "comparison.csv").filter(like="judge") for path in ended.values()]
+    assert judged[0].shape == (5, 4) and judged[1].to_numpy() == pytest.approx(judged[0].to_numpy(), abs=1e-3)
+    human = [json.loads((path / "run" / "results.json").read_text())["human"] for path in ended.values()]
+    assert human[0]["judge_toxicity"]["mean"] == pytest.approx(human[1]["judge_toxicity"]["mean"], abs=1e-5)
 
 
 def test_one_process_speaks_and_writes(ended):

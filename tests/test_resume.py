@@ -100,6 +100,19 @@ def test_every_damage_is_found(tmp_path, capsys):
     assert told.count("checkpoint-0.pt is not used: it is damaged\n") == len(damaged)
 
 
+def test_a_checkpoint_of_another_version_is_reported_and_skipped(tmp_path, capsys):
+    """As one from before the field `phase`, which its default would make the start of a run."""
+    checkpoints = detox_ppo.Checkpoints(tmp_path, limit=2)
+    policy = SimpleNamespace(adapters=lambda: {"lora": torch.arange(4.0)})
+    for step in (1, 2):
+        state = detox_ppo.RunState({}, {}, phase="ppo", step=step)
+        if step == 2:
+            del state.phase
+        checkpoints.save(policy, torch.optim.Adam([torch.zeros(1)]), SimpleNamespace(**vars(state)))
+    assert checkpoints.load()["state"].step == 1
+    assert "checkpoint-2.pt is not used: another version of this script wrote it" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, undisturbed, capsys, monkeypatch):
     """The disk may come back; what is damaged is replaced."""
     (copy / "run" / "checkpoint-7.pt").mkdir()  # no permission binds whoever runs this as root
