@@ -1,6 +1,6 @@
-"""The real command line, with a note of its process and of what it sampled.
+"""The real command, which also records its process ID and the tokens that it samples.
 
-python tests/noted_run.py DIRECTORY ARGUMENTS       # leaves process.RANK and sampled.RANK.jsonl in the directory
+python tests/noted_run.py DIRECTORY ARGUMENTS       # writes process.RANK and sampled.RANK.jsonl to the directory
 """
 
 import json
@@ -14,7 +14,7 @@ import detox_ppo  # noqa: E402
 
 
 def note(directory):
-    """Prepare a run: see forks."""
+    """Setup call of a run (see forks.py)."""
     rank, sample = os.environ.get("RANK", 0), detox_ppo.generate
     (Path(directory) / f"process.{rank}").write_text(str(os.getpid()))
 
