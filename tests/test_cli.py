@@ -645,9 +645,8 @@ def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classi
     assert len(pd.read_csv(directories["output_dir"] / "comparison.csv")) == 24
     files = {path.name for path in directories["output_dir"].iterdir()}
     assert files == {".lock", "results.json", "comparison.csv", "toxicity.png"}
-    assert (
-        not directories["model_dir"].exists() and not directories["checkpoint_dir"].exists()
-    )  # nothing is written to them
+    # unused directories are not created
+    assert not directories["model_dir"].exists() and not directories["checkpoint_dir"].exists()
 
 
 @pytest.fixture
