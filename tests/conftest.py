@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-# A test that reaches for the hub is to fail at once; tests of the hub start processes with settings of their own.
+# A test that tries to reach the hub must fail at once. Tests of the hub start processes with their own settings.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Models this small gain nothing from a second thread, and lose much to it where other processes are busy.
+# Models this small gain nothing from a second thread, and become much slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-# A shell that runs the tests in the background has Ctrl-C ignored, which every run would take over.
+# A shell that starts the tests in the background ignores Ctrl-C, and every run would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the modules under test are single files in the repository root
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """A process for each core, four at most; none but this for the tests of a single file, which one of them gets."""
+    """One process per core, at most four; no extra processes for a single file."""
     files = {argument.split("::")[0] for argument in config.args}
     return 0 if all(map(os.path.isfile, files)) and len(files) == 1 else min(4, len(os.sched_getaffinity(0)))
 
@@ -30,13 +30,13 @@ TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The bundled small world: base/, adapter/, classifier/, dialogues/train.csv and config.yaml."""
+    """The bundled toy example: base/, adapter/, classifier/, dialogues/train.csv and config.yaml."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def dialogues(tmp_path_factory):
-    """A directory with thirty of the bundled dialogues: to filter and tokenize all 2,000 takes longer than a run."""
+    """A directory with thirty of the bundled dialogues; preparing all 2,000 takes longer than a run."""
     import kill_points
 
     return kill_points.make_dialogues(tmp_path_factory.mktemp("data") / "dialogues")
@@ -44,7 +44,7 @@ def dialogues(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_arguments(tiny, dialogues):
-    """Command-line arguments of a small, exact run in the bundled world; keywords override single options."""
+    """Command-line arguments of a small, exact run on the toy example; keywords override options."""
 
     def arguments(**overrides):
         options = {
@@ -77,7 +77,7 @@ def small_config(small_arguments):
 
 @pytest.fixture(scope="module")
 def quick():
-    """Runs spend no time on what most tests don't look at: 10,000 resamples of four prompts, and pictures."""
+    """Runs skip slow parts that most tests do not check: 10,000 resamples of four prompts, and pictures."""
     import kill_points
 
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def quick():
 
 @pytest.fixture(scope="session")
 def load_small(small_config):
-    """Load a policy and its tokenizer in float32 on the CPU; for tests that change what they load."""
+    """Load a policy and its tokenizer in float32 on the CPU, for tests that modify them."""
     import torch
 
     import detox_ppo
@@ -95,7 +95,7 @@ def load_small(small_config):
     def load(dtype=torch.float32, **overrides):
         config = small_config(**overrides)
         policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), dtype)
-        # A new value head says 0 everywhere, which would hide a value in the wrong place.
+        # A new value head returns 0 everywhere, which would hide misplaced values.
         torch.nn.init.normal_(policy.value_head.summary.weight, std=0.05)
         return SimpleNamespace(config=config, policy=policy, tokenizer=tokenizer)
 
@@ -104,7 +104,7 @@ def load_small(small_config):
 
 @pytest.fixture(scope="session")
 def small(load_small):
-    """One policy and its tokenizer for all tests that leave them as they are."""
+    """A policy and its tokenizer, shared by the tests that do not modify them."""
     return load_small()
 
 
@@ -128,7 +128,7 @@ def splits(small, tiny):
 
 @pytest.fixture(scope="session")
 def forked():
-    """Starts runs as processes of their own in no time: see forks.Server."""
+    """A server that starts runs quickly in separate processes: see forks.Server."""
     import forks
 
     with forks.Server() as server:
@@ -137,12 +137,12 @@ def forked():
 
 @pytest.fixture(scope="session")
 def undisturbed(forked, dialogues, tmp_path_factory):
-    """A run of seconds that tunes and trains, and that nobody stopped; left: all that it leaves."""
+    """A finished run of a few seconds with SFT and PPO; left: the content of its files."""
     import kill_points
 
     directory = tmp_path_factory.mktemp("undisturbed")
     args = kill_points.arguments(dialogues)
     run = forked.run(args, directory, [kill_points.FAST])
     assert run.code == 0, run.output
-    found = kill_points.left(directory / "run")
-    return SimpleNamespace(args=args, dialogues=dialogues, directory=directory, left=found)
+    files = kill_points.left(directory / "run")
+    return SimpleNamespace(args=args, dialogues=dialogues, directory=directory, left=files)

@@ -1,11 +1,11 @@
-"""Runs of detox_ppo.main in processes of their own, each forked from one that has imported it already.
+"""Run detox_ppo.main in separate processes, each forked from a server that has already imported it.
 
-An import takes longer than a small run, so a server imports once and forks. Runs are real processes: they can be
-killed, stopped by a signal, or started twice at once.
+An import takes longer than a small run, so the server imports once and forks. Runs are real processes: they can be
+killed, stopped by a signal, or run concurrently.
 
     with Server() as server:
-        run = server.start(["--seed", "1"], directory)      # in that directory; output goes to its file "output"
-        code = run.wait()                                   # exit code, or minus the signal that ended it
+        run = server.start(["--seed", "1"], directory)      # runs in that directory, prints to its file "output"
+        code = run.wait()                                   # exit code, or minus the number of the signal
 """
 
 import importlib
@@ -28,7 +28,7 @@ class Run:
         self.server, self.pid, self.directory, self.code = server, pid, Path(directory), None
 
     def wait(self) -> int:
-        # Asked again and again, so that threads can wait for several runs of one server.
+        # Polls, so that threads can wait for several runs of one server.
         while self.code is None:
             time.sleep(0.02)
             self.code = self.server.ask(poll=self.pid)
@@ -36,12 +36,12 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What it printed, stdout and stderr together."""
+        """stdout and stderr together."""
         return (self.directory / "output").read_text(encoding="utf-8", errors="replace")
 
     @property
     def error(self) -> str:
-        """The line that a failed run ends with."""
+        """The last line of output."""
         return self.output.splitlines()[-1]
 
 
@@ -73,7 +73,7 @@ class Server:
         """Start main(args) in a directory.
 
         Args:
-            prepare: calls to make first, as ["module:function", keyword arguments]; modules of this directory.
+            prepare: setup calls to make first, as ["module:function", keyword arguments]; modules in tests/.
             env: environment variables to set.
         """
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Server:
 
 
 def ranks(processes):
-    """The environment of each of some processes of a run, as a launcher sets it."""
+    """The environment variables that a launcher sets in each process of a run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -98,7 +98,7 @@ def ranks(processes):
 
 
 def child(args, directory, prepare, env):
-    """What a forked process does; gives its exit code."""
+    """Run the program in a forked process and return its exit code."""
     import detox_ppo
 
     os.chdir(directory)
@@ -117,7 +117,7 @@ def child(args, directory, prepare, env):
 
 
 def exit_code(program):
-    """Call it and give the exit code with which an interpreter would end."""
+    """Call a program and return the exit code that the interpreter would end with."""
     try:
         program()
         return 0
@@ -132,35 +132,35 @@ def exit_code(program):
 
 
 def sagemaker(root):
-    """Prepare a run: the container's /opt/ml is this directory."""
+    """Setup call of a run: use this directory as the container's /opt/ml."""
     import detox_ppo
 
     detox_ppo.SAGEMAKER = Path(root)
 
 
 def ignore(name):
-    """Prepare a run: it is to live on when it gets this signal."""
+    """Setup call of a run: ignore this signal."""
     signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def short_of_memory():
-    """Prepare a run: its first PPO step asks for more memory than any machine has."""
+    """Setup call of a run: its first PPO step allocates more memory than any machine has."""
     import torch
 
     import detox_ppo
 
     sample = detox_ppo.generate
 
-    def generate(policy, prompts, generators, caps):
-        if caps[0] != caps[1]:  # not in the evaluation
+    def generate(policy, prompts, generators, limits):
+        if limits[0] != limits[1]:  # not in the evaluation
             torch.empty(2**58)
-        return sample(policy, prompts, generators, caps)
+        return sample(policy, prompts, generators, limits)
 
     detox_ppo.generate = generate
 
 
 def mistaken(rank):
-    """Prepare a run: this one of several processes can't load its policy."""
+    """Setup call of a run: the process with this rank raises a user error."""
     import detox_ppo
 
     def load_policy(*_):
@@ -179,16 +179,16 @@ def serve():
 
     import detox_ppo  # noqa: F401
 
-    # What a first load imports and compiles is then done for all.
+    # Load once, so that the runs need not repeat what a first load imports and compiles.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    datasets.disable_progress_bars()  # what a run prints is then the same every time, but for its numbers
+    datasets.disable_progress_bars()  # their output is not deterministic
     tiny = HERE.parent / "checkpoints" / "tiny"
     AutoModelForSeq2SeqLM.from_pretrained(tiny / "base")
     AutoModelForSequenceClassification.from_pretrained(tiny / "classifier")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    gc.freeze()  # else every full collection of a child walks all that was imported
+    gc.freeze()  # otherwise every full collection of a child traverses all imported objects
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -197,7 +197,7 @@ def serve():
         else:
             answer = os.fork()
             if not answer:
-                # Without the pipes, so that the server's end is seen even while a run lives on.
+                # Close the pipes, so that the end of the server is noticed even while a run continues.
                 answers.close()
                 os.close(0)
                 os._exit(child(**request["start"]))

@@ -10,7 +10,7 @@ By hand, with random weights of the true shapes (1.5 GB of disk, under a minute)
     python tests/hub.py --full_size DIR --dialogues DIR_OF_CSV_OR_JSONL
 
 builds google/flan-t5-base, facebook/roberta-hate-speech-dynabench-r4-target and knkarthick/dialogsum under
-DIR, serves them, and prints the two lines to paste into the shell that is to use them.
+DIR, serves them, and prints two lines to paste into the shell that uses them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DIALOGUES = "knkarthick/dialogsum"
 ADAPTER = "example/summary-adapter"
 
 FAULTS = (None, "401", "404", "500", "half", "silent")
-LARGE = 8192  # bytes: "half" cuts files from this size on, so weights and tables break but configs arrive
+LARGE = 8192  # bytes: "half" truncates files from this size on, so weights and tables break but configs arrive
 DATE = "2024-01-01T00:00:00.000Z"  # the hub dates every commit; a constant keeps the answers deterministic
 
 FILE_URL = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -41,7 +41,7 @@ API_URL = re.compile(
 
 
 class Repository:
-    """The files of a directory under one commit, whose sha depends on their names and contents only."""
+    """The files of a directory under one commit, whose sha depends only on their names and contents."""
 
     def __init__(self, directory):
         self.files = {}  # path in the repository -> (local path, size, git blob id)
@@ -63,7 +63,7 @@ class Repository:
         return {str(parent) for name in self.files for parent in Path(name).parents if str(parent) != "."}
 
     def entry(self, name):
-        """The description of one file or folder in the words of the tree API."""
+        """The entry of a file or folder in the tree API."""
         if name in self.files:
             _, size, blob = self.files[name]
             entry = {"type": "file", "path": name, "size": size, "oid": blob}
@@ -73,7 +73,7 @@ class Repository:
         return entry | {"lastCommit": {"id": self.sha, "title": "stand-in", "date": DATE}}
 
     def info(self, kind, repo_id):
-        """What model_info and dataset_info read."""
+        """The answer to model_info and dataset_info."""
         about = {"id": repo_id, "sha": self.sha, "siblings": [{"rfilename": name} for name in self.files]}
         about |= {"tags": [], "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
         about |= {"lastModified": DATE, "createdAt": DATE}
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection of a client; `self.server.hub` is the StandInHub."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body leave in two writes, which Nagle would part by 40 ms
+    disable_nagle_algorithm = True  # head and body are two writes, which Nagle's algorithm would separate by 40 ms
 
     def do_GET(self):
         self.answer()
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         hub = self.server.hub
         hub.requests.append((self.command, self.path))
-        # Read even when nobody looks at it: what is left of a body would be taken for the next request.
+        # Always read the body: unread bytes would be parsed as the next request.
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
         url = urlsplit(self.path)
         if match := FILE_URL.fullmatch(url.path):
@@ -109,20 +109,20 @@ class Handler(BaseHTTPRequestHandler):
         repository = hub.repositories.get((kind, repo_id))
         fault = hub.fault if hub.only in (None, repo_id) and (hub.api or action == "resolve") else None
         if repository is None:
-            # Like the real hub, which tells nobody without a token whether a private repository exists.
+            # Like the real hub, which does not reveal without a token whether a private repository exists.
             status = 404 if "Authorization" in self.headers else 401
-            self.refuse(status, "RepoNotFound", "Repository not found")
+            self.send_failure(status, "RepoNotFound", "Repository not found")
         elif action != "refs" and revision not in ("main", repository.sha):
-            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self.send_failure(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif fault == "silent":
             self.close_connection = True
             hub.closing.wait()
         elif fault == "401":
-            self.refuse(401, None, "Invalid username or password.")
+            self.send_failure(401, None, "Invalid username or password.")
         elif fault == "500":
-            self.refuse(500, None, "Internal Error")
+            self.send_failure(500, None, "Internal Error")
         elif fault == "404":
-            self.refuse(404, "EntryNotFound", "Entry not found", repository.sha)
+            self.send_failure(404, "EntryNotFound", "Entry not found", repository.sha)
         elif action == "resolve":
             self.send_file(repository, name, fault)
         elif action == "tree":
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_tree(self, repository, folder, recursive):
         known = repository.folders()
         if folder and folder not in known:
-            return self.refuse(404, "EntryNotFound", "Entry not found", repository.sha)
+            return self.send_failure(404, "EntryNotFound", "Entry not found", repository.sha)
         inside = f"{folder}/" if folder else ""
         below = [name for name in sorted(repository.files.keys() | known) if name.startswith(inside)]
         if not recursive:
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, repository, name, fault):
         if name not in repository.files:
-            return self.refuse(404, "EntryNotFound", "Entry not found", repository.sha)
+            return self.send_failure(404, "EntryNotFound", "Entry not found", repository.sha)
 
         path, size, blob = repository.files[name]
         start, stop, status = 0, size, 200
@@ -166,8 +166,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if fault == "half" and size >= LARGE:
-            # Nothing past the middle ever leaves, whatever the range: clients resume where they were cut off,
-            # and half of each rest would add up to the whole file.
+            # Never send anything past the middle, whatever the range: clients resume where the transfer stopped,
+            # and half of each remainder would add up to the complete file.
             stop = min(stop, size // 2)
             self.close_connection = True
         with path.open("rb") as file:
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(chunk)
                 start += len(chunk)
 
-    def refuse(self, status, code, message, commit=None):
+    def send_failure(self, status, code, message, commit=None):
         headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
         self.send_json({"error": message}, status, {name: value for name, value in headers.items() if value})
 
@@ -196,16 +196,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args):
-        """Keep quiet: the hub records its requests."""
+        """Print nothing: the hub records its requests."""
 
 
 class StandInHub:
-    """A context manager that serves directories as hub repositories at `url` and notes its `requests`.
+    """A context manager that serves directories as hub repositories at `url` and records its `requests`.
 
-    `fault` breaks every request for a file (the API goes on answering): an HTTP status as text, "half", which sends
+    `fault` breaks every request for a file (the API still answers): an HTTP status as text, "half", which sends
     the first half of every file of at least LARGE bytes and hangs up, or "silent", which never answers. With `api`
-    the status or the silence meets every request; `only` is the one repository to break. All three may be set while
-    the hub is serving. Files are read when they are asked for, but commits and etags are those of the construction.
+    the fault breaks every request; `only` is the one repository to break. All three may be set while the hub is
+    serving. Files are read when they are requested, but commits and etags are computed at construction.
     """
 
     def __init__(self, models, datasets, fault=None, port=0):
@@ -231,7 +231,7 @@ class StandInHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        # The interval is what leaving the context may cost; the default is half a second.
+        # Leaving the context may take this interval; the default is half a second.
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -241,25 +241,25 @@ class StandInHub:
         self.server.server_close()
 
     def sha(self, repo_id):
-        """The commit of a served repository, whichever its kind."""
+        """The commit of a served model or dataset."""
         return next(repository.sha for (_, name), repository in self.repositories.items() if name == repo_id)
 
     def environment(self, home):
-        """Environment variables for a child process that is to use this hub, and `home` for its caches."""
+        """Environment variables for a child process that uses this hub, with its caches in `home`."""
         return hub_environment(self.url, home)
 
 
 def hub_environment(url, home):
-    """The caller's environment pointed at `url`, rid of hub settings of its own (token, offline, caches)."""
-    ours = ("HF_", "HUGGING", "TRANSFORMERS_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    # Without the last of these `datasets` counts its downloads at an address beyond HF_ENDPOINT's reach.
-    kept |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    return kept | {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    """The caller's environment without its hub settings (token, offline, caches) and with `url` as the hub."""
+    prefixes = ("HF_", "HUGGING", "TRANSFORMERS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    # Without the last one `datasets` reports its downloads to an address that HF_ENDPOINT does not change.
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    return environment | {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 def small_repositories(directory, tiny):
-    """(models, datasets) for StandInHub: the bundled small world `tiny` under the names of the full-size one.
+    """(models, datasets) for StandInHub: the bundled toy example `tiny` under the names of the full-size models.
 
     They are copies in `directory`, so that a test may change or remove their files.
     """
@@ -276,13 +276,13 @@ def read_dialogues(directory):
     for path in sorted(Path(directory).iterdir()):
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".jsonl":
-                found = [json.loads(line) for line in file if line.strip()]
+                records = [json.loads(line) for line in file if line.strip()]
             elif path.suffix == ".csv":
-                found = list(csv.DictReader(file))
+                records = list(csv.DictReader(file))
             else:
                 continue
-        for row in found:
-            # As published, files name the row "fname" and give a test dialogue three summaries and topics.
+        for row in records:
+            # The published files name the row "fname" and have three summaries and topics per test dialogue.
             name = row.get("id") or row["fname"]
             summary, topic = (row.get(key) or row.get(f"{key}1") for key in ("summary", "topic"))
             rows.append({"id": name, "dialogue": row["dialogue"], "summary": summary, "topic": topic})
@@ -292,7 +292,7 @@ def read_dialogues(directory):
 
 
 def write_base(directory, texts, seed):
-    """Random FLAN-T5-base: 247,577,856 parameters, with an lm_head of its own."""
+    """Random FLAN-T5-base: 247,577,856 parameters, with a separate lm_head."""
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -330,9 +330,9 @@ def write_base(directory, texts, seed):
     torch.manual_seed(seed)
     T5ForConditionalGeneration(config).save_pretrained(directory)
 
-    # A config built in memory has just tied lm_head to the embeddings, and the file lacks it. transformers
-    # unties them only for a file with a different lm_head.weight, so that is what it gets. The scale is that
-    # of T5's tied head, d_model ** -0.5, which gives logits of about unit variance.
+    # transformers ties lm_head to the embeddings in a model built in memory and does not save it. It unties
+    # them only when a file has a different lm_head.weight, so add one. The scale is that of T5's tied head,
+    # d_model ** -0.5, which gives logits of about unit variance.
     file = directory / "model.safetensors"
     head = {"lm_head.weight": torch.randn(32128, 768) * 768**-0.5}
     save_file(load_file(file) | head, file, metadata={"format": "pt"})
@@ -381,7 +381,7 @@ def write_dataset(directory, rows):
 
 
 def full_size_repositories(directory, dialogues, seed):
-    """(models, datasets) of random weights in the true shapes; what `directory` has already is kept."""
+    """(models, datasets) of random weights in the true shapes. Repositories that exist in `directory` are kept."""
     directory = Path(directory)
     rows = read_dialogues(dialogues)
     texts = [row[column] for row in rows for column in ("dialogue", "summary")]
@@ -394,7 +394,7 @@ def full_size_repositories(directory, dialogues, seed):
         final = directory / repo_id
         if not final.exists():
             print(f"writing {final}", flush=True)
-            # Renamed when whole, so that an interrupted build is not taken for a finished one.
+            # Renamed when complete, so that an interrupted build is not mistaken for a finished one.
             partial = final.with_name(final.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

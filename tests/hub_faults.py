@@ -1,9 +1,8 @@
-"""Every fault of the hub against everything that a run loads: the real command, over and over in one process.
+"""Run the real command with every fault of the hub in everything that a run loads, all in one process.
 
-`python tests/hub_faults.py DIR` prints a JSON line for each: the fault, the repository that it befell, the exit code,
-the messages, and what else was printed. tests/test_hub_faults.py holds them to account. The libraries read HF_ENDPOINT
-once, when they are imported, so that the hub has to be there before them. The password in its URL, and the caller's
-HF_TOKEN, are for the caller to look for in all of that.
+`python tests/hub_faults.py DIR` prints a JSON line for each: fault, repository, exit code, stderr and stdout.
+tests/test_hub_faults.py checks them. The libraries read HF_ENDPOINT once, when they are imported, so the hub starts
+before them. The caller checks that neither the password in the hub's URL nor its HF_TOKEN is printed.
 """
 
 import contextlib
@@ -21,16 +20,16 @@ from kill_points import make_dialogues
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {BASE: "model_name", ADAPTER: "adapter_name", CLASSIFIER: "reward_model_name", DIALOGUES: "dataset_name"}
-# What befalls the files of a repository, or, with "api", already the question for its commit.
+# Faults of the requests for a repository's files or, with "api", of the request for its commit.
 FAULTS = ("401", "404", "500", "half", "silent", "api 401", "api 404", "api 500", "api silent")
-# Repositories that are not there.
+# Repositories that do not exist.
 UNKNOWN = {"model_name": "example/none", "dataset_name": "example/none", "adapter_name": "a/b/c"}
 PASSWORD = "battery-staple"
 PROGRAM = "example/program"
 
 
 class Trap:
-    """Unpickling this creates a directory."""
+    """An object that creates a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -40,21 +39,21 @@ class Trap:
 
 
 def write_program(directory, trap):
-    """Dialogues that are a program, as they once could be, and a pickle. If they are run, they create trap."""
+    """Write a dataset of a script, as `datasets` once supported, and a pickle. If run, they create trap."""
     directory.mkdir(parents=True)
     (directory / "program.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     (directory / "train.pkl").write_bytes(pickle.dumps(Trap(trap)))
     return directory
 
 
-def hurried(question):
-    """The same question to the hub, with half a second for its answer."""
-    return lambda *args, **kwargs: question(*args, **kwargs | {"timeout": 0.5})
+def with_short_timeout(request):
+    """Wrap a request to the hub with a timeout of half a second."""
+    return lambda *args, **kwargs: request(*args, **kwargs | {"timeout": 0.5})
 
 
 def main(directory):
     models, datasets = small_repositories(directory / "repositories", ROOT / "checkpoints" / "tiny")
-    make_dialogues(datasets[DIALOGUES])  # as many as are read forty times in no time
+    make_dialogues(datasets[DIALOGUES])  # few, as they are read forty times
     datasets[PROGRAM] = write_program(directory / "repositories" / PROGRAM, directory / "trap")
     with StandInHub(models, datasets) as hub:
         os.environ |= hub_environment(hub.url.replace("://", f"://user:{PASSWORD}@"), directory / "home")
@@ -64,15 +63,15 @@ def main(directory):
 
         import detox_ppo
 
-        # The libraries' attempts stay, their patience goes: minutes for a file that never comes.
+        # The libraries still retry, but without their pauses and long timeouts.
         time.sleep = lambda seconds: None
         constants = huggingface_hub.constants
         constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.1
         huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = 0.1
-        huggingface_hub.HfApi.repo_info = hurried(huggingface_hub.HfApi.repo_info)
+        huggingface_hub.HfApi.repo_info = with_short_timeout(huggingface_hub.HfApi.repo_info)
         args = ["--adapter_name", ADAPTER, "--output_dir", str(directory / "out"), "--device", "cpu"]
 
-        def print_wrapped(name, repo_id, *more):
+        def record(name, repo_id, *more):
             shutil.rmtree(directory / "home", ignore_errors=True)
             code, printed, messages = 0, io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(messages):
@@ -85,13 +84,13 @@ def main(directory):
             print(json.dumps([name, repo_id, code, messages.getvalue(), printed.getvalue()]), flush=True)
 
         for option, repo_id in UNKNOWN.items():
-            print_wrapped(f"unknown {option}", repo_id, f"--{option}", repo_id)
-        print_wrapped("program", PROGRAM, "--dataset_name", PROGRAM)
+            record(f"unknown {option}", repo_id, f"--{option}", repo_id)
+        record("program", PROGRAM, "--dataset_name", PROGRAM)
         for name in FAULTS:
             for repo_id in OPTIONS:
                 hub.api, hub.fault, hub.only = name.startswith("api "), name.removeprefix("api "), repo_id
-                print_wrapped(name, repo_id)
-    print_wrapped("gone", BASE)
+                record(name, repo_id)
+    record("gone", BASE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A stand-in for the hub's side of an upload: it makes repositories and keeps the files of their commits."""
+"""A stand-in for the hub that accepts uploads: it creates repositories and keeps the committed files."""
 
 import base64
 import json
@@ -11,8 +11,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub, path = self.server.hub, self.path.partition("?")[0]
         if path == "/api/repos/create":
-            told = json.loads(body)
-            repo_id = f"{told['organization']}/{told['name']}" if told.get("organization") else told["name"]
+            request = json.loads(body)
+            owner, name = request.get("organization"), request["name"]
+            repo_id = f"{owner}/{name}" if owner else name
             hub.files.setdefault(repo_id, {})
             return self.answer({"url": f"{hub.url}/{repo_id}"})
         if path == "/api/validate-yaml":
@@ -31,8 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({"id": "/".join(self.path.split("/")[3:5]), "sha": "0" * 40, "siblings": []})
 
-    def answer(self, told):
-        content = json.dumps(told).encode()
+    def answer(self, value):
+        content = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -40,11 +41,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_):
-        """Keep the tests' output free of requests."""
+        """Print nothing."""
 
 
 class UploadHub:
-    """files: {repository: {path: content}}; url: where it answers while the context lasts."""
+    """files: {repository: {path: content}}; url: its address inside the context."""
 
     def __init__(self):
         self.files = {}

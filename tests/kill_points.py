@@ -1,16 +1,16 @@
-"""Kill a small run at many points, resume it, and compare everything it leaves with a run that was never stopped.
+"""Kill a small run at many points, resume it, and compare its output with that of an uninterrupted run.
 
-    python tests/kill_points.py                   # 132 points, some minutes on 2 cores
-    python tests/kill_points.py --points 11       # as many as the tests do
+    python tests/kill_points.py                   # 132 points, a few minutes on 2 cores
+    python tests/kill_points.py --points 11       # as many as in the test suite
 
-The run tunes an adapter and trains it by PPO on the bundled small world, with a checkpoint after every step. A point
-is a counted event in it, so each run passes through the same ones: a file of the run that is opened for writing,
-renamed or deleted; a file half written; a sampled position; a batch scored; an optimizer step begun or done. Points
-are spread over all phases of a run. At its point the process sends itself SIGKILL. Every third run is killed again
-after it was resumed. What has to be the same at the end: every file in the run's directory, byte for byte; what is
-in JSON and in checkpoints, value for value, but for timings.
+The run trains an adapter by SFT and PPO on the bundled toy example, with a checkpoint after every step. A point is a
+counted event, so that all runs pass through the same points: a file opened for writing, renamed or deleted; a file
+half written; a sampled position; a scored batch; the start or end of an optimizer step. The points are spread over all
+phases of a run. At its point the process sends itself SIGKILL. Every third run is killed again after it was resumed.
+At the end, all files in the run's directory must be the same byte for byte; JSON files and checkpoints must have the
+same values, except for timings.
 
-It prints a line for each phase and, last, a line of JSON; its exit code is 1 where a run was lost.
+It prints a line per phase and a final line of JSON. The exit code is 1 if a run could not be resumed exactly.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import forks
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 PHASES = {
     "start": "loading",
-    "tuning": "tuning steps",
-    "tuning checkpoint": "writing the tuning's checkpoints",
+    "tuning": "SFT steps",
+    "tuning checkpoint": "writing SFT checkpoints",
     "evaluation": "the evaluations before and between",
     "sampling": "sampling responses",
     "scoring": "log-probabilities and scores",
@@ -50,12 +50,13 @@ PHASES = {
 
 
 class Watch:
-    """Counts the events of a run by phase, and at one of them sends its own process a signal.
+    """Counts the events of a run by phase and sends its own process a signal at one of them.
 
     Args:
-        phase, number: the event to strike at; without them all are counted and the counts written to `counts`.
+        phase, number: the event at which to send the signals. By default none are sent.
         signals: names of the signals to send.
-        root: the run's output directories, below the current one.
+        root: parent of the run's output directories.
+        counts: file to which the number of events per phase is written.
     """
 
     def __init__(self, phase=None, number=None, signals=("SIGKILL",), root=".", counts=None):
@@ -70,7 +71,7 @@ class Watch:
             return
         self.seen[phase] = self.seen.get(phase, 0) + 1
         if (phase, self.seen[phase]) == self.target:
-            if tear and signal.SIGKILL in self.signals:  # who lives on goes on writing
+            if tear and signal.SIGKILL in self.signals:  # a surviving process needs the full file
                 tear()
             for number in self.signals:
                 os.kill(os.getpid(), number)
@@ -91,12 +92,12 @@ class Watch:
             self.busy = False
 
     def inside(self, phase, function, event=False):
-        """function, in another phase; an evaluation's parts stay in it."""
+        """Wrap a function so that it runs in another phase. Parts of an evaluation stay in that phase."""
 
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
-            kept = "evaluation" in self.phases[-1] and phase in ("sampling", "scoring")
-            self.phases.append(self.phases[-1] if kept else phase)
+            in_evaluation = "evaluation" in self.phases[-1] and phase in ("sampling", "scoring")
+            self.phases.append(self.phases[-1] if in_evaluation else phase)
             if event:
                 self.event()
             try:
@@ -107,7 +108,7 @@ class Watch:
         return wrapped
 
     def around(self, function):
-        """function, with an event before and one after it."""
+        """Wrap a function with an event before and after it."""
 
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
@@ -119,7 +120,7 @@ class Watch:
         return wrapped
 
     def torn(self, function, path_of):
-        """A function that writes a file, with an event at which half of it is there."""
+        """Wrap a function that writes a file with an event at which the file is half written."""
 
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
@@ -133,68 +134,71 @@ class Watch:
 
 
 def watch(**kwargs):
-    """Prepare a run: see Watch."""
+    """Setup call of a run: see Watch."""
     import torch
 
     import detox_ppo
 
     fast()
-    told = Watch(**kwargs)
+    watcher = Watch(**kwargs)
     evaluate = detox_ppo.evaluate_policy
 
     def evaluate_policy(*args):
         desc = args[5]
         phase = "final evaluation" if desc.startswith("after") else "evaluation"
-        found = told.inside(phase, evaluate, event=True)(*args)
+        result = watcher.inside(phase, evaluate, event=True)(*args)
         if desc == "after, greedy":
-            told.phases[:] = ["final files"]
-        return found
+            watcher.phases[:] = ["final files"]
+        return result
 
     detox_ppo.evaluate_policy = evaluate_policy
-    detox_ppo.load_policy = told.inside("start", detox_ppo.load_policy, event=True)
-    detox_ppo.sft_step = told.inside("tuning", detox_ppo.sft_step, event=True)
-    detox_ppo.generate = told.inside("sampling", detox_ppo.generate)
-    detox_ppo.sample_tokens = told.around(detox_ppo.sample_tokens)
-    detox_ppo.Policy.logprobs_and_values = told.inside("scoring", detox_ppo.Policy.logprobs_and_values, event=True)
-    detox_ppo.ToxicityClassifier.scores = told.inside("scoring", detox_ppo.ToxicityClassifier.scores, event=True)
-    detox_ppo.policy_loss = told.inside("update", detox_ppo.policy_loss, event=True)
+    detox_ppo.load_policy = watcher.inside("start", detox_ppo.load_policy, event=True)
+    detox_ppo.sft_step = watcher.inside("tuning", detox_ppo.sft_step, event=True)
+    detox_ppo.generate = watcher.inside("sampling", detox_ppo.generate)
+    detox_ppo.sample_tokens = watcher.around(detox_ppo.sample_tokens)
+    detox_ppo.Policy.logprobs_and_values = watcher.inside("scoring", detox_ppo.Policy.logprobs_and_values, event=True)
+    detox_ppo.ToxicityClassifier.scores = watcher.inside("scoring", detox_ppo.ToxicityClassifier.scores, event=True)
+    detox_ppo.policy_loss = watcher.inside("update", detox_ppo.policy_loss, event=True)
     step = torch.optim.Adam.step  # AdamW's too
-    update = told.inside("update", told.around(step))
-    torch.optim.Adam.step = lambda *args, **kwargs: (told.around(step) if told.phases[-1] == "tuning" else update)(
-        *args, **kwargs
-    )
+    update = watcher.inside("update", watcher.around(step))
+
+    def optimizer_step(*args, **kwargs):
+        watched = watcher.around(step) if watcher.phases[-1] == "tuning" else update
+        return watched(*args, **kwargs)
+
+    torch.optim.Adam.step = optimizer_step
     save_checkpoint, save_adapter = detox_ppo.Checkpoints.save, detox_ppo.save_adapter
 
     def save(checkpoints, policy, optimizer, state):
         phase = "checkpoint" if state.phase == "ppo" else "tuning checkpoint"
-        told.inside(phase, save_checkpoint)(checkpoints, policy, optimizer, state)
+        watcher.inside(phase, save_checkpoint)(checkpoints, policy, optimizer, state)
 
     def save_trained(policy, directory, *adapter):
-        if not adapter:  # the trained one is saved at the end
-            told.phases[:] = ["final evaluation"]
+        if not adapter:  # the trained adapter, saved at the end
+            watcher.phases[:] = ["final evaluation"]
         save_adapter(policy, directory, *adapter)
 
     detox_ppo.Checkpoints.save, detox_ppo.save_adapter = save, save_trained
-    detox_ppo.Checkpoints.prune = told.inside("pruning", detox_ppo.Checkpoints.prune)
-    detox_ppo.save_file = told.torn(detox_ppo.save_file, lambda tensors, path: path)
+    detox_ppo.Checkpoints.prune = watcher.inside("pruning", detox_ppo.Checkpoints.prune)
+    detox_ppo.save_file = watcher.torn(detox_ppo.save_file, lambda tensors, path: path)
     for name in ("write_bytes", "write_text"):
-        setattr(Path, name, told.torn(getattr(Path, name), lambda path, *_: path))
+        setattr(Path, name, watcher.torn(getattr(Path, name), lambda path, *_: path))
     if kwargs.get("counts"):
         write_report = detox_ppo.write_report
 
         def counted(*args):
             write_report(*args)
-            told.phases[:] = [None]
-            Path(told.counts).write_text(json.dumps(told.seen))
+            watcher.phases[:] = [None]
+            Path(watcher.counts).write_text(json.dumps(watcher.seen))
 
         detox_ppo.write_report = counted
-    sys.addaudithook(told.audit)
+    sys.addaudithook(watcher.audit)
 
 
 def fast(put=setattr):
-    """Prepare a run: spend no time on what can't matter here, such as 10,000 resamples of four prompts.
+    """Setup call of a run: skip slow parts that do not matter here, such as 10,000 resamples of four prompts.
 
-    put may be a MonkeyPatch's setattr, which takes it back afterwards.
+    put: setattr, or a MonkeyPatch's setattr, which is undone afterwards.
     """
     from matplotlib.figure import Figure
 
@@ -205,18 +209,18 @@ def fast(put=setattr):
         put(detox_ppo, name, lambda *_: Figure(figsize=(1, 1)))
 
 
-# In the process that watches
+# In the process that starts the runs
 
 FAST = ["kill_points:fast", {}]  # for forks.Server.start
 
 
 def strike(phase: str, number: int, *signals: str) -> list:
-    """What prepares a run to send itself signals at an event; without any, SIGKILL."""
+    """The setup call with which a run sends itself signals at an event (default: SIGKILL)."""
     return ["kill_points:watch", {"phase": phase, "number": number, "root": "run", "signals": signals or ["SIGKILL"]}]
 
 
 def make_dialogues(directory: Path, rows: int = 30) -> Path:
-    """The first of the small world's dialogues."""
+    """Write the first rows of the toy example's dialogues."""
     directory.mkdir(parents=True, exist_ok=True)
     with (
         open(TINY / "dialogues" / "train.csv", newline="", encoding="utf-8") as source,
@@ -227,7 +231,7 @@ def make_dialogues(directory: Path, rows: int = 30) -> Path:
 
 
 def arguments(dialogues, **overrides) -> list[str]:
-    """The options of a run of seconds, which tunes and trains."""
+    """The options of a run of a few seconds with SFT and PPO."""
     options = {
         "model_name": TINY / "base",
         "adapter_name": TINY / "adapter",
@@ -259,50 +263,50 @@ def wait_for_steps(directory: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-def untimed(found):
-    """A run's JSON, or what is in a checkpoint, without what depends on the clock; tensors as their hashes."""
-    if isinstance(found, dict):
-        return {k: untimed(v) for k, v in found.items() if not str(k).startswith("time/") and k != "timings"}
-    if hasattr(found, "numpy"):
-        numbers = found.numpy()
+def untimed(data):
+    """The data of a JSON file or checkpoint without timings and with tensors replaced by their hashes."""
+    if isinstance(data, dict):
+        return {k: untimed(v) for k, v in data.items() if not str(k).startswith("time/") and k != "timings"}
+    if hasattr(data, "numpy"):
+        numbers = data.numpy()
         return [str(numbers.dtype), numbers.shape, hashlib.sha256(numbers.tobytes()).hexdigest()]
-    return [untimed(value) for value in found] if isinstance(found, list) else found
+    return [untimed(value) for value in data] if isinstance(data, list) else data
 
 
 def content(checkpoint: Path) -> dict:
-    """What is in a checkpoint: all but the checksum at its end."""
+    """The content of a checkpoint without the checksum at its end."""
     import torch
 
     return torch.load(io.BytesIO(checkpoint.read_bytes()[:-32]), weights_only=True)
 
 
 def left(directory: Path) -> dict:
-    """Everything in a run's directory, by name, but for timings."""
-    found = {}
+    """The content of each file in a run's directory by name, without timings."""
+    files = {}
     for path in sorted(Path(directory).rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_dir():
-            found[name] = None
+            files[name] = None
         elif path.suffix == ".pt":
-            found[name] = untimed(content(path))
+            files[name] = untimed(content(path))
         elif path.name == "results.json":
-            found[name] = untimed(json.loads(path.read_text(encoding="utf-8")))
+            files[name] = untimed(json.loads(path.read_text(encoding="utf-8")))
         elif path.name == "metrics.jsonl":
-            found[name] = [untimed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            files[name] = [untimed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return files
 
 
-def differences(expected: dict, found: dict) -> list[str]:
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name, "?") != found.get(name, "?"))
+def differences(expected: dict, actual: dict) -> list[str]:
+    return sorted(name for name in expected.keys() | actual.keys() if expected.get(name, "?") != actual.get(name, "?"))
 
 
 def survive(server, args, directory, points, expected) -> tuple[int, list[str]]:
-    """Kill a run at each of the points, the later ones after it was resumed; then let it end.
+    """Kill a run at the first point, resume it, kill it at the next one and so on; then let it finish.
 
     Returns:
-        how many kills there were, and in words what is not as it has to be.
+        the number of kills, and a list of what differs from the expected files.
     """
     kills, resume = 0, []
     for phase, number in points:
@@ -320,32 +324,39 @@ def survive(server, args, directory, points, expected) -> tuple[int, list[str]]:
 
 
 def choose(counts: dict, points: int) -> list[tuple[str, int]]:
-    """That many events, spread evenly over each phase, phases taking turns."""
-    wanted = {phase: 0 for phase in counts}
-    while sum(wanted.values()) < min(points, sum(counts.values())):
+    """Choose events, in equal numbers per phase and evenly spread over each phase."""
+    chosen = {phase: 0 for phase in counts}
+    while sum(chosen.values()) < min(points, sum(counts.values())):
         for phase in counts:
-            if wanted[phase] < counts[phase] and sum(wanted.values()) < points:
-                wanted[phase] += 1
+            if chosen[phase] < counts[phase] and sum(chosen.values()) < points:
+                chosen[phase] += 1
     return [
-        (phase, 1 + (2 * i + 1) * counts[phase] // (2 * many)) for phase, many in wanted.items() for i in range(many)
+        (phase, 1 + (2 * i + 1) * counts[phase] // (2 * count))
+        for phase, count in chosen.items()
+        for i in range(count)
     ]
 
 
 def main(points: int, server: forks.Server, scratch: Path, jobs: int = 2, **options) -> dict:
-    """Kill at that many points; options go to the run.
+    """Kill runs at a number of points.
+
+    Args:
+        options: options of the runs.
 
     Returns:
-        counts, and under "lost" what was not the same at the end.
+        counts, and under "lost" the runs whose output differs.
     """
     started = time.perf_counter()
     args = arguments(make_dialogues(scratch / "dialogues"), **options)
-    whole = server.run(args, scratch / "whole", [FAST])
-    # Counted in a second run, so that the first shows that watching changes nothing.
+    undisturbed = server.run(args, scratch / "whole", [FAST])
+    # The events are counted in a second run, to check that counting does not change the results.
     watched = server.run(
         args, scratch / "watched", [["kill_points:watch", {"root": "run", "counts": str(scratch / "counts")}]]
     )
-    if whole.code or watched.code:
-        raise RuntimeError(f"a run that nobody killed failed: {whole.output if whole.code else watched.output}")
+    if undisturbed.code or watched.code:
+        raise RuntimeError(
+            f"a run that nobody killed failed: {undisturbed.output if undisturbed.code else watched.output}"
+        )
     expected = left(scratch / "whole" / "run")
     changed = differences(expected, left(scratch / "watched" / "run"))
     if changed:
@@ -355,7 +366,7 @@ def main(points: int, server: forks.Server, scratch: Path, jobs: int = 2, **opti
 
     def one(i):
         directory = scratch / f"killed-{i}"
-        # Every third is killed again, at the next point or, where that is past, further on.
+        # Every third run is killed again, at the next points that it reaches.
         more = [chosen[(i + step) % len(chosen)] for step in (1, 2)] if i % 3 == 2 else []
         kills, wrong = survive(server, args, directory, [chosen[i], *more], expected)
         if not wrong:
@@ -384,11 +395,11 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_points_") as scratch, forks.Server() as server:
-        found = main(options.points, server, Path(scratch), options.jobs)
+        outcome = main(options.points, server, Path(scratch), options.jobs)
     print(f"{'phase':<20}{'events':>8}{'points':>8}{'lost':>6}  what is going on")
-    for phase, row in found["phases"].items():
+    for phase, row in outcome["phases"].items():
         print(f"{phase:<20}{row['events']:>8}{row['points']:>8}{row['lost']:>6}  {PHASES[phase]}")
-    for phase, number, wrong in found["lost"]:
+    for phase, number, wrong in outcome["lost"]:
         print(f"lost: {phase} {number}: {wrong}")
-    print(json.dumps({name: value for name, value in found.items() if name != "lost"}))
-    sys.exit(bool(found["lost"]))
+    print(json.dumps({name: value for name, value in outcome.items() if name != "lost"}))
+    sys.exit(bool(outcome["lost"]))

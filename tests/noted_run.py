@@ -1,6 +1,6 @@
-"""The real command line, with a note of its process, of what it sampled and of what its classifiers scored.
+"""The real command, which also records its process ID, the tokens that it samples and the texts that it scores.
 
-python tests/noted_run.py DIRECTORY ARGUMENTS   # leaves process.RANK, sampled.RANK.jsonl and scored.RANK.jsonl there
+python tests/noted_run.py DIRECTORY ARGUMENTS   # writes process.RANK, sampled.RANK.jsonl and scored.RANK.jsonl there
 """
 
 import json
@@ -14,7 +14,7 @@ import detox_ppo  # noqa: E402
 
 
 def note(directory):
-    """Prepare a run: see forks."""
+    """Setup call of a run (see forks.py)."""
     rank, sample = os.environ.get("RANK", 0), detox_ppo.generate
     logits = detox_ppo.ToxicityClassifier.logits
     (Path(directory) / f"process.{rank}").write_text(str(os.getpid()))

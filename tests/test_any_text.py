@@ -1,4 +1,4 @@
-"""Whatever text goes in: prompts, masks and scores stay finite and aligned. hypothesis looks for what breaks it."""
+"""Prompts, masks and scores stay finite and aligned for any text. hypothesis searches for counterexamples."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from detox_ppo import build_dataset, build_prompt, load_dialogues, parse_config
 
-# What a tokenizer, a csv or a prompt might trip over, between texts of any sign that UTF-8 has.
+# Special cases for tokenizers, csv files and prompts, mixed with texts of any UTF-8 character.
 PIECES = [
     "</s>",
     "<pad>",
@@ -45,7 +45,7 @@ PIECES += [
 texts = st.lists(st.text(max_size=20) | st.sampled_from(PIECES), min_size=1, max_size=12).map("".join).filter(len)
 repeated = st.builds(lambda text, times: (text * times)[:2000], texts, st.sampled_from([1, 1, 3, 40, 400]))
 rows = st.lists(st.tuples(repeated, texts), min_size=2, max_size=4)
-# The same examples every time, as many as a few seconds allow.
+# The same examples every time, limited to a few seconds.
 bounded = settings(
     max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -62,12 +62,12 @@ def test_prompts_and_masks(small, rows):
     dialogues, summaries = (list(column) for column in zip(*rows, strict=True))
     read = Dataset.from_dict({"row": range(len(rows)), "dialogue": dialogues, "summary": summaries})
     splits = build_dataset(read, small.tokenizer, options(input_max_text_length=2000, test_size=0.5))
-    kept = [*splits["train"], *splits["test"]]
-    assert [row["row"] for row in kept] == list(range(len(rows)))
-    assert [(row["dialogue"], row["summary"]) for row in kept] == rows
-    assert [row["query"] for row in kept] == [build_prompt(dialogue) for dialogue in dialogues]
+    prepared = [*splits["train"], *splits["test"]]
+    assert [row["row"] for row in prepared] == list(range(len(rows)))
+    assert [(row["dialogue"], row["summary"]) for row in prepared] == rows
+    assert [row["query"] for row in prepared] == [build_prompt(dialogue) for dialogue in dialogues]
 
-    prompts, tokenizer = [row["input_ids"] for row in kept], small.tokenizer
+    prompts, tokenizer = [row["input_ids"] for row in prepared], small.tokenizer
     size = small.policy.base.get_input_embeddings().num_embeddings
     for prompt in prompts:
         assert prompt[-1] == tokenizer.eos_token_id and prompt.count(tokenizer.eos_token_id) == 1
@@ -90,7 +90,7 @@ def test_scores(classifier, rows):
         assert dialogue.strip().startswith(text.removesuffix(summary.strip()).rstrip())
     scores, toxicity = classifier.scores(joined), classifier.toxicity(classifier.logits(joined), "hate")
     assert scores.shape == (len(rows),) and scores.isfinite().all() and all(0 <= value <= 1 for value in toxicity)
-    # Each text has its own score, whoever it is scored with.
+    # The score of a text does not depend on the rest of the batch.
     alone = torch.cat([classifier.scores([text]) for text in joined])
     torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-3)
 
@@ -98,8 +98,8 @@ def test_scores(classifier, rows):
 @bounded
 @given(rows)
 def test_files(tmp_path_factory, rows):
-    """What is written to a csv or jsonl file is read back sign by sign."""
-    assume(all(text.strip() for row in rows for text in row))  # spaces only are an empty cell
+    """Texts survive a csv or jsonl file character by character."""
+    assume(all(text.strip() for row in rows for text in row))  # a text of only spaces is an empty cell
     directory = tmp_path_factory.mktemp("files")
     table = pd.DataFrame(rows, columns=["dialogue", "summary"])
     table.to_csv(directory / "a.csv", index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)

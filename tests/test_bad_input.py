@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear line on stderr, exit code 2, no stack trace, whatever it was.
+"""User errors: one clear line on stderr, exit code 2 and no stack trace.
 
 `python -m pytest tests/test_bad_input.py -q` counts the cases; the ranges and types of single options, by the value,
 are in test_cli.py, faults of the hub in test_hub_faults.py.
@@ -33,13 +33,13 @@ ROW = {"dialogue": "#Person1#: " + "Hello there, how are you today? " * 10, "sum
 
 @pytest.fixture(scope="module")
 def options(small_arguments, tmp_path_factory):
-    """Those of a small run on thirty dialogues, 24 of them to train on; keywords override single ones."""
+    """Arguments of a small run on thirty dialogues, 24 of them for training; keywords override options."""
     output_dir = tmp_path_factory.mktemp("options") / "run"
     return lambda **overrides: small_arguments(**{"output_dir": output_dir} | overrides)
 
 
 def complaint(args, capsys):
-    """The one line that the real command says before it ends with 2."""
+    """The error line of the real command, which exits with 2."""
     with pytest.raises(SystemExit) as stop:
         main([str(arg) for arg in args])
     assert stop.value.code == 2
@@ -50,7 +50,7 @@ def complaint(args, capsys):
     return found[0]
 
 
-# Options, beside those of which a single value is out of range or ill-typed
+# Options, except single values out of range or of the wrong type
 
 OPTIONS = {
     "unknown option": ({"bach_size": 8}, ["--bach_size"]),
@@ -100,7 +100,7 @@ def test_options(overrides, words, options, capsys):
     for word in words:
         assert word in message
     assert "verysecret" not in message
-    # The way to another hub is for names that were looked for there.
+    # HF_ENDPOINT is only suggested for names that were looked up on the hub.
     assert overrides.keys() & {*FOLDERS, "dataset_name"} or "HF_ENDPOINT" not in message
 
 
@@ -150,7 +150,7 @@ def test_configuration_that_is_no_file(name, tmp_path, capsys):
     assert f"--config {tmp_path / name}:" in message and "HF_ENDPOINT" not in message
 
 
-# Dialogues. The last item: words that the message must hold, beside the file's name.
+# Dialogues. The last item: words that the message must contain, besides the file's name.
 
 
 def lines(*rows):
@@ -254,7 +254,7 @@ def test_training_file_that_can_not_be_read(make, options, tmp_path, capsys):
     assert f"--dataset_name {directory / 'train.csv'}: can't be loaded" in message and "HF_ENDPOINT" not in message
 
 
-# Models: copies of the bundled ones, damaged
+# Models: corrupted copies of the bundled ones
 
 
 def edited(name, **changes):
@@ -282,7 +282,7 @@ def cut(name, share=0.5):
 
 
 def tensors(name, change):
-    """Every tensor of a file goes through change(key, tensor), which gives None for those to leave out."""
+    """Replace every tensor of a file by change(key, tensor), or drop it if that is None."""
 
     def edit(directory):
         changed = {key: change(key, tensor) for key, tensor in load_file(directory / name).items()}
@@ -469,7 +469,7 @@ def test_human_summary_longer_than_the_decoder_takes(options, tmp_path, capsys):
     assert "--sft_max_target_length 128" in message and "decoder" in message and "64" in message
 
 
-# What is odd, but no mistake
+# Unusual, but valid
 
 ODD = [
     "\N{GRINNING FACE} \N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL} ",

@@ -1,4 +1,4 @@
-"""The benchmarks start: each as a user starts it, but shortened. What they count and draw is checked by hand."""
+"""Short runs of the real benchmark commands; their formulas are checked against values computed by hand."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 import detox_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
-# Those that start processes of their own; the others run in this one. Where the scaling starts one process of a run,
-# it is itself that one, and is not to be forked any more.
+# Benchmarks that start processes; the others run in this process. For a run of a single process, scaling.py runs it
+# itself, so that must not be forked again.
 COMMANDS = {
     "step_time": "benchmarks/step_time.py --short --threads 1 --dtypes float32",
     "memory": "benchmarks/memory.py --short --threads 1",
@@ -38,7 +38,7 @@ def benchmarks(monkeypatch):
 
 
 def as_command(script, args):
-    """Runs in a forked process (see forks.py), which has imported already what the script takes seconds to import."""
+    """Setup call of a forked process (see forks.py): run a script whose imports are already loaded."""
     subprocess.run = run_forked
     kill_points.fast()
     os.chdir(ROOT)
@@ -50,30 +50,30 @@ def as_command(script, args):
 
 
 def run_forked(command, start=subprocess.run, **options):
-    """subprocess.run, but that our scripts are run by other forks; their output is all stderr's or goes to stdout."""
+    """subprocess.run that runs our scripts in forks; without a file for stdout all output is returned as stderr."""
     launched, processes = command[1:], [{}]
-    if "--num_processes" in command:  # accelerate's launcher, which test_processes.py starts with the same words
+    if "--num_processes" in command:  # accelerate's launcher, as in test_processes.py
         at = command.index("--num_processes")
         launched, processes = command[at + 2 :], forks.ranks(int(command[at + 1]))
     elif not command[1].endswith(".py"):
         return start(command, **options)
-    with tempfile.TemporaryFile("w+") as kept:
+    with tempfile.TemporaryFile("w+") as output:
         started = []
         for rank in processes:
             started.append(os.fork())
             if not started[-1]:
                 for stream in (1, 2):
-                    os.dup2((options.get("stdout") or kept).fileno(), stream)
+                    os.dup2((options.get("stdout") or output).fileno(), stream)
                 os.environ |= (options.get("env") or {}) | rank
                 os._exit(forks.exit_code(lambda: as_command(launched[0], launched[1:])))
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-        kept.seek(0)
-        return subprocess.CompletedProcess(command, max(codes, key=abs), "", kept.read())
+        output.seek(0)
+        return subprocess.CompletedProcess(command, max(codes, key=abs), "", output.read())
 
 
 @pytest.fixture(scope="module")
 def started(forked, tmp_path_factory):
-    """The commands, all started at once; started(name) waits for one: what it printed, and its directory."""
+    """Starts all commands at once; started(name) waits for one and returns its output and directory."""
     runs, directories = {}, {name: tmp_path_factory.mktemp(name) for name in COMMANDS}
     dialogues = kill_points.make_dialogues(tmp_path_factory.mktemp("dialogues"), 120)
     for name, directory in directories.items():
@@ -89,7 +89,7 @@ def started(forked, tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Runs a benchmark's main in this process; gives what it printed."""
+    """Runs a benchmark's main in this process and returns its stdout."""
 
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
@@ -98,16 +98,16 @@ def call(monkeypatch, capsys):
 
     threads = torch.get_num_threads()
     yield run
-    torch.set_num_threads(threads)  # some set it, and two that spin would slow down all tests that come after
+    torch.set_num_threads(threads)  # some benchmarks set it, and a second thread would slow down later tests
 
 
-# Those that run in this process, while the others are under way
+# Benchmarks in this process, while the others run
 
 
-def test_growth_is_measured_fitted_and_drawn(started, tmp_path, monkeypatch, call):
+def test_growth_is_measured_fitted_and_plotted(started, tmp_path, monkeypatch, call):
     import growth
 
-    # One point a line; that the fit finds its coefficients is shown below.
+    # One point per curve; the fit is tested below.
     monkeypatch.setattr(growth, "BATCHES", (8,))
     monkeypatch.setattr(growth, "PROMPTS", (200,))
     last = json.loads(call(growth, "--short", "--threads", 1, "--output_dir", tmp_path).splitlines()[-1])
@@ -120,21 +120,21 @@ def test_growth_is_measured_fitted_and_drawn(started, tmp_path, monkeypatch, cal
     assert {path.name for path in tmp_path.iterdir()} == {"growth.png", "growth.json"}
 
 
-def test_the_fit_of_the_growth_by_hand():
+def test_growth_fit_by_hand():
     import growth
 
     sizes = [(1, 10), (4, 10), (2, 70), (9, 30)]
     points = [{"tflop": tflop, "positions": n, "seconds": 3 * tflop + 0.02 * n} for tflop, n in sizes]
-    found = growth.fit(points)
-    assert found == {"seconds_per_tflop": pytest.approx(3), "seconds_per_position": pytest.approx(0.02)}
+    fitted = growth.fit(points)
+    assert fitted == {"seconds_per_tflop": pytest.approx(3), "seconds_per_position": pytest.approx(0.02)}
     assert [point["expected"] for point in points] == pytest.approx([point["seconds"] for point in points])
 
 
-def test_the_evaluation_is_timed_beside_generate(started, tmp_path, call):
+def test_evaluation_is_timed_against_generate(started, tmp_path, call):
     import evaluation
 
     last = json.loads(call(evaluation, "--short", "--threads", 1, "--output_dir", tmp_path).splitlines()[-1])
-    assert last["equal_greedy"] == last["prompts"] == 4  # the same summaries, so the same work
+    assert last["equal_greedy"] == last["prompts"] == 4  # same summaries, so same work
     for decoding in ("sampled", "greedy"):
         rounds = list(zip(*(last[decoding][side] for side in ("ours", "transformers", "ratio")), strict=True))
         assert len(rounds) == 2
@@ -142,29 +142,29 @@ def test_the_evaluation_is_timed_beside_generate(started, tmp_path, call):
             assert theirs > 0 and ours == pytest.approx(ratio * theirs)
 
 
-def test_learning_is_judged(started, quick, tmp_path, monkeypatch, call):
+def test_learning_curve_evaluates_its_runs(started, quick, tmp_path, monkeypatch, call):
     import learning_curve
 
     monkeypatch.chdir(ROOT)  # where it goes
     last = json.loads(call(learning_curve, "--short", "--output_dir", tmp_path).splitlines()[-1])
     start, ours = (last["sides"][side] for side in ("start", "ours"))
-    # The start is its own reference; two steps move the policy a little, and the bare base stays far away.
+    # The start is its own reference; two steps move the policy a little, and the base model is far away.
     assert start["kl_start"]["mean"] == 0 < abs(ours["kl_start"]["mean"]) < 1 < ours["kl_base"]["mean"]
     assert start["slot_accuracy"]["mean"] > 0.9
     curves = json.loads((tmp_path / "learning_curve.json").read_text())["runs"]
     assert [(run["side"], len(run["curve"])) for run in curves] == [("start", 0), ("ours", 2)]
-    # The last checkpoint and the adapter that was saved say the same; so do the start and what it says before a run.
+    # The held-out evaluation of the last checkpoint equals that of the saved adapter; likewise for the start.
     for run, step in zip(curves, (0, 2), strict=True):
         (point,) = run["held_out"]
         assert point["step"] == step
-        for name, there in {"summary_toxicity": "summary_toxicity", "rougeL": "rougeL", "kl": "kl_start"}.items():
-            assert point[name] == pytest.approx(run["evaluation"][there], abs=1e-6)
+        for name, key in {"summary_toxicity": "summary_toxicity", "rougeL": "rougeL", "kl": "kl_start"}.items():
+            assert point[name] == pytest.approx(run["evaluation"][key], abs=1e-6)
     assert curves[0]["evaluation"]["reward"] != curves[1]["evaluation"]["reward"]
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_real_text_is_trained_and_judged(started, quick, tmp_path, tiny, monkeypatch, call):
-    """A little of the small world stands in for DialogSum."""
+def test_real_text_trains_and_evaluates(started, quick, tmp_path, tiny, monkeypatch, call):
+    """Some rows of the toy example replace DialogSum."""
     import real_text
 
     rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:140]
@@ -190,7 +190,7 @@ def test_real_text_is_trained_and_judged(started, quick, tmp_path, tiny, monkeyp
         assert block["summary_toxicity"]["before"]["n"] == block["judge_toxicity"]["after"]["n"] == 4
     table = [line for line in printed.splitlines() if line.startswith("| notebooks | 0 |")]
     assert len(table) == 2 and all(line.count("→") >= 5 for line in table)
-    # Started again it repeats nothing and says the same.
+    # A second start repeats no run and prints the same table.
     monkeypatch.setattr(real_text, "detox", None)
     monkeypatch.setattr(real_text, "child", None)
     again, printed = call(real_text, *arguments).splitlines(), printed.splitlines()
@@ -198,8 +198,8 @@ def test_real_text_is_trained_and_judged(started, quick, tmp_path, tiny, monkeyp
     assert results[0] == results[1] and len(results[0]) == 2 * (1 + 2)
 
 
-def test_learning_curves_are_summed_up_and_drawn(tmp_path):
-    """Of made-up runs: ours rises by 1 a step, the classic side by a half, and a start that was only evaluated."""
+def test_learning_curves_are_summarized_and_plotted(tmp_path):
+    """Made-up runs: ours gains 1 per step, the classic trainer 0.5; the start is only evaluated."""
     import learning_curve
 
     def made_up(side, seed, slope):
@@ -215,12 +215,12 @@ def test_learning_curves_are_summed_up_and_drawn(tmp_path):
     sides = {"start": 0, "ours": 1.0, "classic": 0.5}
     runs = [made_up(side, seed, slope) for side, slope in sides.items() for seed in (0, 1)]
     start, ours, classic = runs[:2], runs[2:4], runs[4:]
-    found = learning_curve.summarize(ours, start)
-    assert found["summary_toxicity"] == pytest.approx({"mean": 0.15, "min": 0.1, "max": 0.2})
-    assert found["change_percent"] == pytest.approx({"mean": -62.5, "min": -75, "max": -50})
-    assert found["seconds_a_step"]["mean"] == 2
-    # The running mean of 1, 2, ... n passes 3 at n = 5; of half as much at 11, where the window of ten has moved on.
-    assert (found["samples_to_3"]["mean"], found["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
+    summary = learning_curve.summarize(ours, start)
+    assert summary["summary_toxicity"] == pytest.approx({"mean": 0.15, "min": 0.1, "max": 0.2})
+    assert summary["change_percent"] == pytest.approx({"mean": -62.5, "min": -75, "max": -50})
+    assert summary["seconds_a_step"]["mean"] == 2
+    # The mean of 1, 2, ... n reaches 3 at n = 5; with half the slope at 11, where the window of ten has moved.
+    assert (summary["samples_to_3"]["mean"], summary["seconds_to_3"]["mean"]) == (5 * 32, 5 * 2)
     assert learning_curve.summarize(classic, start)["samples_to_3"]["mean"] == 11 * 32
     assert "samples_to_3" not in learning_curve.summarize(start, start)
     assert learning_curve.evaluated_steps(50) == [5, 10, 20, 30, 45, 50] and learning_curve.evaluated_steps(3) == [3]
@@ -228,11 +228,11 @@ def test_learning_curves_are_summed_up_and_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-# What can be mended is one line
+# User errors
 
 
-def test_refusals_are_one_line(tmp_path, monkeypatch, call, capsys):
-    """Of what is given to the benchmark, of a run's options, and of the run itself."""
+def test_user_errors_are_one_line(tmp_path, monkeypatch, call, capsys):
+    """In the benchmark's own options, in the options of a run, and in the run itself."""
     import growth
     import learning_curve
     import step_time
@@ -256,12 +256,12 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, call, capsys):
         with pytest.raises(SystemExit) as stop:
             call(module, "--short", *args.split())
         assert stop.value.code == 2
-        (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert told.startswith(f"{module.__name__}.py: error: ") and words in told
+        (message,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert message.startswith(f"{module.__name__}.py: error: ") and words in message
 
 
-def test_a_child_that_refuses_is_quoted(tmp_path, monkeypatch, capsys):
-    """Its one line; of any other failure the stack trace."""
+def test_error_of_a_child_process_is_quoted(tmp_path, monkeypatch, capsys):
+    """A user error is one line; any other failure has its stack trace."""
     import step_time
 
     options = SimpleNamespace(threads=1)
@@ -320,22 +320,22 @@ def test_reward_precision_compares_both_dtypes(tiny, tmp_path, monkeypatch, call
     assert printed.startswith("7 texts,") and "P(hate): mean 0." in printed and "in bfloat16" in printed
     with pytest.raises(SystemExit) as end:
         call(reward_precision, *arguments, tmp_path / "none.csv")
-    refused = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and "error: --texts " in refused and "none.csv" in refused
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error: --texts " in message and "none.csv" in message
 
 
 # Step time
 
 
-def test_dialogues_and_tokenizer_are_read_where_they_are_given(tmp_path, monkeypatch, tiny):
-    """The plan's prompts are dialogues of the file, each once, in the tokens of the model that was given."""
+def test_step_time_uses_the_given_dialogues_and_tokenizer(tmp_path, monkeypatch, tiny):
+    """The prompts are distinct dialogues of the file, tokenized by the given model's tokenizer."""
     import step_time
 
     rows = pd.read_csv(tiny / "dialogues" / "train.csv").head(30)
     rows.to_json(tmp_path / "dialogsum.jsonl", orient="records", lines=True)
     step_time.write_narrow_models(tmp_path)
     base = AutoTokenizer.from_pretrained(tmp_path / hub.BASE)
-    base.add_tokens(["#Person1#: "])  # which makes it another one than the bundled
+    base.add_tokens(["#Person1#: "])  # so that it differs from the bundled tokenizer
     base.save_pretrained(tmp_path / hub.BASE)
     args = f"step_time.py --short --models {tmp_path} --dialogues {tmp_path / 'dialogsum.jsonl'}"
     monkeypatch.setattr(sys, "argv", args.split())
@@ -353,7 +353,7 @@ def test_dialogues_and_tokenizer_are_read_where_they_are_given(tmp_path, monkeyp
     assert all(detox_ppo.load_dialogues(config.dataset_name)["summary"])
 
 
-def test_ours_alone_is_measured_and_the_ratios_are_null(started):
+def test_step_time_without_trl_has_no_ratios(started):
     printed, _ = started("step_time")
     last = json.loads(printed.splitlines()[-1])
     assert last["ratio_float32"] is None and last["memory_ratio_float32"] is None
@@ -363,12 +363,12 @@ def test_ours_alone_is_measured_and_the_ratios_are_null(started):
     parts = sum(ours[phase]["median"] for phase in ("rollout", "score", "optimize"))
     assert 0 < parts == pytest.approx(ours["step"]["median"], rel=0.1)
     assert ours["tokens_per_second"]["median"] > 0 and ours["peak_memory"]["median"] > 100 * 2**20
-    # Four responses of 8 to 12 tokens, and the dialogues with them.
+    # Four responses of 8 to 12 tokens; the classifier also reads the dialogues.
     assert 0 < ours["tokens"]["responses"] <= 4 * 12 < ours["tokens"]["classified"]
     assert "only ours is measured" in printed
 
 
-def test_the_arithmetic_counted_for_the_full_shapes():
+def test_flop_counts_of_the_full_size_models():
     import step_time
 
     shape = {
@@ -381,13 +381,13 @@ def test_the_arithmetic_counted_for_the_full_shapes():
         "feed_forward_proj": "gated-gelu",
         "vocab_size": 32128,
     }
-    # Of FLAN-T5-base's 247,577,856 parameters all are matrices but the embeddings, the two tables of relative
-    # positions and the norms. With one token on each side every matrix works once, and every adapter, too.
+    # All of FLAN-T5-base's 247,577,856 parameters are matrices except the embeddings, the two tables of relative
+    # positions and the norms. With one token on each side every matrix and every adapter is used once.
     matrices = 247_577_856 - 32128 * 768 - 2 * 32 * 12 - (12 * 2 + 12 * 3 + 2) * 768
     parts = zip(step_time.encoder_flop(shape, 1), step_time.decoder_flop(shape, 1, 1), strict=True)
     frozen, adapted, attention = map(sum, parts)
     assert (frozen, adapted) == (2 * matrices, 2 * 3_538_944)
-    # Twelve encoder layers and twice twelve decoder ones, each with one pair of tokens.
+    # Twelve encoder layers and twelve decoder layers with two attentions, each over one pair of tokens.
     assert attention == 36 * 4 * 768
 
 
@@ -401,21 +401,21 @@ def memory():
     return memory
 
 
-def test_the_memory_formula_counts_what_the_models_hold(memory, small, classifier, tiny):
+def test_memory_formula_matches_the_loaded_models(memory, small, classifier, tiny):
     shapes = [json.loads((tiny / part / "config.json").read_text()) for part in ("base", "classifier")]
-    found = memory.memory(*shapes)
+    estimate = memory.memory(*shapes)
     base = sum(p.numel() for name, p in small.policy.base.named_parameters() if "lora_" not in name)
-    assert memory.base_parameters(shapes[0]) == base and found["weights"] == 4 * base
-    assert found["adapters"] == 4 * sum(p.numel() for name, p in small.policy.named_parameters() if "lora_" in name)
+    assert memory.base_parameters(shapes[0]) == base and estimate["weights"] == 4 * base
+    assert estimate["adapters"] == 4 * sum(p.numel() for name, p in small.policy.named_parameters() if "lora_" in name)
     trained = sum(p.numel() for p in small.policy.parameters() if p.requires_grad)
-    assert found["optimizer"] == 3 * 4 * trained
-    assert found["classifier"] == 4 * sum(p.numel() for p in classifier.model.parameters())
+    assert estimate["optimizer"] == 3 * 4 * trained
+    assert estimate["classifier"] == 4 * sum(p.numel() for p in classifier.model.parameters())
     # Published sizes, without the adapters.
     sizes = {name: memory.base_parameters(shape) for name, shape in memory.FLAN.items()}
     assert sizes["base"] == 247_577_856 and sizes["xl"] == 2_849_757_184 and sizes["xxl"] == 11_135_332_352
 
 
-def test_the_memory_formula_moves_as_it_should(memory):
+def test_memory_formula_depends_on_the_options(memory):
     def peak(**options):
         return memory.memory(memory.FLAN["base"], dtype="bfloat16", device="cuda", **options)
 
@@ -424,16 +424,16 @@ def test_the_memory_formula_moves_as_it_should(memory):
     assert peak(mini_batch_size=8)["activations"] == plain["activations"] / 2
     assert peak(mini_batch_size=16, processes=2)["activations"] == plain["activations"] / 2
     assert peak(processes=2)["cache"] == plain["cache"] / 2 and peak(processes=2)["weights"] == plain["weights"]
-    # On the CPU a pass holds few rows, however large the minibatch.
+    # On the CPU a pass has few rows, however large the minibatch.
     on_cpu = [memory.memory(memory.FLAN["base"], mini_batch_size=size)["activations"] for size in (4, 16)]
     assert on_cpu[0] == on_cpu[1]
 
 
-def test_the_memory_formula_meets_the_measured_peak(started):
+def test_memory_formula_matches_the_measured_peak(started):
     printed, _ = started("memory")
-    (found,) = json.loads(printed.splitlines()[-1])["measured"]
-    assert found["tensors"] == pytest.approx(found["peak"], rel=0.15)
-    assert found["resident"] > found["tensors"]
+    (measured,) = json.loads(printed.splitlines()[-1])["measured"]
+    assert measured["tensors"] == pytest.approx(measured["peak"], rel=0.15)
+    assert measured["resident"] > measured["tensors"]
     for size in ("small", "base", "large", "xl", "xxl"):
         assert f"| {size} | " in printed
 
@@ -448,7 +448,7 @@ def scaling():
     return scaling
 
 
-def test_scaling_is_measured_modelled_and_drawn(started):
+def test_scaling_is_measured_modelled_and_plotted(started):
     printed, directory = started("scaling")
     last = json.loads(printed.splitlines()[-1])
     assert last == json.loads((directory / "scaling.json").read_text())
@@ -458,7 +458,7 @@ def test_scaling_is_measured_modelled_and_drawn(started):
     assert (directory / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_model_of_communication_by_hand(scaling, monkeypatch):
+def test_communication_model_by_hand(scaling, monkeypatch):
     sizes = {"gradients": 100, "batch": 40, "updates": 3}
     network = 10, 0.5  # bytes a second, seconds
     assert scaling.communication(1, network, **sizes) == 0
@@ -469,10 +469,10 @@ def test_the_model_of_communication_by_hand(scaling, monkeypatch):
     assert scaling.fit(measured, sizes) == pytest.approx((2, 12))
 
 
-# Seeds of the small world
+# Seeds of the toy example
 
 
-def test_seeds_are_run_and_told(started):
+def test_seeds_are_run_and_reported(started):
     import seeds
 
     printed, directory = started("seeds")
@@ -482,13 +482,14 @@ def test_seeds_are_run_and_told(started):
     toxicity = json.loads((run / "results.json").read_text())["summary_toxicity"]
     before, after = (toxicity[when]["mean"] for when in ("before", "after"))
     assert row["seed"] == "3" and row["sampled"].startswith(f"{100 * (after / before - 1):+.1f}% [")
-    # What the values explain is of the last steps together: 1 - (1 * 0.5 + 3 * 0.9) / 4; a skipped step has none.
+    # Variance explained over the last steps together: 1 - (1 * 0.5 + 3 * 0.9) / 4; a skipped step has none.
     steps = [
         {"ppo/skipped_steps": 0, "objective/kl": 0.5, "ppo/returns/var": 1, "ppo/val/var_explained": 0.5},
         {"ppo/skipped_steps": 1},
         {"ppo/skipped_steps": 0, "objective/kl": 0.25, "ppo/returns/var": 3, "ppo/val/var_explained": 0.1},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    told = seeds.summarize(run)
-    assert (told["values explain"], told["KL last / largest"]) == ("20%", "0.25 / 0.50")
-    assert {name: told[name] for name in ("slots", "slots, greedy", "ROUGE-L", "judge, greedy")}.items() <= row.items()
+    summary = seeds.summarize(run)
+    assert (summary["values explain"], summary["KL last / largest"]) == ("20%", "0.25 / 0.50")
+    for name in ("slots", "slots, greedy", "ROUGE-L", "judge, greedy"):
+        assert summary[name] == row[name]

@@ -1,4 +1,4 @@
-"""The command line: options, each one's range and type, and small runs of the real thing."""
+"""The command line: options with their ranges and types, and small runs of the real command."""
 
 import ast
 import contextlib
@@ -96,7 +96,7 @@ DEFAULTS = {
     "dynamodb_table": None,
 }
 
-# Values just outside and just inside the range of every number; whole numbers step by one.
+# Values just outside and just inside the range of every number; integers step by one.
 RANGES = {
     "lora_r": ([0, -1], [1]),
     "lora_alpha": ([0], [1]),
@@ -142,7 +142,7 @@ CHOICES = [name for name, kind in TYPES.items() if typing.get_origin(kind) is ty
 
 
 def complaint(args):
-    """The one line that a user's mistake gives, without starting a process for it."""
+    """The one-line message of a user error, without starting a process."""
     with pytest.raises(UserError) as error:
         parse_config([str(arg) for arg in args])
     message = str(error.value)
@@ -163,13 +163,13 @@ def test_defaults():
     assert dataclasses.asdict(parse_config([])) == DEFAULTS
 
 
-def test_sizes_that_do_not_divide():
-    told = complaint(["--batch_size", 8, "--mini_batch_size", 3])
-    assert told == "--batch_size 8 is not a multiple of --mini_batch_size 3"
+def test_batch_size_must_be_a_multiple_of_the_minibatch_size():
+    message = complaint(["--batch_size", 8, "--mini_batch_size", 3])
+    assert message == "--batch_size 8 is not a multiple of --mini_batch_size 3"
 
 
 def test_every_option_is_used():
-    """Read as config.NAME, or by its name, in a function or class other than the options' own."""
+    """It occurs as config.NAME or as a string outside of DetoxConfig."""
     used = set()
     for part in ast.parse(SCRIPT.read_text(encoding="utf-8")).body:
         if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name != "DetoxConfig":
@@ -191,7 +191,7 @@ def test_help_explains_every_option(capsys, monkeypatch):
         text = field.metadata["help"]
         assert len(text.split()) >= 5 and text.endswith("."), field.name
         assert " ".join(text.split()) in " ".join(printed.split()), field.name
-    # In their order, and under a heading each.
+    # In the order of the fields, under their headings.
     explained = re.findall(r"^  --(\w+)", printed, re.MULTILINE)
     assert [name for name in explained if name != "no_adaptive_kl"] == [*DEFAULTS, "config"]
     headings = re.findall(r"^(\w+):\n  --(\w+)", printed, re.MULTILINE)
@@ -206,7 +206,7 @@ def test_help_explains_every_option(capsys, monkeypatch):
     ]
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     path = yaml_file(tmp_path, {"batch_size": 8, "seed": 5, "adapter_name": "some/where", "lam": 0.5})
     for args in (
         ["--config", str(path), "--seed", "7"],
@@ -217,7 +217,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         config = parse_config(args)
         changed = {"batch_size": 8, "seed": 7, "adapter_name": "some/where", "lam": 0.5}
         assert dataclasses.asdict(config) == DEFAULTS | changed
-    # a flag that says the default still wins
+    # a flag overrides the file even if it has the default value
     assert parse_config(["--config", str(path), "--seed", "0", "--batch_size", "16"]).seed == 0
 
 
@@ -231,11 +231,11 @@ def test_home_directory_in_paths(tmp_path, monkeypatch):
     assert config.adapter_name is None and config.toxic_label == "~hate"  # YAML's ~ is null
 
 
-def test_paths_in_a_file_are_found_next_to_it_or_to_the_script(tiny, tmp_path, monkeypatch):
+def test_paths_in_a_file_are_relative_to_it_or_to_the_script(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_config(["--config", str(tiny / "config.yaml")])
     assert (config.model_name, config.judge_model_name) == (str(tiny / "base"), str(tiny / "judge"))
-    assert config.output_dir == "checkpoints/tiny-run"  # what is written is written here
+    assert config.output_dir == "checkpoints/tiny-run"  # outputs are relative to the current directory
     (tmp_path / "project" / "data").mkdir(parents=True)
     text = "dataset_name: data\nmodel_name: t5-small\nadapter_name: ''\noutput_dir: data\n"
     (tmp_path / "project" / "options.yaml").write_text(text)
@@ -248,7 +248,7 @@ def test_paths_in_a_file_are_found_next_to_it_or_to_the_script(tiny, tmp_path, m
     assert parse_config(args).dataset_name == "data"
 
 
-def test_values_are_of_their_options_types(tmp_path):
+def test_values_have_the_types_of_their_options(tmp_path):
     text = "gamma: 1\nlearning_rate: 1e-4\nlora_target_modules: q\nadaptive_kl: off\nmax_grad_norm: null\n"
     config = parse_config(["--config", str(yaml_file(tmp_path, text))])
     assert (config.gamma, config.learning_rate, config.lora_target_modules) == (1.0, 1e-4, ["q"])
@@ -265,32 +265,32 @@ def test_values_are_of_their_options_types(tmp_path):
 
 
 def test_no_other_file_is_read(tmp_path, monkeypatch):
-    """TrlParser's parent would take options from a file beside the script, without a word."""
+    """TrlParser's parent class would silently read options from a file next to the script."""
     (tmp_path / "detox_ppo.args").write_text("--seed 7\n")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "detox_ppo.py")])
     assert parse_config([]).seed == 0
 
 
-def test_bundled_configuration_names_the_bundled_world(tiny):
+def test_bundled_configuration_uses_the_toy_example(tiny):
     config = parse_config(["--config", str(tiny / "config.yaml")])
     for name in ("model_name", "adapter_name", "reward_model_name", "dataset_name"):
         assert (ROOT / getattr(config, name)).is_dir(), name
         assert (ROOT / getattr(config, name)).parent == tiny
 
 
-def test_the_full_size_configuration_is_the_recipe_that_was_tried(monkeypatch):
+def test_full_size_configuration_is_the_benchmarked_recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import real_text
 
     config = parse_config(["--config", str(ROOT / "checkpoints" / "flan-t5-base.yaml")])
-    tried = parse_config(f"{real_text.COMMON} {real_text.RECIPES['steps-300']['options']}".split())
-    differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(tried, name)}
+    benchmarked = parse_config(f"{real_text.COMMON} {real_text.RECIPES['steps-300']['options']}".split())
+    differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(benchmarked, name)}
     assert differ == {"sft_steps", "judge_model_name", "eval_samples", "save_steps", "device"}
 
 
 @pytest.mark.parametrize("package, version", [("torch", "2.12.0"), ("transformers", "5.0.0"), ("peft", "0.21.1")])
-def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_path):
-    """Before anything of it is imported; a folder on the path says that it is installed in that version."""
+def test_outdated_packages_are_reported_at_startup(package, version, tmp_path):
+    """Before they are imported. A .dist-info folder on the path declares the outdated version."""
     metadata = tmp_path / f"{package}-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -304,7 +304,7 @@ def test_versions_that_are_too_old_are_named_at_the_start(package, version, tmp_
     assert done.returncode == 1 and f"ImportError: {package} {version} is older than " in done.stderr
 
 
-# Mistakes
+# User errors
 
 
 def test_a_value_of_the_wrong_type_is_reported_with_the_option_s_help(tmp_path):
@@ -331,19 +331,19 @@ def test_values_out_of_range(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted({*WHOLE} - {"seed"}))
-def test_numbers_beyond_what_the_libraries_count(name):
+def test_numbers_above_int32(name):
     assert f"--{name} is {2**31}" in complaint([f"--{name}={2**31}"])
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_numbers_that_are_none(name):
+def test_values_that_are_not_finite_numbers(name):
     for value in ("nan", "inf", "-inf"):
         assert f"--{name}" in complaint([f"--{name}={value}"])
     assert f"--{name}" in complaint([f"--{name}=abc"])
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_numbers_that_are_not_whole(name):
+def test_values_that_are_not_integers(name):
     for value in ("abc", "1.5", "", "1e3"):
         assert f"--{name}" in complaint([f"--{name}={value}"])
 
@@ -375,7 +375,7 @@ def test_choices(name):
 
 @pytest.mark.parametrize("low, high", [(300, 300), (301, 300)])
 @pytest.mark.parametrize("pair", ["input_{}_text_length", "output_{}_length"])
-def test_ranges_that_are_empty(pair, low, high):
+def test_empty_ranges(pair, low, high):
     message = complaint([f"--{pair.format('min')}={low}", f"--{pair.format('max')}={high}"])
     for word in (pair.format("min"), pair.format("max"), str(low), str(high)):
         assert word in message
@@ -384,18 +384,18 @@ def test_ranges_that_are_empty(pair, low, high):
 def test_unknown_options(tmp_path):
     for args in (["--bach_size", "8"], ["--bach_size=8"], ["--bach-size", "8"], ["--batch", "8"], ["--resum"]):
         assert ("did you mean --resume" if args == ["--resum"] else "did you mean --batch_size") in complaint(args)
-    told = complaint(["--config", yaml_file(tmp_path, {"seed": 1, "bach_size": 8})])
-    assert str(tmp_path) in told and "bach_size" in told and "did you mean --batch_size" in told
-    for word in ("stray", "-x", "--top_k"):  # the last was an option once
+    message = complaint(["--config", yaml_file(tmp_path, {"seed": 1, "bach_size": 8})])
+    assert str(tmp_path) in message and "bach_size" in message and "did you mean --batch_size" in message
+    for word in ("stray", "-x", "--top_k"):  # the last one is a former option
         assert word in complaint([word]) and "--help" in complaint([word])
 
 
-def test_option_without_its_value():
+def test_option_without_a_value():
     assert "batch_size" in complaint(["--batch_size"])
     assert "--config" in complaint(["--config"])
 
 
-def test_mistakes_in_device():
+def test_invalid_devices():
     for device in ("quantum", "cuda:99", "cuda:01", "cuda:1000", "meta", "cpu:x"):
         with pytest.raises(UserError) as error:
             resolve_device(parse_config(["--device", device]))
@@ -417,7 +417,7 @@ def test_device_and_dtype():
         ({"amx_bf16": True}, torch.bfloat16),
     ],
 )
-def test_automatic_dtype_follows_the_chip(monkeypatch, units, dtype):
+def test_automatic_dtype_depends_on_the_cpu(monkeypatch, units, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert resolve_device(parse_config(["--device", "cpu"])) == (torch.device("cpu"), dtype)
 
@@ -431,16 +431,16 @@ def read_metrics(directory):
 
 @pytest.fixture(scope="module")
 def runs(small_arguments, tiny, dialogues, forked, tmp_path_factory):
-    """The same command twice, at once, in two directories; the first as a user starts it, into a pipe."""
-    found = [SimpleNamespace(directory=tmp_path_factory.mktemp(name)) for name in ("first", "again")]
-    for run in found:
+    """The same command twice, concurrently, in two directories; the first as a user starts it, into a pipe."""
+    both = [SimpleNamespace(directory=tmp_path_factory.mktemp(name)) for name in ("first", "again")]
+    for run in both:
         (run.directory / "tiny").symlink_to(tiny)
         (run.directory / "dialogues").symlink_to(dialogues)
         run.left = run.directory / "out" / "run"
-    world = {"model_name": "tiny/base", "adapter_name": "tiny/adapter", "reward_model_name": "tiny/classifier"}
-    world["dataset_name"] = "dialogues"
-    args = small_arguments(**world, output_dir="out/run", learning_rate=1e-3)
-    first, again = found
+    paths = {"model_name": "tiny/base", "adapter_name": "tiny/adapter", "reward_model_name": "tiny/classifier"}
+    paths["dataset_name"] = "dialogues"
+    args = small_arguments(**paths, output_dir="out/run", learning_rate=1e-3)
+    first, again = both
     command = [sys.executable, str(SCRIPT), *args]
     with open(first.directory / "errors", "w+") as errors:
         process = subprocess.Popen(command, cwd=first.directory, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -453,7 +453,7 @@ def runs(small_arguments, tiny, dialogues, forked, tmp_path_factory):
         first.err = errors.read()
     assert code == 0, first.err
     assert other.wait() == 0, other.output
-    return found
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -470,44 +470,44 @@ def test_a_run_prints_what_it_measures(runs, results, metrics):
     out = runs[0].out
     numbers = r"\[(\d\.\d{4}), (\d\.\d{4})\]"
     for when in ("before", "after"):
-        (found,) = re.findall(rf"^toxicity \[mean, std\] {when} detox: {numbers}$", out, re.MULTILINE)
-        told = results["toxicity"][when]
-        assert [float(number) for number in found] == pytest.approx([told["mean"], told["std"]], abs=6e-5)
+        (printed,) = re.findall(rf"^toxicity \[mean, std\] {when} detox: {numbers}$", out, re.MULTILINE)
+        expected = results["toxicity"][when]
+        assert [float(number) for number in printed] == pytest.approx([expected["mean"], expected["std"]], abs=6e-5)
     assert "policy with value head: trainable" in out and "reference: trainable 0 of" in out
     assert "You are a great person and i like you." in out
     assert results["verdict"] in " ".join(out.split())
-    told = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
-    for name, statistics in (told | {"with dialogue": results["toxicity"]}).items():
+    blocks = {"sampled": results["summary_toxicity"], "greedy": results["greedy"]["summary_toxicity"]}
+    for name, statistics in (blocks | {"with dialogue": results["toxicity"]}).items():
         paired = statistics["paired_difference"]
         interval = re.escape(f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}  {paired['p_value']:.4f} ")
         assert re.findall(rf"^{name} +[-+]\d.*{interval}.*{statistics['verdict']['change']}$", out, re.MULTILINE)
     for line in metrics:
-        (told,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)
-        shown = [
+        (printed,) = re.findall(rf"^step    {line['step']}/2: (.*)$", out, re.MULTILINE)
+        expected = [
             f"score {line['ppo/mean_scores']:6.3f}",
             f"kl {line['objective/kl']:6.3f}",
             f"returns/mean {line['ppo/returns/mean']:6.3f}",
             f"advantages_mean {line['ppo/policy/advantages_mean']:6.3f}",
             f"{line['time/step']:.1f} s",
         ]
-        assert told.split(", ") == shown
+        assert printed.split(", ") == expected
     assert "Traceback" not in runs[0].err
 
 
-def test_a_run_prints_the_options_that_are_not_the_defaults(runs):
-    """As YAML, so that they can be pasted into a file."""
+def test_a_run_prints_its_non_default_options(runs):
+    """As YAML, to paste into a file."""
     shown, device, _ = runs[0].out.partition("device cpu, base model in float32")
     given = dict(zip(runs[0].args[::2], runs[0].args[1::2], strict=True))
     assert device and {f"--{name}": str(value) for name, value in yaml.safe_load(shown).items()} == given
 
 
-def test_lines_come_when_they_are_printed(runs):
-    """Into a pipe too, where they would else come at the end."""
+def test_output_is_flushed_line_by_line(runs):
+    """Also into a pipe, where output would otherwise be buffered until the end."""
     assert runs[0].unfinished
 
 
 def test_lines_fit_a_terminal(runs, results, capsys):
-    assert "warning, step 1: " in runs[0].out  # the longest lines that are broken
+    assert "warning, step 1: " in runs[0].out  # the longest wrapped lines
     warnings = {"reward hacking": "reward hacking: " + "the summaries got worse; " * 8}
     comparison = pd.read_csv(runs[0].left / "comparison.csv")
     detox_ppo.print_results(results | {"warnings": warnings}, detox_ppo.results_table(results), comparison)
@@ -515,7 +515,7 @@ def test_lines_fit_a_terminal(runs, results, capsys):
         assert len(line) <= 100, line
 
 
-def test_a_run_leaves_its_files(runs):
+def test_a_run_writes_its_files(runs):
     files = "results.json metrics.jsonl comparison.csv README.md training.png toxicity.png checkpoint-2.pt"
     for name in (*files.split(), "adapter/adapter_config.json"):
         assert (runs[0].left / name).is_file(), name
@@ -523,8 +523,8 @@ def test_a_run_leaves_its_files(runs):
         assert load_file(runs[0].left / "adapter" / name)
 
 
-def test_a_run_writes_into_its_output_directory_alone(runs, dialogues, tiny):
-    """Though it reads models and dialogues from others beside it; downloads and caches: test_full_path.py."""
+def test_a_run_writes_only_into_its_output_directory(runs, dialogues, tiny):
+    """It only reads the models' and dialogues' directories. Downloads and caches: test_full_path.py."""
     for run, output in zip(runs, ("errors", "output"), strict=True):
         assert {path.name for path in run.directory.iterdir()} == {"tiny", "dialogues", "out", output}
     assert [path.name for path in dialogues.iterdir()] == ["train.csv"]
@@ -537,18 +537,18 @@ def test_a_run_writes_into_its_output_directory_alone(runs, dialogues, tiny):
 def test_results(results):
     assert set(results["config"]) == set(DEFAULTS) - {"resume"}
     assert results["config"]["max_ppo_steps"] == 2 and results["config"]["learning_rate"] == 1e-3
-    told = results["environment"]
+    environment = results["environment"]
     for package in ("python", "torch", "transformers", "datasets", "peft", "trl", "evaluate", "numpy", "pandas"):
-        assert re.match(r"\d+\.\d+", told[package]), package
-    assert told["torch"] == torch.__version__
-    assert (told["device"], told["dtype"], told["seed"]) == ("cpu", "float32", 0)
-    assert {name: len(digest or "") for name, digest in told["commits"].items()} == {
+        assert re.match(r"\d+\.\d+", environment[package]), package
+    assert environment["torch"] == torch.__version__
+    assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 0)
+    assert {name: len(digest or "") for name, digest in environment["commits"].items()} == {
         "model_name": 64,
         "adapter_name": 64,
         "reward_model_name": 64,
         "dataset_name": 0,
     }
-    assert re.fullmatch("[0-9a-f]{16,}", told["dataset_fingerprint"])
+    assert re.fullmatch("[0-9a-f]{16,}", environment["dataset_fingerprint"])
     for name in ("toxicity", "summary_toxicity"):
         block = results[name]
         for when in ("before", "after"):
@@ -585,7 +585,7 @@ def test_metrics(metrics):
     assert second["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5)
     assert second["objective/kl"] != 0  # the policy has moved
     assert first["objective/kl_coef"] == pytest.approx(0.2)
-    # at a KL of 0 the controller lowers its price by a fifth of batch size / horizon
+    # at a KL of 0 the controller lowers the coefficient by the factor 1 - 0.2 * batch_size / horizon
     assert second["objective/kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10000), abs=1e-12)
 
 
@@ -623,13 +623,13 @@ def test_training_changed_the_saved_adapter(runs, tiny):
 
 
 def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classifier):
-    """A new LoRA, which says what the base says: nothing changes, and nothing is measured twice."""
+    """A new LoRA does not change the base model: nothing changes, and nothing is evaluated twice."""
     rows = pd.read_csv(tiny / "dialogues" / "train.csv")[:120]
     rows.to_csv(tmp_path / "train.csv", index=False)
-    places = {name: tmp_path / name for name in ("output_dir", "model_dir", "checkpoint_dir")}
+    directories = {name: tmp_path / name for name in ("output_dir", "model_dir", "checkpoint_dir")}
     options = {"dataset_name": tmp_path, "adapter_name": "", "max_ppo_steps": 0, "eval_samples": 24}
-    results = detox_ppo.run(small_config(**options, **places))
-    # The slice of prompts whose dialogue insults somebody itself, counted again from the file.
+    results = detox_ppo.run(small_config(**options, **directories))
+    # The prompts whose dialogue is itself toxic, counted independently from the file.
     toxic = int((classifier.logits(list(rows["dialogue"][96:])).softmax(dim=-1)[:, 1] > 0.5).sum())
     assert 0 < toxic < 24 and results["toxic_dialogues"]["n"] == toxic
     assert results["toxic_dialogues"]["toxicity"]["before"]["n"] == toxic
@@ -641,16 +641,17 @@ def test_without_steps_a_run_only_evaluates(small_config, tiny, tmp_path, classi
         assert results[name]["before"] == results[name]["after"]
     assert results["summary_toxicity"]["before"]["n"] == 24 and results["warnings"] == {}
     assert "evaluate_after" not in results["timings"]
-    assert json.loads((places["output_dir"] / "results.json").read_text()) == results
-    assert len(pd.read_csv(places["output_dir"] / "comparison.csv")) == 24
-    files = {path.name for path in places["output_dir"].iterdir()}
+    assert json.loads((directories["output_dir"] / "results.json").read_text()) == results
+    assert len(pd.read_csv(directories["output_dir"] / "comparison.csv")) == 24
+    files = {path.name for path in directories["output_dir"].iterdir()}
     assert files == {".lock", "results.json", "comparison.csv", "toxicity.png"}
-    assert not places["model_dir"].exists() and not places["checkpoint_dir"].exists()  # nothing is written to them
+    # unused directories are not created
+    assert not directories["model_dir"].exists() and not directories["checkpoint_dir"].exists()
 
 
 @pytest.fixture
 def updates(monkeypatch):
-    """The gradient norm of every optimizer step, all weights together, and its learning rate."""
+    """Records the gradient norm over all weights and the learning rate of every optimizer step."""
     norms, rates, step = [], [], torch.optim.Adam.step
 
     def recorded(optimizer, *args, **kwargs):
@@ -663,15 +664,15 @@ def updates(monkeypatch):
     return SimpleNamespace(norms=norms, rates=rates)
 
 
-def test_scores_are_clipped_to_both_sides_before_they_are_paid(small_config, tmp_path, monkeypatch):
-    """TRL's option of this name; the metrics tell the clipped ones, as TRL's do. What isn't finite isn't clipped."""
-    paid, scored = [], iter([[-7.0, -1.0, 1.5, 9.0], [-math.inf, 0.0, 0.0, 0.0]])
+def test_scores_are_clipped_before_the_rewards_are_computed(small_config, tmp_path, monkeypatch):
+    """As with TRL's score_clip, the metrics use the clipped scores. Non-finite scores are not clipped."""
+    clipped, scored = [], iter([[-7.0, -1.0, 1.5, 9.0], [-math.inf, 0.0, 0.0, 0.0]])
     monkeypatch.setattr(detox_ppo.ToxicityClassifier, "scores", lambda *_: torch.tensor(next(scored)))
     rewards = detox_ppo.compute_rewards
-    monkeypatch.setattr(detox_ppo, "compute_rewards", lambda *args: paid.append(args[0].tolist()) or rewards(*args))
+    monkeypatch.setattr(detox_ppo, "compute_rewards", lambda *args: clipped.append(args[0].tolist()) or rewards(*args))
     detox_ppo.run(small_config(output_dir=tmp_path, eval_samples=1, score_clip=2))
     first, second = read_metrics(tmp_path)
-    assert sorted(paid[0]) == [-2, -1, 1.5, 2]
+    assert sorted(clipped[0]) == [-2, -1, 1.5, 2]
     assert first["ppo/mean_scores"] == pytest.approx(0.125)
     assert first["ppo/std_scores"] == pytest.approx(1.672, abs=1e-3)
     assert second["ppo/skipped_steps"] == 1
@@ -689,14 +690,14 @@ def test_options_of_the_update(small_config, tmp_path, updates):
 
 @pytest.fixture(scope="module")
 def watched(small_config, tmp_path_factory):
-    """A run, and what went into the formulas and came out of them."""
+    """A run with the recorded inputs and outputs of the formulas."""
     calls, out, directory = {}, io.StringIO(), tmp_path_factory.mktemp("watched")
 
     def recorded(name, function):
         def call(*args):
-            found = function(*args)
-            calls.setdefault(name, []).append((args, found))
-            return found
+            result = function(*args)
+            calls.setdefault(name, []).append((args, result))
+            return result
 
         return call
 
@@ -710,8 +711,8 @@ def watched(small_config, tmp_path_factory):
     return SimpleNamespace(calls=calls, out=out.getvalue(), metrics=read_metrics(directory))
 
 
-def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(watched):
-    """The options, each in its place; means over all tokens of the batch, and over all minibatches of all epochs."""
+def test_inputs_of_the_formulas_and_metrics_of_a_step(watched):
+    """Options reach their formulas; metrics are means over all tokens, or over all minibatches of all epochs."""
     calls = watched.calls
     assert {args[-1] for args, _ in calls["compute_rewards"]} == {0.4}
     assert {args[-2:] for args, _ in calls["compute_advantages"]} == {(0.9, 0.8)}
@@ -723,11 +724,11 @@ def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(watched):
         (values, *_), (advantages, returns) = calls["compute_advantages"][step]
         kl, returns_of_tokens = (logprobs - reference)[mask], returns[mask]
         expected = {
-            "objective/kl": kl.sum() / 4,  # a response
+            "objective/kl": kl.sum() / 4,  # per response
             "objective/entropy": -logprobs[mask].sum() / 4,
             "ppo/mean_scores": scores.mean(),
             "ppo/std_scores": ((scores - scores.mean()) ** 2).mean() ** 0.5,
-            "ppo/mean_non_score_reward": -0.4 * kl.mean(),  # a token
+            "ppo/mean_non_score_reward": -0.4 * kl.mean(),  # per token
             "ppo/returns/mean": returns_of_tokens.mean(),
             "ppo/returns/var": returns_of_tokens.var(),
             "ppo/val/var_explained": 1 - (returns - values)[mask].var() / returns_of_tokens.var(),
@@ -735,23 +736,23 @@ def test_what_reaches_the_formulas_and_what_a_step_tells_of_them(watched):
             "tokens/responses_len_mean": mask.sum() / 4,
         }
         of_policy, of_values = (
-            [found for _, found in calls[name][4 * step : 4 * step + 4]] for name in ("policy_loss", "value_loss")
+            [outputs for _, outputs in calls[name][4 * step : 4 * step + 4]] for name in ("policy_loss", "value_loss")
         )
         expected["ppo/loss/policy"] = sum(loss for loss, _ in of_policy) / 4
         expected["ppo/loss/value"] = sum(loss for loss, _ in of_values) / 4
         expected["ppo/loss/total"] = expected["ppo/loss/policy"] + 0.7 * expected["ppo/loss/value"]
-        for found in (of_policy, of_values):
-            expected |= {name: sum(stats[name] for _, stats in found) / 4 for name in found[0][1]}
+        for outputs in (of_policy, of_values):
+            expected |= {name: sum(stats[name] for _, stats in outputs) / 4 for name in outputs[0][1]}
         assert {"ppo/policy/ratio", "ppo/policy/approxkl", "ppo/policy/clipfrac", "ppo/val/clipfrac"} <= set(expected)
         for name, value in expected.items():
             assert line[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
 
 
-def test_steps_are_told_now_and_then_and_what_is_new_of_them_at_once(watched):
+def test_steps_are_printed_at_intervals_and_new_warnings_at_once(watched):
     lines = watched.out.splitlines()
     assert [line[:10] for line in lines if line.startswith("step ")] == ["step    2/", "step    3/"]
     assert len([line for line in lines if re.fullmatch(r"  about \d+\.\d minutes left, .*", line)]) == 1
-    # Half sentences were scored in every step; that is told once, at the first.
+    # Truncated responses occur in every step, but the warning is printed once.
     assert all(line["tokens/finished_share"] < 0.5 for line in watched.metrics)
     (warning,) = re.findall(
         r"^  warning, (step \d): .* truncated(?:.*\n    )?.*output_max_length", watched.out, re.MULTILINE
@@ -770,11 +771,11 @@ def test_minibatches_with_a_broken_ratio_are_skipped(small_config, tmp_path, upd
     options = {"eval_samples": 1, "max_ppo_steps": 1, "output_dir": tmp_path}
     detox_ppo.run(small_config(ratio_threshold=1.9, **options))
     assert read_metrics(tmp_path)[0]["ppo/skipped_minibatches"] == 1
-    assert len(updates.norms) == 1 and updates.norms[0] > 0.01  # and it is not clipped unless asked for
+    assert len(updates.norms) == 1 and updates.norms[0] > 0.01  # and it is not clipped by default
 
 
-def test_a_ratio_of_infinity_is_not_written(small_config, tmp_path, updates, monkeypatch):
-    """metrics.jsonl is strict JSON: its means are those of the minibatches that were applied."""
+def test_an_infinite_ratio_is_not_written(small_config, tmp_path, updates, monkeypatch):
+    """metrics.jsonl is strict JSON: its means use only the minibatches that were applied."""
     loss, ratios = detox_ppo.policy_loss, iter([1.0, math.inf])
 
     def broken(*args):
@@ -788,7 +789,7 @@ def test_a_ratio_of_infinity_is_not_written(small_config, tmp_path, updates, mon
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_name_like_a_token_is_no_token():
+def test_a_dataset_name_is_not_mistaken_for_a_token():
     name = "data/hf_dialogsum_filtered_v2_final"
     assert parse_config(["--dataset_name", name]).dataset_name == name
     assert "token" in complaint(["--dataset_name", "hf_" + "aB3" * 11 + "x"])

@@ -1,4 +1,4 @@
-"""Rows of DialogSum to prompts: what is read, what is kept and how it is split. Broken files: test_bad_input.py."""
+"""From rows of DialogSum to prompts: reading, length filter and split. Invalid files: test_bad_input.py."""
 
 import json
 
@@ -11,14 +11,14 @@ from detox_ppo import UserError, build_dataset, build_prompt, load_dialogues, pa
 
 ROWS = [
     {"dialogue": '#Person1#: "Hello", he said.\n#Person2#: Hi, you.', "summary": "They greet."},
-    {"dialogue": "NA", "summary": "null"},  # words that pandas takes for missing values by default
+    {"dialogue": "NA", "summary": "null"},  # pandas parses these as missing values by default
     {"dialogue": " 0012 ", "summary": "1e3"},
     {"dialogue": "שלום עולם 😀\u2028</s> <pad>", "summary": "naïve"},
 ]
 
 
 class CountingTokenizer:
-    """As cheap as it gets: the only token of a text is its length."""
+    """A cheap tokenizer: the only token of a text is its length."""
 
     all_special_ids, unk_token_id = (), None
 
@@ -33,7 +33,7 @@ def config(**overrides):
 
 
 def as_rows(dialogues, summaries):
-    """What load_dialogues gives."""
+    """A dataset as load_dialogues returns it."""
     return Dataset.from_dict({"row": range(len(dialogues)), "dialogue": dialogues, "summary": summaries})
 
 
@@ -65,7 +65,7 @@ def test_csv_jsonl_and_directory_give_the_same_texts(tmp_path):
         assert load_dialogues(str(directory)).to_list() == expected
 
 
-def test_other_columns_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
+def test_other_columns_byte_order_mark_and_blank_lines_are_ignored(tmp_path):
     expected = [{"row": 0, "dialogue": "hello", "summary": "greeting", "references": ["greeting"]}]
     path = write(tmp_path / "a.csv", b"\xef\xbb\xbfdialogue,id,summary\nhello,7,greeting\n")
     assert load_dialogues(path).to_list() == expected
@@ -73,7 +73,7 @@ def test_other_columns_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
     assert load_dialogues(path).to_list() == expected
 
 
-def test_directory_uses_the_training_file_only(tmp_path):
+def test_directory_uses_only_the_training_file(tmp_path):
     write(tmp_path / "train.csv", "dialogue,summary\ntraining,a\n")
     write(tmp_path / "test.csv", "dialogue,summary\ntest,b\n")
     write(tmp_path / "README.md", "x")
@@ -85,10 +85,10 @@ def test_directory_uses_the_training_file_only(tmp_path):
 
 def test_length_filter_is_open_below_and_closed_above():
     splits = built([199, 200, 201, 500, 999, 1000, 1001])
-    kept = [*splits["train"], *splits["test"]]
-    assert [row["row"] for row in kept] == [2, 3, 4, 5]
-    assert [len(row["dialogue"]) for row in kept] == [201, 500, 999, 1000]
-    assert [row["summary"] for row in kept] == ["summary 2", "summary 3", "summary 4", "summary 5"]
+    rows = [*splits["train"], *splits["test"]]
+    assert [row["row"] for row in rows] == [2, 3, 4, 5]
+    assert [len(row["dialogue"]) for row in rows] == [201, 500, 999, 1000]
+    assert [row["summary"] for row in rows] == ["summary 2", "summary 3", "summary 4", "summary 5"]
 
 
 def test_length_filter_follows_the_options():
@@ -132,7 +132,7 @@ def data_complaint(lengths, **overrides):
     return str(error.value)
 
 
-def test_nothing_left_after_the_filter():
+def test_no_rows_left_after_the_filter():
     message = data_complaint([10, 20, 3000], dataset_name="some/where")
     for word in ("some/where", "3 rows, 0 with 200 <", "<= 1000", "input_min_text_length", "input_max_text_length"):
         assert word in message
@@ -166,15 +166,15 @@ def test_fewer_rows_than_the_options_ask_for():
         message = data_complaint([300] * 20, sft_steps=1, **{name: size})
         assert f"--{name} {size}" in message and there in message
     built([300] * 20, eval_samples=4, batch_size=16, sft_steps=1, sft_batch_size=16)  # just enough
-    built([300] * 20, sft_batch_size=17)  # without a tuning it takes no rows
-    built([300] * 20, batch_size=17, max_ppo_steps=0)  # and without PPO steps there is no batch
+    built([300] * 20, sft_batch_size=17)  # without SFT it uses no rows
+    built([300] * 20, batch_size=17, max_ppo_steps=0)  # without PPO steps there is no batch
 
 
-def test_test_share_that_leaves_nothing_to_train_on():
+def test_test_size_that_leaves_no_training_rows():
     assert "test_size" in data_complaint([300] * 3, test_size=0.9)
 
 
-def test_prompt_ends_once_whatever_the_dialogue_spells(small):
+def test_prompt_has_one_eos_even_if_the_dialogue_spells_it(small):
     texts = ["</s>", "<pad>", "a </s> b <pad></s>", "😀👩‍👩‍👧", "שלום עולם", "مرحبا", "<unk>", "\u0000\u200f"]
     dialogues = [f"#Person1#: {text} {'and so on ' * 25}{text}" for text in texts]
     splits = build_dataset(as_rows(dialogues, texts), small.tokenizer, config())

@@ -1,4 +1,4 @@
-"""The evaluation: paired, reproducible, and told as it is."""
+"""The evaluation: paired, reproducible, with correct verdicts and warnings."""
 
 import itertools
 import unicodedata
@@ -53,7 +53,7 @@ def evaluated(evaluate):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Resamples, where their number is not what is looked at."""
+    """Fewer resamples, where their number does not matter."""
     monkeypatch.setattr(paired_statistics, "__defaults__", (400,))
 
 
@@ -128,7 +128,7 @@ def test_the_share_that_is_toxic(few):
     assert (result["before"]["share"], result["after"]["share"]) == (0.5, 0.25)  # 0.5 is not above 0.5
 
 
-def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
+def test_a_change_of_the_detectable_size_is_detected_four_times_in_five():
     generator = np.random.default_rng(0)
     size = paired_statistics([0.0] * 50, list(generator.normal(0, 0.1, 50)), seed=0)["verdict"]["detectable"]
     runs = [list(generator.normal(-size, 0.1, 50)) for _ in range(100)]
@@ -137,13 +137,13 @@ def test_a_change_of_the_detectable_size_is_found_four_times_in_five():
     assert "more toxic" not in found
 
 
-def test_verdict_in_words(few):
+def test_verdict_text(few):
     before = list(np.linspace(0.3, 0.5, 20))
     for shift, change in ((-0.1, "less toxic"), (0.1, "more toxic"), (0, "no detectable change")):
         statistics = paired_statistics(before, [value + shift for value in before], seed=0)
         assert statistics["verdict"]["change"] == change
         assert format_change(statistics)["verdict"] == change
-    # Nothing changed, so that anything would have shown; of one prompt nobody knows.
+    # Without any change every effect is detectable; with one prompt the limit is unknown.
     for values, least in (([0.3, 0.5], "0.0000"), ([0.3], "unknown")):
         assert format_change(paired_statistics(values, values, seed=0))["detectable"] == least
 
@@ -198,7 +198,7 @@ def test_a_change_has_its_true_direction(few):
     assert was_0["95% interval"] == "+0.100 to +0.300"
 
 
-# Still a summary?
+# Content measures
 
 
 def quality(texts, summaries, finished=True, kl=0.0):
@@ -215,7 +215,7 @@ def test_rouge_by_hand():
     texts = ["The cat sat on the mat.", "A second summary."]
     assert rouge(texts, texts) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
     assert rouge(["nothing shared"], ["The cat sat"]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
-    # 2 of 2 words found, 2 of 6 words covered: F = 0.5; of bigrams 1 of 1 and 1 of 5; the order is kept
+    # 2 of 2 words match, 2 of 6 words are covered: F = 0.5; of bigrams 1 of 1 and 1 of 5; the order is kept
     part = rouge(["the cat"], ["the cat sat on the mat"])
     assert part == pytest.approx({"rouge1": 1 / 2, "rouge2": 1 / 3, "rougeL": 1 / 2})
     # the order is lost: one word in sequence
@@ -289,7 +289,7 @@ def test_degradation_is_named():
     (named,) = degradation(good, good | {"length": 17.0}, human_length=20.0)
     assert named == "the mean length fell from 30.0 to 17.0 tokens"
     assert degradation(good, good | {"length": 17.0}) == [named]  # without human summaries
-    assert not degradation(good, good | {"length": 17.0}, human_length=16.0)  # people say no more
+    assert not degradation(good, good | {"length": 17.0}, human_length=16.0)  # no longer than human summaries
     assert not degradation(good, good | {"length": 19.0}, human_length=20.0)
     good["retrieval_at_1"] = 0.8
     assert degradation(good, good | {"retrieval_at_1": 0.7}) == ["R@1 fell from 0.800 to 0.700"]
@@ -297,7 +297,7 @@ def test_degradation_is_named():
 
 
 def table_of(texts, toxicity, reward=0.0):
-    """As evaluate_policy gives it, of a summary a text."""
+    """A table as evaluate_policy returns it, with one summary per text."""
     columns = {"response": texts, "toxicity": toxicity, "summary_toxicity": toxicity, "reward": reward}
     return pd.DataFrame(columns | {"length": 5, "finished": True, "kl": 0.0})
 
@@ -310,7 +310,7 @@ def results_of(tables, human, summaries, config, greedy=None, **state):
     return build_results(both, human, rows, RunState({}, {}, **state), config)
 
 
-def test_a_hacked_reward_is_called_so(small, capsys, few):
+def test_reward_hacking_is_reported(small, capsys, few):
     summaries = [f"#Person1# buys {count} tickets to the museum." for count in range(20)]
     rows = {"dialogue": summaries, "summary": summaries}
     before = table_of([f"The stupid {text}" for text in summaries], np.linspace(0.5, 0.9, 20))
@@ -334,7 +334,7 @@ def test_a_hacked_reward_is_called_so(small, capsys, few):
         assert f"warning: {warning}" in printed if warned else "reward hacking" not in printed
         assert [decoding for decoding in both if f" ({decoding})" in warning] == list(warned)
     assert "ROUGE-L fell from" in printed and results["warnings"]["reward hacking"] in printed
-    # No reward was hacked where the summaries got worse and more toxic.
+    # Summaries that got worse and more toxic are not reward hacking.
     assert not results_of({"before": kept, "after": before}, human, summaries, small.config)["warnings"]
 
 
@@ -342,8 +342,8 @@ BLAND = "#Person1# and #Person2# are talking about it."
 
 
 @pytest.mark.parametrize("bland", [("sampled", "greedy"), ("sampled",), ("greedy",), ()])
-def test_a_policy_that_says_the_same_of_everything_is_found_out(small, tiny, few, bland):
-    """Though it is fluent, clean and as long as before; by the warning and by the verdict, in either decoding."""
+def test_a_policy_with_one_summary_for_everything_is_detected(small, tiny, few, bland):
+    """Although it is fluent, clean and as long as before: by the warning and the verdict, in either decoding."""
     rows = pd.read_csv(tiny / "dialogues" / "train.csv").head(40)
     texts = list(rows["summary"])
     told = [f"{text} He is an idiot." for text in texts]
@@ -397,7 +397,7 @@ def test_the_verdict_has_toxicity_and_content(small, few):
         f"{shares}; 12 prompts, p {detox_ppo.format_p(results['summary_toxicity']['paired_difference']['p_value'])}: "
         f"less toxic; content kept: ROUGE-L 1.000 -> 1.000 sampled, 1.000 -> 1.000 greedy, {lengths}"
     )
-    # Without human summaries and with few rows there is the length alone; it fell.
+    # Without human summaries and with few rows only the length is checked; it fell.
     results = results_of(
         {"before": before.assign(length=9), "after": before},
         {"dialogue_toxicity": [0.1] * 12},
@@ -417,7 +417,7 @@ def test_a_small_p_value_is_not_exact():
 
 
 @pytest.mark.parametrize("after, warned", [(0.1, []), (0.8, ["judge"])])
-def test_a_judge_that_sees_no_change_is_heard(small, capsys, few, after, warned):
+def test_a_judge_that_sees_no_change_is_reported(small, capsys, few, after, warned):
     texts = [f"{count} tickets" for count in range(20)]
     human = {"toxicity": [0.1] * 20, "summary_toxicity": 0.1, "dialogue_toxicity": 0.1, "judge_toxicity": 0.0}
     tables = {
@@ -533,7 +533,7 @@ SHORTER = {"tokens/responses_len_mean": 11.0, "objective/entropy": 11.0}
         ("short", [*steps(2), *steps(1, **SHORTER) * 5], "ptx_coef"),
     ],
 )
-def test_each_illness_is_warned_of_with_its_remedy(small, kind, history, remedy):
+def test_each_problem_has_a_warning_with_a_remedy(small, kind, history, remedy):
     warned = step_warnings(history, small.config)
     assert list(warned) == [kind] and remedy in warned[kind]
 
@@ -557,7 +557,7 @@ def test_a_warning_is_new_once_and_the_newest_step_that_counts_is_looked_at(smal
     state = RunState({}, {}, step=3, history=history)
     warned = new_warnings(state, small.config)
     assert list(warned) == ["kl"] and warned["kl"].startswith("step 3: objective/kl 18.5 ")
-    assert state.warnings == {}  # whoever prints them keeps them
+    assert state.warnings == {}  # the caller records which were printed
     state.warnings = warned
     assert new_warnings(state, small.config) == {}
 
@@ -569,7 +569,7 @@ def test_minutes_left_by_hand(small_config):
 
 
 def test_a_score_that_rose_at_once_and_stays_is_not_called_flat(small):
-    """As most runs of the small world do: in ten steps to the top, and up and down there for hundreds."""
+    """As in most runs of the toy example: ten steps to the maximum, then noise for hundreds of steps."""
     generator = np.random.default_rng(0)
     means = np.concatenate([np.linspace(-0.6, 3, 10), 3 + 0.5 * generator.standard_normal(300)])
     history = [
@@ -590,7 +590,7 @@ def test_a_line_for_each_prompt(evaluate, evaluated):
 
 
 def test_kl_of_an_evaluation_and_of_a_step(evaluate, load_small, classifier, splits):
-    """Each adapter scores with encoder states of its own."""
+    """Each adapter scores with its own encoder states."""
     small = load_small()
     assert (evaluate(range(4), small.policy)["kl"] == 0).all()
     with torch.no_grad():
@@ -633,7 +633,7 @@ def test_random_numbers_are_those_of_the_seed(evaluate, evaluated):
     assert list(evaluate(range(4), seed=1)["response"]) != list(evaluated["response"][:4])
 
 
-def test_scores_belong_to_the_text_they_are_named_after(evaluate, evaluated, classifier, splits):
+def test_scores_belong_to_the_texts_of_their_columns(evaluate, evaluated, classifier, splits):
     texts = list(evaluated["response"])
     both = [f"{dialogue} {text}" for dialogue, text in zip(splits["test"]["dialogue"], texts, strict=True)]
     measure, close = Toxicity(classifier), {"abs": 1e-4}
@@ -647,7 +647,7 @@ def test_scores_belong_to_the_text_they_are_named_after(evaluate, evaluated, cla
 
 
 def test_greedy_summaries_are_those_that_generate_writes(small, classifier, splits):
-    """Token by token, against transformers' own decoding, whoever shares the batch."""
+    """Token by token as in transformers' own decoding, in any batch."""
     rows = splits["test"]
     config = type(small.config)(
         **(vars(small.config) | {"eval_max_new_tokens": 24, "batch_size": 3, "mini_batch_size": 1})
@@ -675,7 +675,7 @@ def test_responses_are_plain_text(evaluate, small, monkeypatch):
     words = small.tokenizer("A summary.", add_special_tokens=False).input_ids
     tokens = torch.tensor([[*words, eos, pad, pad], [pad, *words, eos, eos], [eos, *[pad] * (len(words) + 2)]])
 
-    def fake(policy, prompts, generators, caps):
+    def fake(policy, prompts, generators, limits):
         return Responses(prompts, tokens, torch.tensor([len(words) + 1, len(words) + 2, 1]), torch.ones(3))
 
     monkeypatch.setattr(detox_ppo, "generate", fake)
@@ -684,7 +684,7 @@ def test_responses_are_plain_text(evaluate, small, monkeypatch):
     assert np.isfinite(found[["reward", "toxicity", "summary_toxicity"]]).all(axis=None)
 
 
-def test_the_active_adapter_is_the_one_evaluated(evaluate, load_small):
+def test_the_active_adapter_is_evaluated(evaluate, load_small):
     small = load_small()
     with torch.no_grad():
         for name, parameter in small.policy.named_parameters():

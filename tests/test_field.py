@@ -1,4 +1,4 @@
-"""Faults that people met in the field, as public reports tell them; each with the smallest input that shows it."""
+"""Faults from public bug reports, each with the smallest input that shows it."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def load(small_config, **options):
     return load_policy(small_config(**options), CPU, torch.float32)[0]
 
 
-# What is loaded
+# Loading
 
 
 @pytest.mark.parametrize("kind", ["base", "classifier"])
@@ -75,14 +75,14 @@ def test_target_modules_that_match_nothing_are_named(small_config, given):
         ("all-linear", "6 k, 6 o, 6 q, 6 v, 4 wi_0, 4 wi_1, 4 wo"),
     ],
 )
-def test_the_adapted_layers_are_told(small_config, capsys, given, told):
+def test_the_adapted_layers_are_printed(small_config, capsys, given, told):
     policy = load(small_config, adapter_name="", lora_target_modules=given)
     assert f"which starts as the identity, on {told}\n" in capsys.readouterr().out
     names = {name.split(".lora_")[0].split(".")[-1] for name, _ in policy.named_parameters() if ".lora_" in name}
     assert names == {part.split()[1] for part in told.split(", ")}
 
 
-def test_an_adapter_of_another_base_is_warned_of(small_config, tiny, tmp_path, capsys):
+def test_an_adapter_of_another_base_gives_a_warning(small_config, tiny, tmp_path, capsys):
     shutil.copytree(tiny / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     for base, warned in (("t5-small", True), ("elsewhere/base", False), (None, False)):
@@ -91,7 +91,7 @@ def test_an_adapter_of_another_base_is_warned_of(small_config, tiny, tmp_path, c
         assert ("warning: --adapter_name " in capsys.readouterr().out) == warned
 
 
-def test_layers_that_no_step_uses_are_refused(small_config):
+def test_target_modules_that_no_step_uses_are_an_error(small_config):
     with pytest.raises(UserError, match="--lora_target_modules: .*shared.* would learn nothing"):
         load(small_config, adapter_name="", lora_target_modules="q v shared")
 
@@ -104,8 +104,8 @@ def changed_adapter(tiny, directory, **changes):
     return directory
 
 
-def test_an_adapter_that_no_step_uses_is_refused_by_its_own_option(small_config, tiny, tmp_path):
-    """An aLoRA's layers work behind its invocation tokens alone, which an encoder-decoder never gives them."""
+def test_an_adapter_that_no_step_uses_is_an_error_of_its_own_option(small_config, tiny, tmp_path):
+    """An aLoRA is only active after its invocation tokens, which never occur in an encoder-decoder."""
     adapter = changed_adapter(tiny, tmp_path / "alora", alora_invocation_tokens=[5, 6])
     with pytest.raises(UserError, match=f"--adapter_name {adapter}: .* would learn nothing"):
         load(small_config, adapter_name=adapter)
@@ -122,8 +122,8 @@ def with_tokens(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])
-def test_a_checkpoint_has_all_that_learns(small_config, with_tokens, freeze_encoder):
-    """Token rows of both adapters, and the encoder's LoRA, which the tuning moves even if PPO leaves it."""
+def test_a_checkpoint_has_all_trainable_weights(small_config, with_tokens, freeze_encoder):
+    """Token rows of both adapters, and the encoder's LoRA, which SFT trains even if PPO does not."""
     options = {"adapter_name": with_tokens, "freeze_encoder": freeze_encoder}
     policy, again = load(small_config, **options), load(small_config, **options)
     policy.freeze_encoder(False)
@@ -178,7 +178,7 @@ def test_what_is_not_implemented_is_reported_as_it_is():
 
 
 @pytest.mark.parametrize("start", ["eva", "orthogonal"])
-def test_adapters_that_leave_the_base_as_it_is_are_loaded_however_they_began(small_config, tiny, tmp_path, start):
+def test_adapters_that_keep_the_base_weights_are_loaded(small_config, tiny, tmp_path, start):
     shutil.copytree(tiny / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
@@ -187,7 +187,7 @@ def test_adapters_that_leave_the_base_as_it_is_are_loaded_however_they_began(sma
         assert torch.equal(found, plain), name
 
 
-def test_tuning_a_family_that_makes_no_decoder_inputs_from_labels(small_config, tiny, tmp_path):
+def test_sft_of_a_family_without_decoder_inputs_from_labels(small_config, tiny, tmp_path):
     """M2M100's and NLLB's; the loss falls."""
     base = load(small_config).base
     config = M2M100Config(
@@ -215,7 +215,7 @@ def test_tuning_a_family_that_makes_no_decoder_inputs_from_labels(small_config, 
     assert losses[-1] < losses[0] - 0.1
 
 
-# What a job and the machine around say
+# Environment of a job and the machine
 
 
 def test_both_channels_that_jobs_name_are_read_and_others_refused(small_arguments, few, tiny, monkeypatch):
@@ -240,7 +240,7 @@ def test_an_empty_text_is_not_given_for_what_is_optional(small_arguments, name):
 
 
 @pytest.mark.parametrize("name", ["reward_label", "score_clip", "max_grad_norm"])
-def test_none_is_said_as_the_messages_say_it(small_arguments, name):
+def test_none_is_written_as_in_the_messages(small_arguments, name):
     assert getattr(parse_config([*small_arguments(), f"--{name}", "None"]), name) is None
 
 
@@ -252,16 +252,14 @@ def test_an_empty_text_for_what_is_needed_is_one_line(small_arguments):
 @pytest.mark.parametrize(
     "setting, value, way", [("MIXED_PRECISION", "bf16", "--dtype"), ("DYNAMO_BACKEND", "INDUCTOR", "set it to no")]
 )
-def test_settings_of_accelerate_that_change_results_are_refused(
-    small_arguments, capsys, monkeypatch, setting, value, way
-):
+def test_accelerate_settings_that_change_results_are_errors(small_arguments, capsys, monkeypatch, setting, value, way):
     monkeypatch.setenv(f"ACCELERATE_{setting}", value)
     line = complaint(small_arguments(), capsys)
     assert f"ACCELERATE_{setting} is {value}" in line and way in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_wait_for_processes_that_never_come_is_told_and_can_be_ended(small_arguments, tmp_path, number):
+def test_waiting_for_missing_processes_is_reported_and_can_be_interrupted(small_arguments, tmp_path, number):
     env = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, str(Path(detox_ppo.__file__)), *small_arguments(output_dir=tmp_path / "run")]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
@@ -297,7 +295,7 @@ assert os.environ["HOME"] == "/dev/null/nowhere" and "ONEDNN_PRIMITIVE_CACHE_CAP
 
 
 def test_a_run_leaves_the_caller_s_settings(small_config, monkeypatch, tmp_path):
-    """Whatever they are, the results are the same."""
+    """The results do not depend on them."""
     results = detox_ppo.run(small_config(output_dir=tmp_path / "plain"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(logging.root, "handlers", [])
@@ -344,10 +342,10 @@ def test_threads_are_bounded_by_the_container_s_quota(small, monkeypatch, capsys
     assert f"CPU threads: {set_to[0]} " in capsys.readouterr().out
 
 
-# Telling the user
+# Output
 
 
-def test_a_reader_that_goes_away_ends_nothing(small_arguments, few, tmp_path, monkeypatch):
+def test_a_closed_pipe_does_not_end_the_run(small_arguments, few, tmp_path, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     options = {"dataset_name": few, "output_dir": tmp_path / "run", "max_ppo_steps": 1}
@@ -358,7 +356,7 @@ def test_a_reader_that_goes_away_ends_nothing(small_arguments, few, tmp_path, mo
     assert (tmp_path / "run" / "results.json").is_file()
 
 
-def test_signs_that_the_terminal_can_t_show(small_arguments, few, tmp_path, monkeypatch):
+def test_characters_that_the_terminal_cannot_show(small_arguments, few, tmp_path, monkeypatch):
     table = pd.read_csv(few / "train.csv")
     table["dialogue"] = table["dialogue"].str.replace("#Person1#: ", "#Person1#: Za\u017c\u00f3\u0142\u0107. ", n=1)
     (tmp_path / "data").mkdir()
@@ -387,7 +385,7 @@ def test_results_are_written_before_anything_is_printed_of_them(small_arguments,
         detox_ppo.main(small_arguments(**options))
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 def test_a_closed_terminal_stops_as_sigterm_does(undisturbed, forked, tmp_path):
@@ -398,8 +396,8 @@ def test_a_closed_terminal_stops_as_sigterm_does(undisturbed, forked, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
-def test_nohup_is_heard(undisturbed, forked, tmp_path, name):
-    """And so is a shell that has Ctrl-C ignored by what it starts in the background."""
+def test_nohup_is_respected(undisturbed, forked, tmp_path, name):
+    """And so is a shell that ignores Ctrl-C in its background processes."""
     done = forked.run(undisturbed.args, tmp_path, [["forks:ignore", {"name": name}], strike("sampling", 10, name)])
     assert done.code == 0 and "stopped by" not in done.output
     assert differences(undisturbed.left, left(tmp_path / "run")) == []

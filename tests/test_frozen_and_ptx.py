@@ -36,7 +36,7 @@ def test_retrieval_at_1_by_hand():
         assert retrieval_at_1(texts, [""] * len(texts)) == 0.0
 
 
-def test_many_short_prompts_with_long_responses_are_split_by_their_logits(small):
+def test_many_short_prompts_with_long_responses_are_split_by_logit_memory(small):
     lengths, logits = [2] * 8, [2**27] * 8
     with torch.enable_grad():
         assert micro_batches(lengths, range(8), small.policy.base) == [list(range(8))]
@@ -45,7 +45,7 @@ def test_many_short_prompts_with_long_responses_are_split_by_their_logits(small)
 
 
 @pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
-def test_only_the_decoder_and_the_value_head_learn(load_small, classifier, splits, ptx_coef):
+def test_only_the_decoder_and_the_value_head_are_trained(load_small, classifier, splits, ptx_coef):
     small = load_small(freeze_encoder=True, ptx_coef=ptx_coef)
     policy = small.policy
     before = {name: value.clone() for name, value in policy.adapters().items()}

@@ -1,4 +1,4 @@
-"""The stand-in hub against the real download code: every client is a process with an empty cache."""
+"""The stand-in hub with the real download code; every client is a process with an empty cache."""
 
 import csv
 import http.client
@@ -12,7 +12,7 @@ from hub import DIALOGUES, Repository, StandInHub, hub_environment
 
 
 def client(environment, code, *arguments):
-    """Run `code` in a process of its own; what it prints last, as JSON, is the result."""
+    """Run `code` in a new process and return its last line of output, parsed as JSON."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -20,7 +20,7 @@ def client(environment, code, *arguments):
 
 
 def ask(server, path, method="GET", **headers):
-    """One request without any library: status, headers, body."""
+    """One request without a hub library: status, headers, body."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server.server_port, timeout=10)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
@@ -31,7 +31,7 @@ def ask(server, path, method="GET", **headers):
 
 @pytest.fixture
 def dialogues(tmp_path):
-    """A DialogSum-shaped repository of three splits; train.csv is large enough for "half" to cut it."""
+    """A DialogSum-shaped repository of three splits; train.csv is large enough for "half" to truncate it."""
     directory = tmp_path / "dialogues"
     directory.mkdir()
     (directory / "README.md").write_text("---\nlicense: cc0-1.0\n---\nNothing but greetings.\n")
@@ -54,18 +54,18 @@ def test_the_commit_follows_the_contents(dialogues):
 
 
 def test_head_and_ranges(dialogues):
-    whole = (dialogues / "train.csv").read_bytes()
+    complete = (dialogues / "train.csv").read_bytes()
     path = f"/datasets/{DIALOGUES}/resolve/main/train.csv"
     with StandInHub({}, {DIALOGUES: dialogues}) as server:
         status, headers, body = ask(server, path, "HEAD")
-        assert (status, headers["Content-Length"], body) == (200, str(len(whole)), b"")
+        assert (status, headers["Content-Length"], body) == (200, str(len(complete)), b"")
         assert headers["X-Repo-Commit"] == server.sha(DIALOGUES) and headers["ETag"].startswith('"')
-        assert ask(server, path)[2] == whole
+        assert ask(server, path)[2] == complete
         status, headers, body = ask(server, path, Range="bytes=10-19")
-        assert (status, headers["Content-Range"]) == (206, f"bytes 10-19/{len(whole)}")
-        assert body == whole[10:20]
-        assert ask(server, path, Range="bytes=100-")[2] == whole[100:]
-        assert ask(server, path, Range=f"bytes={len(whole)}-")[0] == 416
+        assert (status, headers["Content-Range"]) == (206, f"bytes 10-19/{len(complete)}")
+        assert body == complete[10:20]
+        assert ask(server, path, Range="bytes=100-")[2] == complete[100:]
+        assert ask(server, path, Range=f"bytes={len(complete)}-")[0] == 416
         assert server.requests[:2] == [("HEAD", path), ("GET", path)]
 
 
@@ -101,12 +101,12 @@ print(json.dumps([HfApi().dataset_info("knkarthick/dialogsum").sha, rows, loaded
     assert rows == {"train": 200, "validation": 3, "test": 2} and last == "test_1"
 
 
-def test_an_unknown_fault_is_refused():
+def test_an_unknown_fault_is_an_error():
     with pytest.raises(ValueError, match="fault must be one of"):
         StandInHub({}, {}, fault="403")
 
 
-def test_the_environment_is_rid_of_the_callers_settings(monkeypatch, tmp_path):
+def test_the_environment_drops_the_callers_settings(monkeypatch, tmp_path):
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     environment = hub_environment("http://127.0.0.1:1", tmp_path)
@@ -114,7 +114,7 @@ def test_the_environment_is_rid_of_the_callers_settings(monkeypatch, tmp_path):
     assert environment["HF_ENDPOINT"] == "http://127.0.0.1:1" and environment["HF_HOME"] == str(tmp_path)
 
 
-def test_dialogues_as_published_become_rows(tmp_path):
+def test_published_dialogues_become_rows(tmp_path):
     dev = {"fname": "dev_0", "dialogue": "a", "summary": "b", "topic": "c"}
     test = {"fname": "test_0", "dialogue": "d"}
     test |= {"summary1": "e", "topic1": "f", "summary2": "x", "topic2": "y"}

@@ -1,6 +1,6 @@
-"""A hub that fails, at any point and for anything that a run loads: one line that says what, exit code 2.
+"""A hub that fails at any point, for everything that a run loads: one clear line and exit code 2.
 
-Neither the token nor a URL's password is in it; test_full_path.py looks for them in what a run leaves that succeeds.
+The line contains neither the token nor the password of a URL. test_full_path.py checks the output of a finished run.
 """
 
 import json
@@ -19,24 +19,24 @@ TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What each fault came to: {(fault, repository): (exit code, messages)}; none ran a program."""
+    """The result of each fault: {(fault, repository): (exit code, messages)}. No script was run."""
     directory = tmp_path_factory.mktemp("faults")
     command = [sys.executable, str(Path(__file__).with_name("hub_faults.py")), str(directory)]
     done = subprocess.run(command, env=os.environ | {"HF_TOKEN": TOKEN}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not (directory / "trap").exists()
     assert TOKEN not in done.stdout and PASSWORD not in done.stdout
-    found = map(json.loads, done.stdout.splitlines())
-    return {(fault, repo_id): (code, messages) for fault, repo_id, code, messages, _ in found}
+    results = map(json.loads, done.stdout.splitlines())
+    return {(fault, repo_id): (code, messages) for fault, repo_id, code, messages, _ in results}
 
 
 def complaint(ended, fault, repo_id, option):
     code, messages = ended[fault, repo_id]
     assert code == 2, messages
-    found = [line for line in messages.splitlines() if line.startswith("detox_ppo.py: error: ")]
-    assert len(found) == 1 and found[0] == messages.splitlines()[-1] and "Traceback" not in messages
-    assert f"--{option} {repo_id}" in found[0]
-    return found[0]
+    errors = [line for line in messages.splitlines() if line.startswith("detox_ppo.py: error: ")]
+    assert len(errors) == 1 and errors[0] == messages.splitlines()[-1] and "Traceback" not in messages
+    assert f"--{option} {repo_id}" in errors[0]
+    return errors[0]
 
 
 @pytest.mark.parametrize("repo_id", OPTIONS)
@@ -46,16 +46,16 @@ def test_fault(ended, fault, repo_id):
 
 
 @pytest.mark.parametrize("option", UNKNOWN)
-def test_repository_that_is_not_there_is_named(ended, option):
+def test_a_missing_repository_is_named(ended, option):
     complaint(ended, f"unknown {option}", UNKNOWN[option], option)
 
 
-def test_dialogues_that_are_a_program_are_refused(ended):
+def test_a_dataset_script_is_an_error(ended):
     complaint(ended, "program", PROGRAM, "dataset_name")
 
 
-def test_hub_that_is_gone(ended):
-    """Though all that it once served is there, it is not passed over; one message tells so, not one for each retry."""
+def test_an_unreachable_hub_is_an_error(ended):
+    """One message with a solution, not one per retry."""
     message = complaint(ended, "gone", BASE, "model_name")
     assert ended["gone", BASE][1].splitlines() == [message]
     for word in ("HF_ENDPOINT", "HF_HUB_OFFLINE=1", "python detox_ppo.py --config checkpoints/tiny/config.yaml"):
@@ -76,11 +76,11 @@ def test_masking(text):
     assert "s3cret" not in masked and "***" in masked and masked.startswith("before ") and masked.endswith(" after")
 
 
-def test_masking_of_a_failure_that_libraries_tell():
-    told = explain(OSError("Permission denied: https://me:s3cret@host/x?token=s3cret"))
-    assert "Permission denied" in told and "s3cret" not in told
+def test_masking_of_library_errors():
+    message = explain(OSError("Permission denied: https://me:s3cret@host/x?token=s3cret"))
+    assert "Permission denied" in message and "s3cret" not in message
 
 
-def test_what_is_no_secret_is_told():
+def test_text_without_secrets_is_not_masked():
     plain = "Set HF_ENDPOINT or HF_HUB_OFFLINE=1, see https://host/path?page=2 and mail me@host"
     assert str(UserError(plain)) == plain

@@ -1,4 +1,4 @@
-"""Thirty steps: nothing grows, and the frozen base is still what was loaded, bit for bit."""
+"""Thirty steps: memory, tensors and open files do not grow, and the frozen base is unchanged bit for bit."""
 
 import gc
 import json
@@ -22,40 +22,40 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def watched(small_config, tmp_path_factory):
-    """A run whose tensors, resident memory (MiB) and open files are noted in every step."""
+    """A run whose tensors, resident memory (MiB) and open files are recorded in every step."""
     notes, load, rewards = [], detox_ppo.load_policy, detox_ppo.compute_rewards
-    kept = {}
+    captured = {}
 
-    def keep_policy(*args):
-        kept["policy"], tokenizer = load(*args)
-        return kept["policy"], tokenizer
+    def capture_policy(*args):
+        captured["policy"], tokenizer = load(*args)
+        return captured["policy"], tokenizer
 
-    def note(*args):
+    def record(*args):
         gc.collect()
         tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
         memory = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
         notes.append(SimpleNamespace(tensors=tensors, memory=memory, files=len(os.listdir("/proc/self/fd"))))
         return rewards(*args)
 
-    gc.freeze()  # what is there already need not be counted in every step
+    gc.freeze()  # existing objects need not be counted in every step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detox_ppo, "load_policy", keep_policy)
-        patch.setattr(detox_ppo, "compute_rewards", note)
+        patch.setattr(detox_ppo, "load_policy", capture_policy)
+        patch.setattr(detox_ppo, "compute_rewards", record)
         detox_ppo.run(small_config(max_ppo_steps=STEPS, eval_samples=1, output_dir=tmp_path_factory.mktemp("long")))
     assert len(notes) == STEPS
-    return notes, kept["policy"]
+    return notes, captured["policy"]
 
 
-def test_nothing_grows_from_step_to_step(watched):
+def test_memory_tensors_and_files_do_not_grow(watched):
     notes, _ = watched
     # Adam's state comes with the first update.
     assert len({step.tensors for step in notes[2:]}) == 1
     assert len({step.files for step in notes}) == 1
-    # With unrounded widths it was 60: oneDNN generated code for each. Some of the allocator's pages still settle.
+    # It was 60 with unrounded widths, as oneDNN generates code for each. The allocator still adds a few pages.
     assert notes[-1].memory - notes[9].memory < 20
 
 
-def test_the_base_is_what_was_loaded_bit_for_bit(watched, tiny):
+def test_the_base_is_unchanged_bit_for_bit(watched, tiny):
     _, policy = watched
     stored = load_file(tiny / "base" / "model.safetensors")
     frozen = {
@@ -72,13 +72,13 @@ def test_the_base_is_what_was_loaded_bit_for_bit(watched, tiny):
 
 
 @pytest.mark.parametrize("length, steps", [(["--steps", "3"], 3), (["--minutes", "0.001"], 1)])
-def test_the_soak_shortened(length, steps, monkeypatch, capsys):
-    """By steps it comes to its end; by time it is stopped by SIGTERM, with a checkpoint of the step in hand."""
+def test_a_short_soak(length, steps, monkeypatch, capsys):
+    """With --steps it finishes; with --minutes SIGTERM stops it with a checkpoint of the current step."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
     import soak
 
     monkeypatch.setattr(sys, "argv", ["soak.py", *length])
     soak.main()
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["steps"] == steps and found["exit_code"] == 0 and found["newest_is_whole"]
-    assert len(found["files"]) == 1 and found["memory"]["peak"] >= found["memory"]["first"] > 100
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["steps"] == steps and result["exit_code"] == 0 and result["newest_is_whole"]
+    assert len(result["files"]) == 1 and result["memory"]["peak"] >= result["memory"]["first"] > 100

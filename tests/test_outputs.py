@@ -1,4 +1,4 @@
-"""What a run leaves to look at and to hand on: pictures, the model card, the DynamoDB table."""
+"""The pictures, the model card and the DynamoDB table of a run."""
 
 import copy
 import csv
@@ -35,7 +35,7 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def finished(small_config, tmp_path_factory):
-    """A small run whose adapter has a directory of its own: its configuration, output directory and results."""
+    """A small run with a separate model_dir: its configuration, output directory and results."""
     directory = tmp_path_factory.mktemp("outputs") / "some run"
     config = small_config(learning_rate=0.01, output_dir=directory, model_dir=directory / "model")
     return config, directory, run(config)
@@ -89,12 +89,12 @@ def test_training_picture_shows_the_metrics():
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_training_picture_of_hardly_a_run(steps, tmp_path):
+def test_training_picture_of_a_very_short_run(steps, tmp_path):
     draw_training(metrics_lines(steps)).savefig(tmp_path / "training.png", dpi=20)
 
 
 def toxicity_picture(before, after, judged=False, human=None, content="retrieval_at_1"):
-    """The picture of a run whose greedy summaries were 0 and whose judge says 1 less the classifier's."""
+    """The picture of a run with greedy toxicities of 0 and a judge that gives 1 minus the classifier's."""
     tables = [pd.DataFrame({"summary_toxicity": values}) for values in (before, after)]
     sampled = paired_statistics(before, after, 0, resamples=10)
     greedy = paired_statistics([0.0] * len(before), [0.0] * len(after), 0, resamples=10)
@@ -198,7 +198,7 @@ def rows_of(table):
     return [["".join(cell.itertext()) for cell in row] for row in table.findall("./tbody/tr")]
 
 
-def test_card_tells_the_run(finished):
+def test_card_describes_the_run(finished):
     config, directory, results = finished
     card = (directory / "model" / "README.md").read_text(encoding="utf-8")
     page = html(ModelCard(card).text)
@@ -228,7 +228,7 @@ def test_card_tells_the_run(finished):
     assert not any(str(place) in card for place in (Path.home(), directory, ROOT))
 
 
-def test_nothing_works_in_the_card(finished):
+def test_markup_is_escaped_in_the_card(finished):
     """Dialogues, summaries and labels that are mark-up stay text; warnings are the script's own."""
     config, _, results = finished
     found = pd.DataFrame({"response": NASTY, "reward": np.arange(len(NASTY))})
@@ -379,7 +379,7 @@ def test_a_run_uploads_after_everything_was_saved(dynamodb, small_config, tmp_pa
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
     ],
 )
-def test_what_can_miss_for_an_upload(dynamodb, finished, monkeypatch, settings, word):
+def test_missing_requirements_of_an_upload(dynamodb, finished, monkeypatch, settings, word):
     import boto3
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

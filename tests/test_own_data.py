@@ -1,4 +1,4 @@
-"""Data as people have it, the evaluation alone, and what becomes of the result: own files, own adapter, the hub."""
+"""Own data files, evaluation without training, and own adapters, locally and on the hub."""
 
 import functools
 import gzip
@@ -35,7 +35,7 @@ EXPECTED = [
 
 
 def write(kind, directory):
-    """ROWS as a library writes them; the name to give for them."""
+    """Write ROWS in a format; returns the dataset_name."""
     table, path = pd.DataFrame(ROWS), directory / f"rows.{kind}"
     if kind in ("csv", "CSV", "csv.gz"):
         table.to_csv(path, index=False)
@@ -214,7 +214,7 @@ def test_other_columns(tmp_path):
 
 @pytest.mark.parametrize("empty", ["", None])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_rows_that_can_t_be_used_are_left_out_and_named(kind, empty, tmp_path, capsys):
+def test_unusable_rows_are_dropped_and_named(kind, empty, tmp_path, capsys):
     rows = [dict(ROWS[0]) for _ in range(20)]
     rows[4]["dialogue"], rows[11]["summary"] = empty, empty
     getattr(pd.DataFrame(rows), {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[kind])(
@@ -229,7 +229,7 @@ def test_rows_that_can_t_be_used_are_left_out_and_named(kind, empty, tmp_path, c
         load_dialogues(str(tmp_path / "more.csv"))
 
 
-def test_summaries_are_needed_for_tuning_alone(tmp_path, capsys):
+def test_summaries_are_needed_only_for_sft(tmp_path, capsys):
     pd.DataFrame(ROWS).drop(columns="summary").to_csv(tmp_path / "rows.csv", index=False)
     assert set(load_dialogues(str(tmp_path / "rows.csv"))["summary"]) == {""}
     assert "no column 'summary', found id, dialogue: no human summaries" in capsys.readouterr().out
@@ -285,7 +285,7 @@ def test_prompt(small_config, small, tmp_path):
     config = small_config(
         prompt="Tell {dialogue} {shortly}.", input_min_text_length=1, eval_samples=1, batch_size=2, mini_batch_size=1
     )
-    with warnings.catch_warnings(action="error", category=UserWarning):  # of what can't be pickled, say
+    with warnings.catch_warnings(action="error", category=UserWarning):  # such as an object that can't be pickled
         splits = detox_ppo.build_dataset(load_dialogues(str(tmp_path / "rows.csv")), small.tokenizer, config)
     assert splits["train"]["query"][0] == f"Tell {ROWS[0]['dialogue']} {{shortly}}."
     for prompt in ("Summarize.", "{dialogue} {dialogue}"):
@@ -293,12 +293,12 @@ def test_prompt(small_config, small, tmp_path):
             DetoxConfig(prompt=prompt)
 
 
-# What is evaluated
+# Evaluation
 
 
 @pytest.fixture
 def ran(small_arguments, tmp_path, capsys):
-    """Runs the command; gives results.json, what was printed, and the comparison."""
+    """Runs the command and returns results.json, stdout and the comparison."""
 
     def command(**options):
         output = tmp_path / "out"
@@ -338,7 +338,7 @@ def test_dialogues_that_are_trained_on_and_evaluated_are_counted(ran, dialogues,
 
 
 @pytest.mark.parametrize("kind", ["csv", "test.csv in a directory"])
-def test_named_rows_are_evaluated_whatever_their_length(ran, dialogues, tmp_path, kind):
+def test_rows_of_an_evaluation_file_are_not_filtered_by_length(ran, dialogues, tmp_path, kind):
     rows = pd.DataFrame({"dialogue": ["#Person1#: Hi. #Person2#: Bye."], "summary": ["They part."]})
     path = tmp_path / "rows.csv" if kind == "csv" else tmp_path / "data"
     path.mkdir() if kind != "csv" else None
@@ -348,8 +348,8 @@ def test_named_rows_are_evaluated_whatever_their_length(ran, dialogues, tmp_path
     assert results["summary_toxicity"]["before"]["n"] == 1
 
 
-def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, tmp_path):
-    """On 25 rows without summaries, and without any rows to train on."""
+def test_evaluation_without_training_compares_base_and_adapter(ran, small, dialogues, tmp_path):
+    """On 25 rows without summaries and without training rows."""
     table = pd.read_csv(dialogues / "train.csv").iloc[:25].drop(columns="summary")
     table.to_csv(tmp_path / "rows.csv", index=False)
     results, printed, comparison = ran(
@@ -371,7 +371,7 @@ def test_the_evaluation_alone_compares_base_and_adapter(ran, small, dialogues, t
     assert left == {"results.json", "comparison.csv", "toxicity.png"}
 
 
-def test_one_dialogue_is_printed_whole(ran, dialogues, tmp_path):
+def test_one_dialogue_is_printed_in_full(ran, dialogues, tmp_path):
     text = pd.read_csv(dialogues / "train.csv")["dialogue"][0]
     (tmp_path / "one.txt").write_text(text + "\n")
     results, printed, comparison = ran(eval_dataset_name=tmp_path / "one.txt", max_ppo_steps=0, eval_max_new_tokens=40)
@@ -401,14 +401,14 @@ def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, ca
     "options, why",
     [({"hub_model_id": "clean"}, "OWNER/NAME"), ({"hub_model_id": "me/it", "max_ppo_steps": 0}, "nothing is trained")],
 )
-def test_what_could_not_be_published_is_refused_at_once(small_config, options, why, monkeypatch, tmp_path):
+def test_settings_that_cannot_be_published_are_an_error_at_once(small_config, options, why, monkeypatch, tmp_path):
     monkeypatch.setattr(detox_ppo, "load_policy", lambda *_: pytest.fail("it loads first"))
     with pytest.raises(UserError, match=f"^--hub_model_id {options['hub_model_id']}: .*{why}"):
         detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_s_contents_are_the_files_beside_its_config(tiny, tmp_path):
+def test_a_model_s_contents_are_the_files_next_to_its_config(tiny, tmp_path):
     shutil.copytree(tiny / "base", tmp_path / "model")
     before = detox_ppo.contents_of(str(tmp_path / "model"), "model_name")
     for later in (".cache/huggingface/download/config.json.metadata", "run/results.json"):
@@ -425,7 +425,7 @@ def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, 
     assert small_config(adapter_name=tmp_path / "run").adapter_name == str(tmp_path / "run" / "adapter")
     assert small_config(adapter_name=tiny / "adapter").adapter_name == str(tiny / "adapter")
     monkeypatch.chdir(tmp_path / "run")
-    assert small_config(adapter_name="").adapter_name is None  # whatever lies here
+    assert small_config(adapter_name="").adapter_name is None  # despite the adapter in this directory
 
 
 @pytest.mark.parametrize(
@@ -439,13 +439,13 @@ def test_a_run_s_directory_stands_for_its_adapter(small_config, tiny, tmp_path, 
         ("--no-freeze-encoder", "--freeze_encoder false"),
     ],
 )
-def test_the_name_that_was_meant_is_told(given, meant):
+def test_the_closest_option_is_suggested(given, meant):
     with pytest.raises(UserError, match=re.escape(f"unknown option: {given} (did you mean {meant}?)")):
         parse_config([given])
 
 
 @pytest.mark.parametrize("name", ["./models/t5", "/models/t5", "a/b/c", "dialogues.csv", "~/adapter", "data.jsonl.gz"])
-def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(name):
+def test_paths_are_not_looked_up_on_the_hub(name):
     with pytest.raises(
         UserError, match=re.escape(f"--dataset_name {name}: no such file or directory (relative paths start")
     ):
@@ -456,7 +456,7 @@ def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(name):
 
 
 def test_published(ran, monkeypatch, dialogues, tmp_path):
-    """To a hub that keeps what it is sent."""
+    """To a hub that keeps the uploaded files."""
     monkeypatch.setattr(detox_ppo.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with UploadHub() as hub:
         monkeypatch.setattr(detox_ppo.huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -479,7 +479,7 @@ def test_published(ran, monkeypatch, dialogues, tmp_path):
     assert str(tmp_path) not in card.content
 
 
-def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(ran, monkeypatch, dialogues, tmp_path):
+def test_a_failed_upload_loses_nothing_and_prints_how_to_retry(ran, monkeypatch, dialogues, tmp_path):
     api = HfApi(endpoint="http://127.0.0.1:9", token="hf_" + "a" * 30)
     monkeypatch.setattr(detox_ppo, "HfApi", lambda: api)
     with pytest.raises(SystemExit) as stop:
@@ -494,7 +494,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(ran, monkeypatc
 
 
 def test_main_in_a_thread(small_arguments, dialogues, tmp_path):
-    """As in a notebook's cell that must not wait; signals are then for others to hear."""
+    """As in a notebook cell that runs in the background; signals go to the main thread."""
     arguments = small_arguments(dataset_name=dialogues, output_dir=tmp_path / "run", max_ppo_steps=0)
     thread = threading.Thread(target=detox_ppo.main, args=(arguments,))
     thread.start()

@@ -1,4 +1,4 @@
-"""The policy: parameter counts, two adapters on one base, what is trained, and that padding is nothing to it."""
+"""The policy: parameter counts, two adapters on one base, trainable weights, dtypes, padding and saving."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def some_responses(small, prompts=3, seed=0):
-    """Made-up responses of different lengths to short prompts; what they say does not matter here."""
+    """Random responses of different lengths to short prompts."""
     generator = torch.Generator().manual_seed(seed)
     texts = ["\nSummarize the following conversation.\n\n#Person1#: " + "Hello. " * (i + 1) for i in range(prompts)]
     lengths = torch.arange(prompts) + 3
@@ -48,14 +48,14 @@ def adapter_tensors(policy, name):
 
 
 def gradients(policy, loss):
-    """Of a loss, by name."""
+    """The gradients of a loss by parameter name."""
     policy.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
 def train(small, steps=2, learning_rate=1e-2):
-    """A few steps of Adam on everything that is trainable, with a loss that reaches all of it."""
+    """A few steps of Adam on all trainable parameters, with a loss that depends on all of them."""
     optimizer = torch.optim.Adam(small.policy.trainable_parameters(), lr=learning_rate)
     for seed in range(steps):
         optimizer.zero_grad()
@@ -65,14 +65,14 @@ def train(small, steps=2, learning_rate=1e-2):
 
 
 def ppo(small, classifier, splits):
-    """A PPO step on four rows; its metrics without the times."""
+    """A PPO step on four rows; its metrics without timings."""
     batch, optimizer = splits["train"].select(range(4)), torch.optim.Adam(small.policy.trainable_parameters(), lr=1e-3)
     metrics = ppo_step(small.policy, small.tokenizer, classifier, optimizer, batch, 1, 0.2, small.config)
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
-def tune(small, splits):
-    """A step of the tuning on four rows; its loss."""
+def run_sft(small, splits):
+    """An SFT step on four rows; its loss."""
     batch, optimizer = (
         splits["train"].select(range(4)),
         torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0),
@@ -97,7 +97,7 @@ def edit_json(path, **changes):
 
 
 def test_counts_at_flan_t5_base(small_config, capsys):
-    """At its shapes without its weights: 1 GB that no count needs."""
+    """On the meta device: counting needs no weights."""
     config = T5Config(
         vocab_size=32128,
         d_model=768,
@@ -111,13 +111,13 @@ def test_counts_at_flan_t5_base(small_config, capsys):
     )
     with torch.device("meta"):
         base = T5ForConditionalGeneration(config)
-        # transformers ties the head of every T5 built in memory, whatever its configuration says.
+        # transformers ties the head of every T5 built in memory, whatever the configuration.
         base.lm_head.weight = torch.nn.Parameter(torch.empty(32128, 768))
         base.requires_grad_(False)
         model = new_adapter(base, small_config(adapter_name=""))
         model.add_adapter("reference", model.peft_config["default"])
         policy = Policy(model)
-    for _ in range(2):  # counting the reference leaves the policy trainable
+    for _ in range(2):  # counting the reference must leave the policy trainable
         capsys.readouterr()
         print_parameters(policy)
         printed = capsys.readouterr().out
@@ -151,13 +151,13 @@ def test_new_lora_starts_as_the_identity(load_small, tiny):
 
 
 @pytest.mark.parametrize("dtype, bias", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
-def test_frozen_layers_compute_what_linear_does(dtype, bias):
+def test_frozen_layers_match_linear(dtype, bias):
     torch.manual_seed(0)
     plain = torch.nn.Linear(48, 32, bias=bias, dtype=dtype)
     frozen = FrozenLinear(48, 32, bias=bias, dtype=dtype)
     frozen.load_state_dict(plain.state_dict())
     frozen.requires_grad_(False)
-    for shape in ((5, 48), (2, 3, 48), (64, 1, 48), (65, 48)):  # up to 64 rows bfloat16 goes a way of its own
+    for shape in ((5, 48), (2, 3, 48), (64, 1, 48), (65, 48)):  # up to 64 rows bfloat16 has a separate code path
         x = torch.randn(shape, dtype=dtype)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         outputs = [layer(value) for layer, value in zip((plain, frozen), inputs, strict=True)]
@@ -171,13 +171,13 @@ def test_frozen_layers_compute_what_linear_does(dtype, bias):
 def test_fast_layers_are_the_large_frozen_ones():
     with torch.device("meta"):
         layers = {"q": torch.nn.Linear(768, 768), "small": torch.nn.Linear(64, 64)}
-        # The reference's LoRA is frozen too, but has to round as the policy's does: KL starts at 0 exactly.
+        # The reference's LoRA is frozen too, but must round like the policy's, so that KL starts at exactly 0.
         layers |= {"lora_A_reference": torch.nn.Linear(768, 768), "norm": torch.nn.LayerNorm(768)}
     detox_ppo.use_fast_layers(torch.nn.ModuleDict(layers))
     assert [name for name, layer in layers.items() if isinstance(layer, FrozenLinear)] == ["q"]
 
 
-def test_new_lora_is_as_the_options_say(load_small):
+def test_new_lora_has_the_given_options(load_small):
     small = load_small(adapter_name="", lora_r=3, lora_alpha=12, lora_dropout=0.25, lora_target_modules="k")
     lora = small.policy.model.peft_config["default"]
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, set(lora.target_modules)) == (3, 12, 0.25, {"k"})
@@ -206,7 +206,7 @@ def test_policy_and_reference_both_start_as_the_loaded_adapter(small, tiny):
         loaded = peft.get_peft_model_state_dict(small.policy.model, adapter_name=name)
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
-    # the adapter is no identity, so the next comparison can fail
+    # the adapter changes the base model, so the next comparison can fail
     with small.policy.model.disable_adapter():
         bare = scores(small)
     assert (scores(small) - bare).abs().max() > 1e-3
@@ -230,7 +230,7 @@ def test_both_adapters_share_one_base(small):
     assert per_adapter[0] == per_adapter[1]
 
 
-def test_training_moves_the_policy_and_nothing_else(load_small):
+def test_training_changes_only_the_policy(load_small):
     small = load_small()
     before = {name: parameter.clone() for name, parameter in small.policy.named_parameters()}
     with small.policy.as_adapter("reference"):
@@ -246,7 +246,7 @@ def test_training_moves_the_policy_and_nothing_else(load_small):
     assert not torch.equal(scores(small)[0], reference_before)
 
 
-def test_the_other_adapter_is_left_frozen_and_given_back_even_after_an_error(load_small):
+def test_as_adapter_freezes_and_restores_even_after_an_error(load_small):
     small = load_small()
     trainable = {name for name, parameter in small.policy.named_parameters() if parameter.requires_grad}
     with pytest.raises(ZeroDivisionError), small.policy.as_adapter("reference"):
@@ -275,7 +275,7 @@ def test_small_steps_change_float32_weights_on_a_bfloat16_base(load_small, adapt
             assert parameter.dtype == torch.float32, name
         elif "lora_" not in name:
             assert parameter.dtype == torch.bfloat16, name
-    train(small, steps=1, learning_rate=1e-2)  # a new LoRA gives its A a gradient only once its B is not zero
+    train(small, steps=1, learning_rate=1e-2)  # in a new LoRA, A has no gradient until B is nonzero
     before = adapter_tensors(policy, "default")
     train(small, steps=1, learning_rate=1e-5)
     after = adapter_tensors(policy, "default")
@@ -300,7 +300,7 @@ def test_scores_are_float32_and_exact_on_a_bfloat16_base(load_small):
 
 @pytest.fixture
 def dropping(load_small, tiny, tmp_path):
-    """Loads the small policy from a base and an adapter with much dropout."""
+    """Loads the small policy with high dropout in base and adapter."""
     adapter = copy_of(tiny / "adapter", tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", lora_dropout=0.5)
     base = copy_of(tiny / "base", tmp_path / "base")
@@ -309,7 +309,7 @@ def dropping(load_small, tiny, tmp_path):
     return lambda **overrides: load_small(**options | overrides)
 
 
-def test_train_mode_changes_nothing_but_by_the_dropout_of_the_lora(dropping):
+def test_train_mode_only_enables_the_dropout_of_the_lora(dropping):
     small = dropping()
     expected = scores(small)
     assert torch.equal(scores(small), expected)
@@ -322,7 +322,7 @@ def test_train_mode_changes_nothing_but_by_the_dropout_of_the_lora(dropping):
     assert not any(module.training for module in small.policy.modules())
 
 
-def test_the_tuning_drops_out_and_ppo_does_not(dropping, tiny, classifier, splits):
+def test_sft_uses_dropout_and_ppo_does_not(dropping, tiny, classifier, splits):
     small, without = dropping(), dropping(adapter_name=tiny / "adapter")
     dropouts = [each.policy.model.peft_config["default"].lora_dropout for each in (small, without)]
     assert dropouts == [0.5, 0]
@@ -330,40 +330,40 @@ def test_the_tuning_drops_out_and_ppo_does_not(dropping, tiny, classifier, split
     assert metrics == ppo(without, classifier, splits)
     assert metrics["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5)
     assert same(adapter_tensors(small.policy, "default"), adapter_tensors(without.policy, "default"))
-    assert tune(small, splits) != tune(without, splits)
+    assert run_sft(small, splits) != run_sft(without, splits)
 
 
 # Padding
 
 
 def test_padding_changes_neither_scores_nor_gradients(small):
-    """What the padding holds changes nothing at all, how wide it is nothing but the rounding."""
+    """Padding tokens have no effect at all; the padded width only changes the rounding."""
     generator = torch.Generator().manual_seed(0)
     responses = some_responses(small)
     responses.prompts = [prompt * (1 + 2 * row) for row, prompt in enumerate(responses.prompts)]
     weights = torch.randn(2, *responses.tokens.shape, generator=generator)
 
-    def found(responses, rows=slice(None)):
+    def scores_and_gradients(responses, rows=slice(None)):
         scored = torch.stack(small.policy(responses))
         width = weights.shape[2]
         loss = (scored[..., :width] * weights[:, rows, : scored.shape[2]]).sum()
         return scored.detach(), gradients(small.policy, loss)
 
-    scored, expected = found(responses)
+    scored, expected = scores_and_gradients(responses)
     assert (scored[:, responses.mask] != 0).all() and (scored[:, ~responses.mask] == 0).all()
     assert all(gradient.any() for gradient in expected.values())
     responses.tokens[~responses.mask] = 7
-    again, exact = found(responses)
+    again, exact = scores_and_gradients(responses)
     assert torch.equal(again, scored) and same(exact, expected)
 
     tokens = torch.nn.functional.pad(responses.tokens, (0, 20), value=7)
     wider = Responses(responses.prompts, tokens, responses.lengths)
-    again, wide = found(wider)
+    again, wide = scores_and_gradients(wider)
     torch.testing.assert_close(again[..., : scored.shape[2]], scored, rtol=0, atol=5e-5)
     assert not again[..., scored.shape[2] :].any()
     alone = []
     for row in range(3):
-        again, one = found(responses.select([row]), [row])
+        again, one = scores_and_gradients(responses.select([row]), [row])
         alone.append(one)
         torch.testing.assert_close(again[:, 0], scored[:, row, : again.shape[2]], rtol=0, atol=5e-5)
     for name, gradient in expected.items():
@@ -372,8 +372,8 @@ def test_padding_changes_neither_scores_nor_gradients(small):
         torch.testing.assert_close(sum(one[name] for one in alone), gradient, **close)
 
 
-def test_scoring_leaves_the_model_as_it_was(small, monkeypatch):
-    """Its head reads every position again afterwards, as whoever else uses the model expects."""
+def test_scoring_restores_the_model(small, monkeypatch):
+    """Afterwards the head computes logits at every position again, also after an error."""
     ids = torch.tensor([small.tokenizer("Hello there.").input_ids])
 
     def logits():
@@ -408,7 +408,7 @@ def test_saved_adapter_loads_with_peft(load_small, tiny, tmp_path):
     assert head.keys() == {"v_head.summary.weight", "v_head.summary.bias"}
     assert torch.equal(head["v_head.summary.weight"], small.policy.value_head.summary.weight)
     assert torch.equal(head["v_head.summary.bias"], small.policy.value_head.summary.bias)
-    assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # "reference" stays here
+    assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # the reference is not saved
 
     base = AutoModelForSeq2SeqLM.from_pretrained(tiny / "base", dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -423,8 +423,8 @@ def test_saved_adapter_loads_with_peft(load_small, tiny, tmp_path):
     assert torch.equal(scores(again)[0], scores(small)[0])
 
 
-def test_the_file_on_disk_is_what_is_measured(small_config, tiny, tmp_path, monkeypatch, quick):
-    """Not the weights in memory: here the file is the adapter that the run started from."""
+def test_the_saved_adapter_is_the_one_evaluated(small_config, tiny, tmp_path, monkeypatch, quick):
+    """The evaluation reads the file, not the weights in memory: here the file is the starting adapter."""
     save = detox_ppo.save_adapter
 
     def save_the_start(policy, directory, *name):
@@ -432,13 +432,13 @@ def test_the_file_on_disk_is_what_is_measured(small_config, tiny, tmp_path, monk
         shutil.copy(tiny / "adapter" / "adapter_model.safetensors", directory)
 
     monkeypatch.setattr(detox_ppo, "save_adapter", save_the_start)
-    options = {"max_ppo_steps": 1, "learning_rate": 0.05, "eval_samples": 6}  # more than a batch of it
+    options = {"max_ppo_steps": 1, "learning_rate": 0.05, "eval_samples": 6}  # more than one batch
     results = detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
     assert results["quality"]["after"] == results["quality"]["before"]
     assert results["toxicity"]["after"] == results["toxicity"]["before"]
 
 
-# Loading what others made
+# Loading other formats
 
 
 def as_pickle(adapter, tensors):
@@ -452,38 +452,38 @@ def test_pickled_adapter_gives_the_same_policy(load_small, small, tiny, tmp_path
     assert torch.equal(scores(load_small(adapter_name=adapter)), scores(small))
 
 
-# Activations computed twice
+# Gradient checkpointing
 
 
-def kept_for_gradients(small):
-    """Gradients of a made-up loss, and the bytes that were kept for them."""
-    kept = {}
+def saved_for_gradients(small):
+    """Gradients of a simple loss, and the bytes of the saved activations."""
+    saved = {}
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    torch.manual_seed(0)  # of the dropout
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    torch.manual_seed(0)  # seeds the dropout
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         logprobs, values = small.policy(some_responses(small, prompts=12))
-    # What the model itself holds is no activation.
+    # The model's own parameters are not activations.
     for parameter in small.policy.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return gradients(small.policy, logprobs.sum() + values.sum()), sum(kept.values())
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return gradients(small.policy, logprobs.sum() + values.sum()), sum(saved.values())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(dropping):
+def test_gradient_checkpointing_gives_the_same_gradients_with_less_memory(dropping):
     plain, checkpointed = dropping(), dropping(gradient_checkpointing=True)
     for dropout in (False, True):
         with plain.policy.learning(dropout), checkpointed.policy.learning(dropout):
-            (expected, usual), (found, kept) = map(kept_for_gradients, (plain, checkpointed))
-        assert kept < 0.4 * usual
-        assert same(expected, found) and all(gradient.any() for gradient in expected.values())
+            (expected, plain_bytes), (actual, checkpointed_bytes) = map(saved_for_gradients, (plain, checkpointed))
+        assert checkpointed_bytes < 0.4 * plain_bytes
+        assert same(expected, actual) and all(gradient.any() for gradient in expected.values())
 
 
-def test_gradient_checkpointing_leaves_tuning_and_ppo_as_they_are(dropping, classifier, splits):
+def test_gradient_checkpointing_does_not_change_sft_and_ppo(dropping, classifier, splits):
     plain, checkpointed = dropping(), dropping(gradient_checkpointing=True)
-    assert tune(plain, splits) == tune(checkpointed, splits)
+    assert run_sft(plain, splits) == run_sft(checkpointed, splits)
     assert ppo(plain, classifier, splits) == ppo(checkpointed, classifier, splits)
     assert same(plain.policy.adapters(), checkpointed.policy.adapters())
 
@@ -492,7 +492,7 @@ def test_gradient_checkpointing_leaves_tuning_and_ppo_as_they_are(dropping, clas
 
 
 @pytest.mark.parametrize("given, parameters, threads", [(None, None, 1), ("2", None, 2), (None, 2e7, 2)])
-def test_a_small_model_takes_one_thread_unless_told(small_config, monkeypatch, given, parameters, threads):
+def test_a_small_model_uses_one_thread_by_default(small_config, monkeypatch, given, parameters, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if parameters:
         monkeypatch.setattr(T5ForConditionalGeneration, "num_parameters", lambda *_, **__: parameters)

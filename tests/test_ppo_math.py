@@ -1,9 +1,8 @@
 """The PPO arithmetic of detox_ppo, against TRL 0.8.0 and against plain Python.
 
-trl_reference.json holds inputs together with what TRL's own functions made of them; trl_reference.py says how
-it was recorded. The second yardstick are loops over single tokens, written from the definitions: the double
-sum of generalised advantages and not its recursion, the four cases of the clipped objective and not its
-maximum.
+trl_reference.json holds inputs and the outputs of TRL's own functions; trl_reference.py recorded it. The second
+reference are loops over single tokens, written from the definitions: the double sum of generalized advantages
+instead of the recursion, and the four cases of the clipped objective instead of the maximum.
 """
 
 import json
@@ -51,7 +50,7 @@ def bools(nested):
 
 
 def prefixes(lengths, width):
-    """Masks written out one entry at a time, so as not to lean on Responses.mask."""
+    """Masks built entry by entry, independently of Responses.mask."""
     return bools([[t < n for t in range(width)] for n in lengths])
 
 
@@ -66,7 +65,7 @@ def outside(tensor, mask):
 
 
 def random_batch(seed, lengths=(6, 1, 3, 4), width=6, spread=0.5):
-    """Everything that one PPO step handles, of the right shapes and otherwise arbitrary."""
+    """Random inputs of one PPO step in the right shapes."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -90,7 +89,7 @@ def random_batch(seed, lengths=(6, 1, 3, 4), width=6, spread=0.5):
 
 
 def padded(batch, extra, seed=99):
-    """The same batch in wider tensors, with rubbish in the added columns."""
+    """The same batch in wider tensors, with garbage in the added columns."""
     generator = torch.Generator().manual_seed(seed)
     wider = dict(batch)
     for key, tensor in batch.items():
@@ -114,11 +113,11 @@ def test_mean_and_whitening_agree_with_trl(case):
 def test_mean_and_whitening_agree_with_the_statistics_module(seed):
     batch = random_batch(seed)
     values, mask = batch["rewards"], batch["mask"]
-    kept = under(values, mask)
-    mean, deviation = statistics.fmean(kept), statistics.stdev(kept)
+    unmasked = under(values, mask)
+    mean, deviation = statistics.fmean(unmasked), statistics.stdev(unmasked)
     assert masked_mean(values, mask).shape == ()
     close(masked_mean(values, mask), mean)
-    close(under(masked_whiten(values, mask), mask), [(x - mean) / deviation for x in kept])
+    close(under(masked_whiten(values, mask), mask), [(x - mean) / deviation for x in unmasked])
 
 
 def test_whitening_divides_by_the_unbiased_deviation():
@@ -161,7 +160,7 @@ def test_rewards_of_an_unmoved_policy_sum_to_the_score():
     assert kl.abs().max() == 0
 
 
-def test_rewards_leave_their_inputs_alone():
+def test_rewards_do_not_modify_their_inputs():
     b = random_batch(7)
     before = {k: v.clone() for k, v in b.items() if isinstance(v, torch.Tensor)}
     compute_rewards(b["scores"], b["logprobs"], b["ref_logprobs"], b["mask"], 0.2)
@@ -171,7 +170,7 @@ def test_rewards_leave_their_inputs_alone():
 
 
 def summed_advantages(b, gamma, lam):
-    """Unwhitened advantages and returns of every row, each by its defining sum over later errors."""
+    """Unwhitened advantages and returns of every row, each by its defining sum over later TD errors."""
     advantages, returns = [], []
     for row, n in enumerate(b["lengths"]):
         value, reward = b["values"][row].tolist(), b["rewards"][row].tolist()
@@ -206,13 +205,13 @@ def test_advantages_agree_with_their_defining_sum(gamma, lam):
 def test_advantages_are_white_under_the_mask_and_zero_outside():
     b = padded(random_batch(9, lengths=(6, 2, 5)), 3)
     advantages, _ = compute_advantages(b["values"], b["rewards"], b["mask"], 1.0, 0.95)
-    kept = under(advantages, b["mask"])
-    close(math.fsum(kept), 0.0, 1e-5)
-    close(statistics.variance(kept), 1.0, 1e-5)
+    unmasked = under(advantages, b["mask"])
+    close(math.fsum(unmasked), 0.0, 1e-5)
+    close(statistics.variance(unmasked), 1.0, 1e-5)
     assert set(outside(advantages, b["mask"])) == {0.0}
 
 
-def test_undiscounted_returns_are_the_rewards_still_to_come():
+def test_undiscounted_returns_are_sums_of_later_rewards():
     b = random_batch(10)
     _, returns = compute_advantages(b["values"], b["rewards"], b["mask"], 1.0, 1.0)
     for row, n in enumerate(b["lengths"]):
@@ -236,7 +235,7 @@ def test_policy_loss_agrees_with_trl(case):
     close(stats["ppo/policy/clipfrac"], case["clipfrac"])
     close(stats["ppo/policy/approxkl"], case["approxkl"])
     if case["ratio"] > case["ratio_threshold"]:
-        # here TRL drops the whole batch, which is for the training loop to decide and not for the loss
+        # TRL drops the whole batch here; that is the training loop's decision, not the loss's
         assert case["name"] == "skipped" and case["policy_loss"] == 0
         assert loss != 0
         assert stats["ppo/policy/ratio"] > case["ratio_threshold"]
@@ -245,7 +244,7 @@ def test_policy_loss_agrees_with_trl(case):
 
 
 def clip_cases(inputs, cliprange):
-    """Per token: what the objective counts, and which of its two bounds held it back, if either did."""
+    """Per token: the clipped objective, and which bound was active, if any."""
     for new, old, advantage in zip(
         *(under(inputs[k], inputs["mask"]) for k in ("logprobs", "old_logprobs", "advantages")), strict=True
     ):
@@ -282,10 +281,10 @@ def test_policy_loss_agrees_with_loops(spread):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "clipped", "slope"),
     [
-        (1.5, 2.0, -2.4, 1.0, 0.0),  # good and already likelier: no more to gain
-        (0.5, 2.0, -1.0, 0.0, -1.0),  # good and gone rarer: pulled back in full
-        (1.5, -2.0, 3.0, 0.0, 3.0),  # bad and gone likelier: pushed back in full
-        (0.5, -2.0, 1.6, 1.0, 0.0),  # bad and already rarer: no more to gain
+        (1.5, 2.0, -2.4, 1.0, 0.0),  # good and already likelier: no more gain
+        (0.5, 2.0, -1.0, 0.0, -1.0),  # good but less likely: full gradient
+        (1.5, -2.0, 3.0, 0.0, 3.0),  # bad but likelier: full gradient
+        (0.5, -2.0, 1.6, 1.0, 0.0),  # bad and already less likely: no more gain
     ],
 )
 def test_the_four_cases_of_clipping(ratio, advantage, loss, clipped, slope):
@@ -355,8 +354,8 @@ def test_value_loss_agrees_with_loops(spread):
 @pytest.mark.parametrize(
     ("target", "loss", "clipped", "slope"),
     [
-        (1.5, 0.125, 0.0, 0.5),  # overshot: the error itself is the larger of the two
-        (3.0, 1.62, 1.0, 0.0),  # still on the way, but the step was longer than allowed
+        (1.5, 0.125, 0.0, 0.5),  # overshot: the unclipped error is larger
+        (3.0, 1.62, 1.0, 0.0),  # not there yet, but the step exceeded the range
     ],
 )
 def test_value_clipping_by_hand(target, loss, clipped, slope):
@@ -390,15 +389,15 @@ def test_padding_changes_nothing(extra):
 
 
 @pytest.mark.parametrize("case", TRL["kl_controllers"], ids=lambda case: f"horizon {case['horizon']}")
-@pytest.mark.parametrize("way", ["adaptive", "fixed"])
-def test_kl_coefficient_follows_trl(case, way):
+@pytest.mark.parametrize("controller", ["adaptive", "fixed"])
+def test_kl_coefficient_follows_trl(case, controller):
     options = {"target_kl": float(case["target"]), "kl_horizon": case["horizon"], "batch_size": case["batch_size"]}
-    config, coefficient = DetoxConfig(adaptive_kl=way == "adaptive", **options), case["init"]
-    for kl, expected in zip(case["kls"], case[way], strict=True):
+    config, coefficient = DetoxConfig(adaptive_kl=controller == "adaptive", **options), case["init"]
+    for kl, expected in zip(case["kls"], case[controller], strict=True):
         coefficient = adapted_kl_coef(coefficient, kl, config)
         assert isinstance(coefficient, float)
         assert coefficient == pytest.approx(expected, rel=1e-7)
-    # the steps must differ visibly where the horizon is short, or the comparison would show little
+    # with a short horizon the steps must differ visibly, or the comparison would be weak
     assert (case["horizon"] > 100) or max(case["adaptive"]) - min(case["adaptive"]) > 0.01
 
 
@@ -426,13 +425,14 @@ def test_variance_explained_by_hand():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     padding = torch.tensor([[0, 0, 0], [0, 7.0, -3.0]])
     assert variance_explained(returns + padding, returns, mask) == pytest.approx(1)
-    assert variance_explained(returns + 5 + padding, returns, mask) == pytest.approx(1)  # a shift is no variance
+    # a constant shift is not variance
+    assert variance_explained(returns + 5 + padding, returns, mask) == pytest.approx(1)
     assert variance_explained(torch.full((2, 3), 8.0) + padding, returns, mask) == pytest.approx(0)
     assert variance_explained(-returns, returns, mask) == pytest.approx(-3)
     assert variance_explained(returns / 2, returns, mask) == pytest.approx(0.75)
 
 
-def test_variance_explained_where_there_is_none():
+def test_variance_explained_without_variance():
     one = torch.tensor([[True, False]])
     assert variance_explained(torch.ones(1, 2), torch.zeros(1, 2), one) == 0
     both = torch.tensor([[True, True]])
@@ -444,9 +444,9 @@ def test_variance_explained_where_there_is_none():
 
 @pytest.fixture(scope="module")
 def policy():
-    """TRL's model and value head as a policy, whose new LoRA changes nothing."""
+    """TRL's model and value head as a policy with a new LoRA, which is the identity."""
     model = T5ForConditionalGeneration.from_pretrained(HERE / "trl_reference_t5")
-    # a head tied to the embeddings would make another model of the same file
+    # with a head tied to the embeddings the same file would be another model
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type=peft.TaskType.SEQ_2_SEQ_LM))
     policy, head = Policy(model), TRL["first_token_masked"]["value_head"]
@@ -457,7 +457,7 @@ def policy():
 
 
 def our_view(policy, queries, with_start):
-    """Log-probabilities, values and mask of the generated tokens, as this project takes them."""
+    """Log-probabilities, values and mask of the generated tokens, as this project computes them."""
     assert all(response[0] == START for response in with_start)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(response[1:]) for response in with_start], True)
     responses = Responses(queries, tokens, torch.tensor([len(response) - 1 for response in with_start]))
@@ -471,7 +471,7 @@ def test_logprobs_and_values_agree_with_trl_wherever_trl_has_them(policy, name):
     logprobs, values, mask = our_view(policy, case["queries"], responses)
     trl_mask = bools(trl["masks"])
     assert (mask & trl_mask).equal(trl_mask)
-    # TRL works out the first token's log-probability too and only masks it, so all of ours have a counterpart
+    # TRL computes the first token's log-probability too and only masks it, so each of ours has a counterpart
     close(under(logprobs, mask), under(floats(trl["logprobs"]), mask), 1e-5)
     close(under(values, mask), under(floats(trl["values"]), mask), 1e-5)
 
@@ -482,7 +482,7 @@ def test_trl_leaves_the_first_generated_token_out(policy):
     trl_mask = bools(case["masks"])
     assert mask[:, 0].all() and not trl_mask[:, 0].any()
     assert mask[:, 1:].equal(trl_mask[:, 1:])
-    # and therefore does not train it: the loss is flat in its log-probability
+    # so it is not trained: the loss does not depend on its log-probability
     for chosen, trained in ((mask, True), (trl_mask, False)):
         moving = logprobs.clone().requires_grad_()
         loss, _ = policy_loss(moving, logprobs, torch.ones_like(logprobs), chosen, 0.2)
@@ -490,7 +490,7 @@ def test_trl_leaves_the_first_generated_token_out(policy):
         assert (moving.grad[:, 0] != 0).tolist() == [trained] * len(moving)
 
 
-def test_trl_has_no_token_left_in_an_empty_response(policy):
+def test_trl_masks_every_token_of_an_empty_response(policy):
     case = TRL["empty_response"]
     assert not bools(case["masks"]).any() and case["error"] == "IndexError"
     logprobs, _, mask = our_view(policy, case["queries"], case["responses"])
@@ -499,22 +499,22 @@ def test_trl_has_no_token_left_in_an_empty_response(policy):
     close(rewards, [[0.7], [-0.4]])
 
 
-def test_slicing_at_the_cap_costs_the_start_token(policy):
+def test_slicing_at_max_new_tokens_drops_the_start_token(policy):
     case = TRL["length_cap"]
-    cap = case["max_new_tokens"]
-    full = [len(response) == cap + 1 for response in case["returned"]]
+    max_new_tokens = case["max_new_tokens"]
+    full = [len(response) == max_new_tokens + 1 for response in case["returned"]]
     assert True in full and False in full
-    # generate() itself loses nothing; taking the last max_new_tokens of what it returns does
+    # generate() itself drops nothing; taking the last max_new_tokens of its output does
     assert all(response[0] == START for response in case["returned"] + case["returned_one_by_one"])
     assert [response[0] != START for response in case["sliced"]] == full
 
     logprobs, _, mask = our_view(policy, case["queries"], case["returned"])
     trl = case["on_sliced"]
     for row in (r for r, is_full in enumerate(full) if is_full):
-        assert mask[row].sum() == cap
+        assert mask[row].sum() == max_new_tokens
         # TRL then counts two tokens fewer than were sampled, and conditions the others on a decoder input
-        # that no sampling ever began with; its columns are one token behind ours
-        assert sum(trl["masks"][row]) == cap - 2
-        counted = [t for t, kept in enumerate(trl["masks"][row]) if kept]
+        # without the start token; its columns are one token behind ours
+        assert sum(trl["masks"][row]) == max_new_tokens - 2
+        counted = [t for t, is_counted in enumerate(trl["masks"][row]) if is_counted]
         errors = [abs(trl["logprobs"][row][t] - logprobs[row, t + 1].item()) for t in counted]
         assert max(errors) > 1e-3

@@ -1,6 +1,6 @@
-"""Several processes: the same learning as one, one voice, and one end for all.
+"""Several processes: they learn the same as one process, print once and end together.
 
-The agreement over the small world's ten steps and whole test split, in three minutes on 2 cores:
+This compares them over ten steps and the complete test split of the toy example, in three minutes on 2 cores:
 
     python tests/test_processes.py --config checkpoints/tiny/config.yaml --max_ppo_steps 10 --eval_samples 399
 """
@@ -33,7 +33,7 @@ import detox_ppo  # noqa: E402
 
 
 def start(processes, args, directory):
-    """Start a noted run as a user does, in a directory of its own, which becomes its output_dir's parent."""
+    """Start a recorded run as a user does, in a new directory, the parent of its output_dir."""
     directory.mkdir(parents=True)
     launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
@@ -44,13 +44,13 @@ def start(processes, args, directory):
 
 
 def fork(server, args, directory, prepare=(), processes=2):
-    """Start some processes without a launcher, each in a directory of its own; see forks."""
+    """Start processes without a launcher, each in its own directory; see forks.py."""
     args = [*args, "--output_dir", str(directory / "run")]
     return [server.start(args, directory / env["RANK"], prepare, env) for env in forks.ranks(processes)]
 
 
-def errors(told):
-    return re.findall(r"^detox_ppo.py: error: .*", told, re.MULTILINE)
+def errors(output):
+    return re.findall(r"^detox_ppo.py: error: .*", output, re.MULTILINE)
 
 
 def read_metrics(directory):
@@ -83,7 +83,7 @@ def compare(one, other):
         assert first.keys() == second.keys()
         for name in first:
             if not name.startswith("time/"):
-                # Some are zero but for rounding, such as the mean of whitened advantages.
+                # Some are zero except for rounding, such as the mean of whitened advantages.
                 difference = abs(first[name] - second[name]) / max(abs(first[name]), 1e-3)
                 differences[name] = max(differences.get(name, 0), difference)
     worst = max(differences, key=differences.get)
@@ -117,7 +117,7 @@ def launched(endless, tmp_path_factory):
 
 
 def run_by_one_and_two(forked, args, base):
-    """Directories of the same run by one process and by two; "told" in each: what all of its processes printed."""
+    """Directories of the same run by one process and by two; the file "told" in each has their output."""
     found = {1: base / "one", 2: base / "two"}
     runs = {
         count: fork(forked, args, path, [FAST, ["noted_run:note", {"directory": str(path)}]], count)
@@ -164,7 +164,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(forked, endless, 
     assert told.count("stopped by SIGTERM") == 1 and not errors(told) and "Traceback" not in told
 
 
-def test_a_mistake_of_one_process_is_told_and_ends_all(forked, endless, tmp_path):
+def test_a_user_error_of_one_process_is_reported_and_ends_all(forked, endless, tmp_path):
     runs = fork(forked, endless, tmp_path, [["forks:mistaken", {"rank": 1}]])
     assert [run.wait() for run in runs] == [2, 2]
     (told,) = errors("".join(run.output for run in runs))
@@ -179,12 +179,12 @@ def test_a_process_that_dies_takes_the_others_down(launched):
     (told,) = errors((directory / "err").read_text())
     assert "Another process of this run has ended" in told and "--resume" in told
     step = detox_ppo.Checkpoints(directory / "run", 1).load()["state"].step
-    assert step >= 1 and newest_of(directory) == f"checkpoint-{step}.pt"  # it is whole
+    assert step >= 1 and newest_of(directory) == f"checkpoint-{step}.pt"  # it is valid
     assert "Signal 9 (SIGKILL)" in (directory / "err").read_text()  # accelerate's own account of who died
 
 
-def test_the_first_to_end_tells(monkeypatch):
-    """Of a mistake that all processes find; here two of them in one, with the store that they would share."""
+def test_only_the_first_process_reports_an_error(monkeypatch):
+    """A user error in all processes is printed once; here two in one process, with their shared store."""
     assert detox_ppo.first_to_exit() and detox_ppo.first_to_exit()  # alone
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -197,7 +197,7 @@ def test_the_first_to_end_tells(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
-def test_what_would_not_work_is_refused(way, monkeypatch, capsys):
+def test_unsupported_launches_are_an_error(way, monkeypatch, capsys):
     monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
     with pytest.raises(SystemExit) as stop:
         detox_ppo.main([])
@@ -206,7 +206,7 @@ def test_what_would_not_work_is_refused(way, monkeypatch, capsys):
 
 @pytest.fixture
 def several(monkeypatch):
-    """Make this process believe that it is one of several."""
+    """Make this process behave like one of several."""
 
     def pretend(index, count, device="cpu"):
         state = PartialState()
@@ -217,7 +217,7 @@ def several(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_every_row_is_one_process_s(several, count):
+def test_every_row_belongs_to_one_process(several, count):
     lengths = [7, 3, 3, 9, 1, 4]
     shares = []
     for index in range(count):
@@ -235,7 +235,7 @@ def test_sizes_and_devices_that_do_not_fit_the_processes(several, small_config, 
         with pytest.raises(detox_ppo.UserError, match=f"--{name} is no multiple of 3 processes"):
             detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
     several(1, 3, "cuda:1")
-    # Allocating nothing is how it is found out whether a device is there.
+    # An empty allocation tests whether a device exists.
     monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(device)))
 
     def resolved(device):
@@ -247,7 +247,7 @@ def test_sizes_and_devices_that_do_not_fit_the_processes(several, small_config, 
             resolved(device)
 
 
-def test_two_processes_learn_what_one_does(ended):
+def test_two_processes_learn_the_same_as_one(ended):
     one, two = ended.values()
     equal, count, worst, difference = compare(one, two)
     assert count == 3 * 6 + 3 * 2 * 5  # PPO; base, before and after, sampled and greedy
@@ -291,7 +291,7 @@ def test_each_text_is_scored_by_one_process(ended):
     assert human[0]["judge_toxicity"]["mean"] == pytest.approx(human[1]["judge_toxicity"]["mean"], abs=1e-5)
 
 
-def test_one_process_speaks_and_writes(ended):
+def test_only_one_process_prints_and_writes(ended):
     one, two = ended.values()
     numbers = re.compile(r" *-?\d[\d.,]*")
     told = [[numbers.sub("#", line) for line in (path / "told").read_text().splitlines()] for path in (one, two)]
@@ -306,7 +306,7 @@ def test_one_process_speaks_and_writes(ended):
     assert results["environment"]["num_processes"] == 2
 
 
-def test_a_run_of_two_goes_on_as_one(ended, tmp_path):
+def test_a_run_of_two_processes_is_resumed_by_one(ended, tmp_path):
     two = ended[2]
     config = json.loads((two / "run" / "results.json").read_text())["config"]
     config |= {"resume": True, "output_dir": str(tmp_path), "report_to": "none"}

@@ -1,4 +1,4 @@
-"""What the READMEs promise, as far as a test can hold them to it: commands, options, links, length."""
+"""The README pages: commands, options, links, Python snippets and length."""
 
 import ast
 import dataclasses
@@ -18,12 +18,12 @@ OPTIONS = {field.name: field.default for field in dataclasses.fields(detox_ppo.D
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The contents of a page's fenced blocks of one language."""
+    """The contents of a page's fenced code blocks of one language."""
     return [body for marked, body in FENCED.findall(text) if marked == language]
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a page: lines of bash blocks, indented lines, and code in sentences, which may be wrapped."""
+    """The commands of a page: lines of bash blocks, indented lines, and inline code, which may be wrapped."""
     lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
     text = FENCED.sub("", text)
     lines += re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
@@ -36,12 +36,12 @@ COMMANDS = sorted({command for text in TEXTS.values() for command in commands(te
 
 
 def headings(path: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    found = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+    """The anchors of a page's headings, as GitHub generates them."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in titles}
 
 
-def test_it_can_be_read_at_a_sitting():
+def test_length_of_the_pages():
     assert len(TEXTS["README.md"].splitlines()) <= 170
 
 
@@ -51,7 +51,7 @@ def test_readme_installs_runs_and_tests():
     assert lines[:2] == [f"{set_up}requirements.txt", "python detox_ppo.py --config checkpoints/tiny/config.yaml"]
     test = f"{set_up}tests/requirements.txt && python -m pytest"
     assert test in lines
-    # .ci/run runs the README's first line with these words.
+    # .ci/run runs the first line of the README that contains this command.
     assert next(line for line in TEXTS["README.md"].splitlines() if "python -m pytest" in line) == test
     assert (ROOT / "requirements.txt").is_file() and (ROOT / "tests" / "requirements.txt").is_file()
 
@@ -63,7 +63,7 @@ def test_options_table_has_the_defaults():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(name):
+def test_links_have_targets(name):
     links = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", TEXTS[name]))
     assert links
     for link in links:
@@ -79,7 +79,7 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_name_what_there_is(command, monkeypatch):
+def test_commands_have_existing_files_and_options(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
     if "-c" in words:
@@ -99,14 +99,14 @@ def test_commands_name_what_there_is(command, monkeypatch):
         return
     source = Path(script).read_text(encoding="utf-8")
     own = set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
-    # Some scripts pass what they do not know on to detox_ppo.py.
+    # Some scripts pass unknown options to detox_ppo.py.
     known = own | (OPTIONS.keys() | {"config"} if "parse_known_args" in source or "sys.argv[1:]" in source else set())
     assert {word.removeprefix("--") for word in args if word.startswith("--")} <= known
 
 
-def test_the_job_of_the_example_has_options_that_there_are():
+def test_the_example_job_has_existing_options():
     job = re.search(r"hyperparameters=({.*?})", TEXTS["README.md"])[1]
-    # They arrive as flags.
+    # The job passes them as flags.
     flags = [str(part) for name, value in ast.literal_eval(job).items() for part in (f"--{name}", value)]
     assert flags and detox_ppo.parse_config(flags)
 

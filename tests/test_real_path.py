@@ -1,6 +1,6 @@
-"""The names that a user gets without options, with the real tokenizers, configs and dialogues, and random weights.
+"""The default model names with the real tokenizers, configs and dialogues, and random weights.
 
-What is real lies beside a checkout of the team, not in the repository; where it isn't, these tests are skipped.
+The real files are not part of the repository; without them these tests are skipped.
 """
 
 import itertools
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="the real tokenizers a
 
 
 def write_weights(kind, config, directory):
-    """Random weights of a config's shapes, in a second: drawing as many numbers takes a minute."""
+    """Random weights in the shapes of a config; repeating random numbers is faster than drawing them all."""
     with torch.device("meta"):
         model = kind.from_config(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if json.loads((directory / "config.json").read_text()).get("tie_word_embeddings") is False:  # as FLAN-T5
+    if json.loads((directory / "config.json").read_text()).get("tie_word_embeddings") is False:  # FLAN-T5
         shapes["lm_head.weight"] = shapes["shared.weight"]
     drawn = torch.randn(2**20 + 1)
     weights = {}
     for name, shape in shapes.items():
-        count, start = math.prod(shape), len(weights)  # no tensor is another's twin, which transformers would tie
+        count, start = math.prod(shape), len(weights)  # no two tensors are equal: transformers would tie them
         values = drawn.repeat(-(-(start + count) // len(drawn)))[start : start + count].reshape(shape)
         weights[name] = torch.ones(shape) if "layer_norm" in name else 0.02 * values
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -59,16 +59,16 @@ def real_repositories(directory):
 
 
 def write_notebooks_adapter(directory):
-    """What the notebooks unzip: an old adapter_config.json, adapter_model.bin and tokenizer files."""
+    """The notebooks' adapter: an old adapter_config.json, adapter_model.bin and tokenizer files."""
     shutil.copytree(REAL / "adapters" / NOTEBOOKS, directory)
     for name in ("special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"):
         shutil.copyfile(REAL / "flan-t5-base" / name, directory / name)
-    places = [f"encoder.block.{i}.layer.0.SelfAttention" for i in range(12)]
-    places += [f"decoder.block.{i}.layer.{j}" for i in range(12) for j in ("0.SelfAttention", "1.EncDecAttention")]
+    modules = [f"encoder.block.{i}.layer.0.SelfAttention" for i in range(12)]
+    modules += [f"decoder.block.{i}.layer.{j}" for i in range(12) for j in ("0.SelfAttention", "1.EncDecAttention")]
     weights = {}
-    for place, layer in itertools.product(places, "qv"):
+    for module, layer in itertools.product(modules, "qv"):
         for part, shape in {"lora_A": (32, 768), "lora_B": (768, 32)}.items():
-            weights[f"base_model.model.{place}.{layer}.{part}.weight"] = 0.02 * torch.randn(shape)
+            weights[f"base_model.model.{module}.{layer}.{part}.weight"] = 0.02 * torch.randn(shape)
     torch.save(weights, directory / "adapter_model.bin")
     return weights
 
@@ -86,7 +86,7 @@ def test_the_default_names_with_the_notebooks_checkpoint(tmp_path):
         environment = hub.hub_environment(served.url, tmp_path / "cache")
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    for told in (
+    for line in (
         "data: 12,460 rows, 10,022 with 200 < characters of dialogue <= 1000",
         "data: 8,017 rows to train on, 2,005 held out, in file order",
         f"data: of {hub.DIALOGUES} left aside: validation, test",
@@ -95,7 +95,7 @@ def test_the_default_names_with_the_notebooks_checkpoint(tmp_path):
         "policy with value head: trainable 3,539,713 of 251,117,569 = 1.41%",
         "reference: trainable 0 of 251,117,569 = 0.00%",
     ):
-        assert told in done.stdout
+        assert line in done.stdout
     assert "warning: --" not in done.stdout + done.stderr
     (step,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert step["objective/kl"] == 0 and step["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-4)
@@ -109,7 +109,7 @@ def test_the_default_names_with_the_notebooks_checkpoint(tmp_path):
 
 
 def test_prompts_are_the_notebooks_in_flan_t5s_tokens():
-    """Token ids of the first dialogue, and no prompt that fits loses its end to the tokenizer's 512."""
+    """Token ids of the first dialogue; no prompt is truncated to the tokenizer's 512 tokens."""
     tokenizer = detox_ppo.AutoTokenizer.from_pretrained(REAL / "flan-t5-base")
     rows = detox_ppo.load_dialogues(str(DIALOGSUM))
     splits = detox_ppo.build_dataset(rows, tokenizer, detox_ppo.DetoxConfig())
@@ -122,7 +122,7 @@ def test_prompts_are_the_notebooks_in_flan_t5s_tokens():
 
 @pytest.fixture
 def roberta(tmp_path):
-    """RoBERTa's tokenizer and positions on a narrow model of random weights."""
+    """RoBERTa's tokenizer and positions with a narrow random model."""
     directory = tmp_path / "roberta"
     shutil.copytree(REAL / "roberta-hate-speech-dynabench-r4-target", directory)
     config = AutoConfig.from_pretrained(
@@ -139,11 +139,12 @@ def test_a_dialogue_is_cut_at_512_of_robertas_tokens(roberta):
     longest = rows.loc[rows["dialogue"].str.len().nlargest(10).index]
     for dialogue, summary in zip(longest["dialogue"], longest["summary"], strict=True):
         text = roberta.join(dialogue, summary)
-        kept = text.removesuffix(summary.strip()).rstrip()
-        assert text.endswith(f" {summary.strip()}") and dialogue.startswith(kept) and len(kept) < len(dialogue)
+        beginning = text.removesuffix(summary.strip()).rstrip()
+        assert text.endswith(f" {summary.strip()}")
+        assert dialogue.startswith(beginning) and len(beginning) < len(dialogue)
         assert len(roberta.tokenizer(text).input_ids) <= 512
-        # A word more would not have fitted.
-        longer = dialogue[: len(kept) + 40].rstrip()
+        # One more word would not have fitted.
+        longer = dialogue[: len(beginning) + 40].rstrip()
         assert len(roberta.tokenizer(f"{longer} {summary.strip()}").input_ids) > 512
         assert roberta.logits([text]).isfinite().all()
     short = rows.iloc[0]
@@ -176,8 +177,8 @@ def test_adapters_as_people_publish_them_on_t5_small(small_config, tmp_path, cap
 
 
 @pytest.mark.parametrize("name, judge", [("hate-minilm", False), ("toxic-minilm", True)])
-def test_real_classifiers_say_what_they_were_measured_to_say(name, judge):
-    """The texts and probabilities beside their weights."""
+def test_real_classifiers_match_recorded_probabilities(name, judge):
+    """The texts and probabilities stored next to the weights."""
     option = "judge_model_name" if judge else "reward_model_name"
     config = detox_ppo.DetoxConfig(**{option: str(REAL / name)})
     classifier = detox_ppo.ToxicityClassifier(config, torch.device("cpu"), judge)
@@ -193,8 +194,8 @@ def test_real_classifiers_say_what_they_were_measured_to_say(name, judge):
 @pytest.mark.parametrize(
     "name, labels", [("hate-minilm", {}), ("toxic-minilm", {"reward_label": "", "toxic_label": "toxic"})]
 )
-def test_rewards_in_bfloat16_are_those_in_float32_but_for_a_hundredth(name, labels):
-    """Nothing moves where the processor has no units for bfloat16."""
+def test_bfloat16_rewards_match_float32_within_a_hundredth(name, labels):
+    """No difference on a processor without bfloat16 units."""
     classifier = detox_ppo.ToxicityClassifier(
         detox_ppo.DetoxConfig(reward_model_name=str(REAL / name), **labels), torch.device("cpu")
     )

@@ -1,4 +1,4 @@
-"""A run that was stopped at any point and resumed ends as one that was never stopped."""
+"""A run that is stopped at any point and resumed has the output of an uninterrupted run."""
 
 import shutil
 from types import SimpleNamespace
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture
 def copy(undisturbed, tmp_path):
-    """The undisturbed run's directory, to be damaged; as if the run had not come to its end."""
+    """A copy of the undisturbed run's directory, to corrupt, as if the run had not finished."""
     shutil.copytree(undisturbed.directory, tmp_path / "copy")
     (tmp_path / "copy" / "run" / "results.json").unlink()
     return tmp_path / "copy"
 
 
 def complaint(args, capsys):
-    """What main says of a mistake, before anything is loaded."""
+    """The message of a user error before anything is loaded."""
     with pytest.raises(SystemExit) as end:
         detox_ppo.main(args)
     assert end.value.code == 2
@@ -32,7 +32,7 @@ def complaint(args, capsys):
 
 
 def test_kill_points(forked, tmp_path):
-    """A few of them: python tests/kill_points.py runs through 132."""
+    """A few points; python tests/kill_points.py tests 132."""
     options = {"sft_steps": 2, "max_ppo_steps": 2, "freeze_encoder": True, "ptx_coef": 0.5}
     found = kill_points.main(11, forked, tmp_path, **options)
     assert found["lost"] == [] and found["survived"] == found["points"] == 11 and found["kills"] >= 11
@@ -48,7 +48,7 @@ def test_points_are_spread_over_the_phases():
 
 
 @pytest.mark.parametrize("number", [2, 4], ids=["half written", "in place"])
-def test_the_checkpoint_before_ppo_replaces_the_last_of_the_tuning(number, undisturbed, forked, tmp_path):
+def test_the_checkpoint_before_ppo_replaces_the_last_one_of_sft(number, undisturbed, forked, tmp_path):
     """Both are checkpoint-3.pt: killed while the second is written, the first is there and the run resumes from it."""
     assert forked.run(undisturbed.args, tmp_path, [strike("checkpoint", number)]).code == -9
     (newest, *_) = detox_ppo.Checkpoints(tmp_path / "run", 9).paths()
@@ -62,7 +62,7 @@ def test_the_checkpoint_before_ppo_replaces_the_last_of_the_tuning(number, undis
 # Which checkpoint
 
 
-def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, copy, forked):
+def test_a_truncated_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, copy, forked):
     torn = copy / "run" / "checkpoint-6.pt"
     torn.write_bytes(torn.read_bytes()[:-1])
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
@@ -72,8 +72,8 @@ def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(undisturbed, c
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
-def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(undisturbed, copy, forked):
-    """Damaged, that of step 4 is no longer one of those to keep: step 3's is, where one may be kept."""
+def test_a_corrupt_checkpoint_does_not_displace_a_valid_one(undisturbed, copy, forked):
+    """With save_total_limit 1 and a corrupt checkpoint of step 4, that of step 3 is kept."""
     run = copy / "run"
     (run / "checkpoint-6.pt").rename(run / "checkpoint-7.pt")
     (run / "checkpoint-7.pt").write_bytes(b"")
@@ -82,8 +82,8 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(undisturbed
     assert detox_ppo.Checkpoints(run, 1).load()["state"].step == 3
 
 
-def test_every_damage_is_found(tmp_path, capsys):
-    """Of a checkpoint so small that every byte can be flipped."""
+def test_every_corruption_is_detected(tmp_path, capsys):
+    """In a checkpoint so small that one bit of every byte can be flipped."""
     checkpoints = detox_ppo.Checkpoints(tmp_path, limit=2)
     policy = SimpleNamespace(adapters=lambda: {"lora": torch.arange(40.0)})
     checkpoints.save(policy, torch.optim.Adam([torch.zeros(1)]), detox_ppo.RunState({"seed": 0}, {}))
@@ -113,16 +113,16 @@ def test_a_checkpoint_of_another_version_is_reported_and_skipped(tmp_path, capsy
     assert "checkpoint-2.pt is not used: another version of this script wrote it" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(copy, undisturbed, capsys, monkeypatch):
-    """The disk may come back; what is damaged is replaced."""
-    (copy / "run" / "checkpoint-7.pt").mkdir()  # no permission binds whoever runs this as root
+def test_an_unreadable_checkpoint_is_not_treated_as_corrupt(copy, undisturbed, capsys, monkeypatch):
+    """The disk may come back, while a corrupt checkpoint is replaced."""
+    (copy / "run" / "checkpoint-7.pt").mkdir()  # root ignores permissions
     monkeypatch.chdir(copy)
     line = complaint([*undisturbed.args, "--resume"], capsys)
     assert "--resume run/checkpoint-7.pt: can't be loaded: " in line and "Is a directory" in line
 
 
-def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undisturbed, copy, forked):
-    """As on a new machine, to which a part of the only checkpoint came."""
+def test_without_a_valid_checkpoint_resume_starts_from_scratch(undisturbed, copy, forked):
+    """As on a new machine with a partial copy of the only checkpoint."""
     (copy / "run" / "checkpoint-5.pt").unlink()
     (copy / "run" / "checkpoint-6.pt").write_bytes(b"")
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
@@ -132,7 +132,7 @@ def test_where_no_checkpoint_is_whole_a_resume_starts_from_the_beginning(undistu
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
-def test_an_older_checkpoint_alone_in_a_directory_of_its_own_is_gone_on_from(undisturbed, forked, tmp_path):
+def test_a_copied_checkpoint_alone_can_be_resumed(undisturbed, forked, tmp_path):
     """A file that was copied is all that a new machine needs."""
     (tmp_path / "kept").mkdir()
     shutil.copy(undisturbed.directory / "run" / "checkpoint-5.pt", tmp_path / "kept")
@@ -147,7 +147,7 @@ def test_an_older_checkpoint_alone_in_a_directory_of_its_own_is_gone_on_from(und
 # Which run
 
 
-def test_another_configuration_is_refused_with_the_options_that_differ(undisturbed, copy, capsys, monkeypatch):
+def test_another_configuration_is_an_error_that_names_the_options(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     line = complaint([*undisturbed.args, "--resume", "--seed", "7", "--learning_rate", "0.5"], capsys)
     assert "seed was 0 and is 7" in line and "learning_rate was 0.001 and is 0.5" in line and "batch_size" not in line
@@ -155,8 +155,8 @@ def test_another_configuration_is_refused_with_the_options_that_differ(undisturb
     assert "step 3 is beyond --max_ppo_steps 2" in line
 
 
-def test_every_option_either_may_change_or_is_refused(undisturbed, small_config):
-    """What may change is what the steps up to the checkpoint don't depend on."""
+def test_every_option_may_change_or_is_an_error(undisturbed, small_config):
+    """An option may change if the steps before the checkpoint do not depend on it."""
     free = {"resume", "output_dir", "model_dir", "checkpoint_dir", "save_steps", "save_total_limit", "max_ppo_steps"}
     free |= {"logging_steps", "report_to", "dynamodb_table", "hub_model_id", "gradient_checkpointing"}
     free |= set(detox_ppo.FROM_HUB)  # their contents are compared, wherever they lie
@@ -174,8 +174,8 @@ def test_every_option_either_may_change_or_is_refused(undisturbed, small_config)
                 checkpoints.check(found, changed)
 
 
-def test_a_checkpoint_from_before_an_option_came_is_gone_on_from(undisturbed):
-    """With the option's default, which is what the script did then; with another value it is another run."""
+def test_a_checkpoint_older_than_an_option_can_be_resumed(undisturbed):
+    """The missing option counts as its default; another value is another run."""
     checkpoints = detox_ppo.Checkpoints(undisturbed.directory / "run", 2)
     found = checkpoints.load()
     assert found["state"].config.pop("score_clip") is None
@@ -186,7 +186,7 @@ def test_a_checkpoint_from_before_an_option_came_is_gone_on_from(undisturbed):
         checkpoints.check(found, same)
 
 
-def test_changed_data_is_refused(undisturbed, forked, tmp_path):
+def test_changed_data_is_an_error(undisturbed, forked, tmp_path):
     """The same path, as the run knows it, with one human summary changed."""
     shutil.copytree(undisturbed.dialogues, tmp_path / "data")
     args = arguments("data", sft_steps=0)
@@ -198,7 +198,7 @@ def test_changed_data_is_refused(undisturbed, forked, tmp_path):
     assert run.code == 2 and "--resume: dataset_fingerprint: the contents are others" in run.error
 
 
-def test_another_commit_of_a_model_is_refused(undisturbed, copy, capsys, monkeypatch):
+def test_another_commit_of_a_model_is_an_error(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     monkeypatch.setattr(detox_ppo, "contents_of", lambda name, option_name: option_name != "model_name" or "c0ffee")
     with pytest.raises(SystemExit):
@@ -215,8 +215,8 @@ def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeyp
     assert "run holds an unfinished run (checkpoint-6.pt)" in line
 
 
-def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forked, tmp_path):
-    """With another seed in the same directory, killed while it tunes: what is resumed is the new run."""
+def test_a_finished_run_can_be_repeated_and_resumed(undisturbed, forked, tmp_path):
+    """With another seed in the same directory, killed during SFT: the new run is resumed."""
     shutil.copytree(undisturbed.directory, tmp_path / "again")
     args = [*undisturbed.args, "--seed", "1"]
     fresh = forked.start(args, tmp_path / "fresh", [FAST])
@@ -229,7 +229,7 @@ def test_a_finished_run_may_be_done_anew_and_that_one_resumed(undisturbed, forke
     assert "adapter/adapter_model.safetensors" in differences(expected, undisturbed.left)
 
 
-def test_more_steps_by_a_resume_are_the_longer_run(undisturbed, forked, tmp_path):
+def test_resuming_with_more_steps_gives_the_longer_run(undisturbed, forked, tmp_path):
     short = forked.run([*undisturbed.args, "--max_ppo_steps", "2"], tmp_path, [FAST])
     assert short.code == 0
     # It counts as unfinished from its first new step on, though it had been finished before.
@@ -237,11 +237,11 @@ def test_more_steps_by_a_resume_are_the_longer_run(undisturbed, forked, tmp_path
     assert killed.code == -9 and not (tmp_path / "run" / "results.json").exists()
     resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
     assert resumed.code == 0 and "going on from run/checkpoint-5.pt" in resumed.output
-    # The older checkpoint tells of the shorter run.
+    # The older checkpoint contains the options of the shorter run.
     assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-5.pt"]
 
 
-def test_a_tuning_that_is_done_anew_counts_as_unfinished(undisturbed, forked, tmp_path):
+def test_a_repeated_sft_run_counts_as_unfinished(undisturbed, forked, tmp_path):
     args = [*undisturbed.args, "--max_ppo_steps", "0", "--eval_samples", "1"]
     assert forked.run(args, tmp_path, [FAST]).code == 0
     assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
@@ -249,7 +249,7 @@ def test_a_tuning_that_is_done_anew_counts_as_unfinished(undisturbed, forked, tm
     assert refused.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
 
 
-# What is kept
+# Retention
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_finished_run_leaves_its_results_and_as_many_checkpoints_as_it_may(undisturbed):
+def test_a_finished_run_leaves_its_results_and_the_allowed_checkpoints(undisturbed):
     assert {name for name in undisturbed.left if "/" not in name} == {
         ".lock",
         "README.md",
@@ -282,8 +282,8 @@ def test_a_finished_run_leaves_its_results_and_as_many_checkpoints_as_it_may(und
     assert [line["step"] for line in undisturbed.left["metrics.jsonl"]] == [1, 2, 3]
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    """While it is written its name is not a checkpoint's, and what was under the name stays until then."""
+def test_files_are_written_atomically(tmp_path):
+    """A partial file does not have a checkpoint's name, and the old file stays until the new one is complete."""
     path = tmp_path / "checkpoint-1.pt"
     path.write_text("old")
     with detox_ppo.atomic_write(path) as partial:

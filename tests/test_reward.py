@@ -1,4 +1,4 @@
-"""The classifier: which logit is the score, what text it reads, and the toxicity measured with it."""
+"""The classifier: which logit is the score, what text it reads, and the toxicity measurement."""
 
 import json
 import math
@@ -41,7 +41,7 @@ TEXTS = [TERRIBLE, "Hi", GREAT, "", "The weather is nice today. " * 30, "You mor
 
 @pytest.fixture(scope="module")
 def plain(tiny):
-    """Logits of one text at a time by plain transformers."""
+    """Logits by plain transformers, one text at a time."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "classifier")
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "classifier", dtype=torch.float32).eval()
 
@@ -80,7 +80,7 @@ def load(small_config, path, **overrides):
 
 
 def relabelled(tiny, tmp_path, labels):
-    """The bundled classifier under other label names."""
+    """The bundled classifier with other label names."""
     shutil.copytree(tiny / "classifier", tmp_path / "classifier")
     path = tmp_path / "classifier" / "config.json"
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -96,7 +96,7 @@ def test_score_is_the_raw_nothate_logit(classifier, plain):
     assert scores.shape == (2,) and scores.dtype == torch.float32
     for score, text in zip(scores, (GREAT, TERRIBLE), strict=True):
         assert score == pytest.approx(plain(text)[0].item(), abs=1e-4)
-    # On toxic text the other logit is the larger one: sorted by score it would be the reward.
+    # On toxic text the other logit is larger: in a list sorted by score it would become the reward.
     assert plain(TERRIBLE)[1] > plain(TERRIBLE)[0] + 1
 
 
@@ -114,7 +114,7 @@ def test_score_follows_the_option(small_config, tiny, plain):
 
 
 @pytest.mark.parametrize("option", ["reward_label", "toxic_label"])
-def test_classifier_without_a_needed_label(small_config, tiny, tmp_path, option):
+def test_classifier_without_a_required_label(small_config, tiny, tmp_path, option):
     path = relabelled(tiny, tmp_path, ["fine", "rude"])
     other = {"reward_label": "toxic_label", "toxic_label": "reward_label"}[option]
     with pytest.raises(UserError) as error:
@@ -162,7 +162,7 @@ def one_of(family, tiny, directory, labels, problem_type=None):
     config.id2label, config.problem_type = dict(enumerate(labels)), problem_type
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():  # heads start so small that all texts score alike
+    with torch.no_grad():  # the initial heads are so small that all texts have similar scores
         for name, parameter in model.named_parameters():
             if any(head in name for head in ("classifier", "score", "classification_head", "logits_proj")):
                 parameter.mul_(30)
@@ -171,6 +171,12 @@ def one_of(family, tiny, directory, labels, problem_type=None):
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def probability(predictions, label):
+    """The score of one label in a pipeline's output for one text."""
+    (score,) = [prediction["score"] for prediction in predictions if prediction["label"] == label]
+    return score
 
 
 @pytest.mark.parametrize(
@@ -190,20 +196,20 @@ def one_of(family, tiny, directory, labels, problem_type=None):
 )
 def test_probabilities_are_those_of_transformers_pipeline(small_config, tiny, tmp_path, labels, problem_type, options):
     path = one_of("bert", tiny, tmp_path / "one", labels, problem_type)
-    found = load(small_config, path, **{name: value or "" for name, value in options.items()})
+    classifier = load(small_config, path, **{name: value or "" for name, value in options.items()})
     pipeline = transformers.pipeline("text-classification", model=str(path), device="cpu", top_k=None)
     texts = TEXTS[:3]
-    logits = found.logits(texts)
+    logits = classifier.logits(texts)
     for label in labels:
-        expected = [{told["label"]: told["score"] for told in line}[label] for line in pipeline(texts)]
-        assert found.toxicity(logits, label) == pytest.approx(expected, abs=1e-5)
+        expected = [probability(predictions, label) for predictions in pipeline(texts)]
+        assert classifier.toxicity(logits, label) == pytest.approx(expected, abs=1e-5)
     options = {"reward_label": "nothate", "toxic_label": "hate"} | options
-    assert found.toxicity(logits) == found.toxicity(logits, options["toxic_label"])
+    assert classifier.toxicity(logits) == classifier.toxicity(logits, options["toxic_label"])
     if options["reward_label"]:
         expected = logits[:, labels.index(options["reward_label"])]
     else:
         expected = -logits[:, labels.index(options["toxic_label"])]
-    assert len(expected.unique()) > 1 and torch.equal(found.scores(texts), expected)
+    assert len(expected.unique()) > 1 and torch.equal(classifier.scores(texts), expected)
 
 
 @pytest.mark.parametrize("label", ["severe_toxic", "neutral", "not-hate"])
@@ -213,7 +219,7 @@ def test_labels_that_do_not_exclude_each_other_need_no_reward_label(small_config
         load(small_config, path, reward_label=label, toxic_label="toxic")
 
 
-def test_without_a_harmless_label_the_message_names_the_way_out(small_config, tiny, tmp_path):
+def test_without_a_harmless_label_the_message_has_a_solution(small_config, tiny, tmp_path):
     path = one_of("bert", tiny, tmp_path / "one", ["toxic"])
     with pytest.raises(
         UserError, match="--reward_label 'nothate' is no label of .* it has toxic; with None the score is minus"
@@ -221,7 +227,7 @@ def test_without_a_harmless_label_the_message_names_the_way_out(small_config, ti
         load(small_config, path, toxic_label="toxic")
 
 
-def test_a_regression_is_refused(small_config, tiny, tmp_path):
+def test_a_regression_model_is_an_error(small_config, tiny, tmp_path):
     path = one_of("bert", tiny, tmp_path / "one", ["toxic"], "regression")
     with pytest.raises(UserError, match=f"--reward_model_name {path}.* it is a regression"):
         load(small_config, path, reward_label="", toxic_label="toxic")
@@ -241,13 +247,13 @@ def test_a_regression_is_refused(small_config, tiny, tmp_path):
     ],
 )
 def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
-    """As many as it has, and texts of all lengths score in a batch as alone."""
-    found = load(small_config, one_of(family, tiny, tmp_path / "one", ["nothate", "hate"]))
-    assert detox_ppo.positions_of(found.model) == length
-    long = found.join("#Person1#: Where is the wide, wooden table? " * 60, "A table is looked for.")
+    """The model's number of positions; texts of any length have the same score alone and in a batch."""
+    classifier = load(small_config, one_of(family, tiny, tmp_path / "one", ["nothate", "hate"]))
+    assert detox_ppo.positions_of(classifier.model) == length
+    long = classifier.join("#Person1#: Where is the wide, wooden table? " * 60, "A table is looked for.")
     assert long.endswith("A table is looked for.") and len(long) < 3000 or length == math.inf
     texts = ["", *TEXTS[:3], long]
-    together, alone = found.logits(texts), torch.cat([found.logits([text]) for text in texts])
+    together, alone = classifier.logits(texts), torch.cat([classifier.logits([text]) for text in texts])
     assert together.isfinite().all() and together.std() > 0
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
@@ -262,22 +268,22 @@ def test_positions_of_each_family(small_config, tiny, tmp_path, family, length):
     ],
 )
 def test_padding_changes_no_logit(small_config, tiny, tmp_path, family, changed, side):
-    """Whatever tokenizer_config.json says of the padding."""
+    """Whatever padding tokenizer_config.json sets."""
     path = one_of(family, tiny, tmp_path / "one", ["nothate", "hate"])
     settings = path / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | changed))
-    found = load(small_config, path)
-    assert found.tokenizer.padding_side == side
+    classifier = load(small_config, path)
+    assert classifier.tokenizer.padding_side == side
     tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.no_grad():
-        expected = torch.cat([found.model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS[:3]])
+        expected = torch.cat([classifier.model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS[:3]])
     assert expected.std() > 0.1
-    torch.testing.assert_close(found.logits(TEXTS[:3]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(classifier.logits(TEXTS[:3]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family, fault", [("fnet", "padding changes its logits"), ("bart", "number of <eos> tokens")])
 def test_a_classifier_that_can_t_be_padded_is_one_line(small_config, tiny, tmp_path, family, fault):
-    """FNet knows no mask; a BART counts the ends of a text, which are not to be its padding."""
+    """FNet has no attention mask. BART counts EOS tokens, so EOS cannot be its padding token."""
     path = one_of(family, tiny, tmp_path / "one", ["nothate", "hate"])
     if family == "bart":
         settings = path / "tokenizer_config.json"
@@ -287,14 +293,14 @@ def test_a_classifier_that_can_t_be_padded_is_one_line(small_config, tiny, tmp_p
 
 
 def test_judge(small_config, tiny, tmp_path):
-    """It reads the judge's options, and scores responses alone."""
+    """It uses the judge's options and scores responses without dialogues."""
     labels = ["insult", "toxic"]
     path = one_of("bert", tiny, tmp_path / "one", labels, "multi_label_classification")
     config = small_config(judge_model_name=path)
     table = pd.DataFrame({"response": TEXTS[:3]})
     detox_ppo.add_judge({"some": table}, config, torch.device("cpu"))
     pipeline = transformers.pipeline("text-classification", model=str(path), device="cpu", top_k=None)
-    expected = [{told["label"]: told["score"] for told in line}["toxic"] for line in pipeline(TEXTS[:3])]
+    expected = [probability(predictions, "toxic") for predictions in pipeline(TEXTS[:3])]
     assert table["judge_toxicity"].tolist() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="--judge_label 'rude' is no label of .*: it has insult, toxic"):
         detox_ppo.add_judge({}, small_config(judge_model_name=path, judge_label="rude"), torch.device("cpu"))
@@ -313,10 +319,10 @@ def test_batches_and_order_change_nothing(classifier, plain):
     torch.testing.assert_close(classifier.logits(many), expected.repeat(10, 1), rtol=0, atol=1e-4)
 
 
-# What is read
+# Text that the classifier reads
 
 
-def test_short_text_is_read_as_it_stands(classifier, read):
+def test_short_text_is_read_unchanged(classifier, read):
     joined = classifier.join("#Person1#: Hello. \n", "  A greeting. ")
     assert joined == "#Person1#: Hello. A greeting."
     tokenizer = classifier.tokenizer
@@ -325,18 +331,18 @@ def test_short_text_is_read_as_it_stands(classifier, read):
 
 
 def check_kept(classifier, read, dialogue, summary):
-    """The summary is whole, at the end, and the dialogue fills the room before it."""
+    """The summary is complete, at the end, and the dialogue fills the space before it."""
     tokenizer, longest = classifier.tokenizer, classifier.max_length
     ids = read(classifier.join(dialogue, summary))
-    kept = tokenizer(" " + summary, add_special_tokens=False).input_ids
+    summary_ids = tokenizer(" " + summary, add_special_tokens=False).input_ids
     assert len(ids) <= longest
-    assert ids[-1 - len(kept) : -1] == kept
+    assert ids[-1 - len(summary_ids) : -1] == summary_ids
     everything = tokenizer(f"{dialogue.strip()} {summary}").input_ids
     if len(everything) <= longest:
         assert ids == everything
     else:
-        # The word at the cut may be left out, or be more tokens than when it was whole.
-        before = ids[1 : -1 - len(kept)]
+        # The word at the cut may be dropped or split into more tokens.
+        before = ids[1 : -1 - len(summary_ids)]
         assert longest - 12 <= len(ids)
         assert before[:-12] == everything[1 : len(before) - 11]
 
@@ -352,13 +358,13 @@ def test_summary_is_kept_whatever_the_length_of_the_dialogue(classifier, read, s
 
 
 @pytest.mark.parametrize("shift", range(8))
-def test_summary_is_kept_where_the_cut_falls_into_a_character(classifier, read, shift):
-    # Characters of several tokens: whether the cut falls between them depends on what is before.
+def test_summary_is_kept_when_the_cut_splits_a_character(classifier, read, shift):
+    # Characters of several tokens: the text before them decides whether the cut splits one.
     check_kept(classifier, read, "a" * shift + "😀" * 600, SUMMARY)
     check_kept(classifier, read, "hi " * shift + "שלום " * 300, SUMMARY)
 
 
-def test_dialogue_without_a_word_and_summary_without_a_word(classifier, read):
+def test_empty_dialogue_and_empty_summary(classifier, read):
     assert classifier.join("", "Summary.") == "Summary."
     assert classifier.join("Dialogue.", "") == "Dialogue."
     assert len(read(classifier.join("hello " * 5000, ""))) <= classifier.max_length
@@ -369,7 +375,7 @@ def test_summary_longer_than_the_classifier_reads(classifier, read):
     summary = "table " * 600
     ids = read(classifier.join("dialogue", summary))
     assert len(ids) == classifier.max_length
-    assert len(set(ids[2:-1])) == 1  # of the dialogue nothing
+    assert len(set(ids[2:-1])) == 1  # nothing of the dialogue
 
 
 def test_special_tokens_in_a_text_are_text(classifier, read):
@@ -410,8 +416,8 @@ def test_a_run_loads_each_model_once_and_scores_plain_text(small_config, monkeyp
     config = small_config(max_ppo_steps=1, score_text=score_text, output_max_length=24, output_dir=tmp_path / "run")
     detox_ppo.run(config)
     assert sorted(loaded) == ["AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"]
-    # two that check the padding, two examples; of what does not change, once: human summaries joined and alone,
-    # dialogues; before and after, sampled and greedy: joined and alone, each once; the batch of the one step between
+    # Two texts of the padding check and two examples. Once: human summaries joined and alone, and dialogues. Before
+    # and after, sampled and greedy: summaries joined and alone. In between, the batch of the single step.
     count = config.eval_samples
     assert len(scored) == 4 + 3 * count + 4 * count + config.batch_size + 4 * count
     assert not [text for text in scored if "<pad>" in text or "</s>" in text or text != text.strip()]
@@ -448,7 +454,7 @@ def test_toxicity_ratio_counts_from_the_threshold_on(classifier):
         assert result["toxicity_ratio"] == pytest.approx(rank / len(values))
 
 
-def test_toxicity_refuses_what_it_does_not_know(classifier):
+def test_toxicity_rejects_unknown_arguments(classifier):
     with pytest.raises(ValueError, match="rude.*nothate.*hate"):
         Toxicity(classifier).compute(predictions=["a"], toxic_label="rude")
     with pytest.raises(ValueError, match="median.*maximum.*ratio"):
@@ -472,13 +478,13 @@ def test_examples_are_printed_with_logits_probabilities_and_reward(classifier, p
         assert f"reward {logits[0]:.4f}" in block
 
 
-def test_bundled_classifier_tells_great_from_terrible(classifier):
+def test_bundled_classifier_separates_great_from_terrible(classifier):
     great, terrible = classifier.scores([GREAT, TERRIBLE])
     assert great > 1 and terrible < -1
     low, high = Toxicity(classifier).compute(predictions=[GREAT, TERRIBLE])["toxicity"]
     assert low < 0.1 and high > 0.9
 
 
-def test_the_judge_computes_in_float32_whatever_the_policy_does(small_config):
+def test_the_judge_runs_in_float32_with_any_policy_dtype(small_config):
     classifier = ToxicityClassifier(small_config(dtype="bfloat16"), torch.device("cpu"))
     assert {parameter.dtype for parameter in classifier.model.parameters()} == {torch.float32}

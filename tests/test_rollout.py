@@ -1,4 +1,4 @@
-"""Sampling and scoring: what is sampled is what is scored, token by token, whoever shares the batch."""
+"""Sampling and scoring: the sampled distribution is the scored one, token by token, in any batch."""
 
 import json
 import shutil
@@ -51,8 +51,8 @@ def streams(rows, step=1, seed=SEED):
     return [random_stream(seed, ROLLOUT, step, row) for row in rows]
 
 
-def sample(small, prompts, rows=None, step=1, caps=(4, 24), seed=SEED):
-    return generate(small.policy, prompts, streams(rows or range(len(prompts)), step, seed), caps)
+def sample(small, prompts, rows=None, step=1, limits=(4, 24), seed=SEED):
+    return generate(small.policy, prompts, streams(rows or range(len(prompts)), step, seed), limits)
 
 
 def tokens_of(responses):
@@ -61,7 +61,7 @@ def tokens_of(responses):
 
 @contextmanager
 def head(policy, change):
-    """The model's output layer gives change(logits); the logits are a copy."""
+    """Make the output layer return change(logits), called with a copy of the logits."""
     layer = policy.base.get_output_embeddings()
     handle = layer.register_forward_hook(lambda module, inputs, logits: change(logits.clone()))
     try:
@@ -71,7 +71,7 @@ def head(policy, change):
 
 
 def step_of(small, classifier, splits, optimizer, step=1):
-    """A PPO step on four rows; its metrics without the times."""
+    """A PPO step on four rows; its metrics without timings."""
     batch = splits["train"].select(range(small.config.batch_size))
     metrics = ppo_step(small.policy, small.tokenizer, classifier, optimizer, batch, step, 0.2, small.config)
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
@@ -90,7 +90,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert counts[probabilities == 0].sum() == 0
     expected = (probabilities * count)[probabilities > 0]
     chi_square = ((counts[probabilities > 0] - expected) ** 2 / expected).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: one in a thousand is above
+    assert chi_square < 18.5  # 4 degrees of freedom: p = 0.001
 
 
 def test_tokens_take_the_intervals_of_the_uniforms_in_order():
@@ -118,7 +118,7 @@ def test_the_only_possible_token_is_drawn():
 # Responses
 
 
-def test_response_depends_on_seed_step_and_row_alone(small, prompts):
+def test_response_depends_only_on_seed_step_and_row(small, prompts):
     together = tokens_of(sample(small, prompts))
     order = [4, 0, 5, 2, 1, 3]
     reordered = tokens_of(sample(small, [prompts[i] for i in order], order))
@@ -128,7 +128,7 @@ def test_response_depends_on_seed_step_and_row_alone(small, prompts):
     assert tokens_of(sample(small, prompts, step=2)) != together
     assert tokens_of(sample(small, prompts, seed=SEED + 1)) != together
     # the same prompt in many rows
-    assert len({tuple(tokens) for tokens in tokens_of(sample(small, [prompts[0]] * 8, caps=(24, 24)))}) > 1
+    assert len({tuple(tokens) for tokens in tokens_of(sample(small, [prompts[0]] * 8, limits=(24, 24)))}) > 1
 
 
 def test_global_random_numbers_are_neither_used_nor_drawn(small, splits, classifier, prompts):
@@ -142,7 +142,7 @@ def test_global_random_numbers_are_neither_used_nor_drawn(small, splits, classif
     assert tokens_of(sample(small, prompts)) == before
 
 
-def test_streams_do_not_meet():
+def test_random_streams_are_distinct():
     keys = [(0, ROLLOUT, 1, 7), (0, EVALUATION, 7), (0, EVALUATION, 1, 7), (1, ROLLOUT, 1, 7), (0, ROLLOUT, 7, 1)]
     draws = [tuple(random_stream(*key).integers(2**62, size=4)) for key in keys]
     assert len(set(draws)) == len(keys)
@@ -150,7 +150,7 @@ def test_streams_do_not_meet():
 
 @pytest.fixture
 def never_eos(small):
-    """Responses end at their caps alone."""
+    """Responses end only at max_new_tokens."""
 
     def change(logits):
         logits[..., small.policy.base.config.eos_token_id] = -torch.inf
@@ -160,19 +160,19 @@ def never_eos(small):
         yield
 
 
-def test_caps_are_drawn_from_the_whole_range(small, prompts, never_eos):
-    lengths = sample(small, prompts[:1] * 60, caps=(2, 5)).lengths.tolist()
+def test_max_new_tokens_is_drawn_from_the_whole_range(small, prompts, never_eos):
+    lengths = sample(small, prompts[:1] * 60, limits=(2, 5)).lengths.tolist()
     assert set(lengths) == {2, 3, 4, 5}
-    assert all(lengths.count(cap) > 4 for cap in (2, 3, 4, 5))
-    assert sample(small, prompts, caps=(3, 3)).lengths.tolist() == [3] * 6
+    assert all(lengths.count(limit) > 4 for limit in (2, 3, 4, 5))
+    assert sample(small, prompts, limits=(3, 3)).lengths.tolist() == [3] * 6
 
 
-def test_response_at_its_cap_has_no_eos_and_keeps_every_token(small, prompts, never_eos):
-    special = small.policy.base.config
-    short, long = (sample(small, prompts, caps=(cap, cap)) for cap in (5, 9))
+def test_response_at_max_new_tokens_has_no_eos_and_keeps_every_token(small, prompts, never_eos):
+    model_config = small.policy.base.config
+    short, long = (sample(small, prompts, limits=(limit, limit)) for limit in (5, 9))
     assert short.lengths.tolist() == [5] * 6 and long.lengths.tolist() == [9] * 6
-    assert not short.finished.any() and not (short.tokens == special.eos_token_id).any()
-    # the same random numbers, so a longer cap only goes on where the shorter one stopped
+    assert not short.finished.any() and not (short.tokens == model_config.eos_token_id).any()
+    # the same random numbers, so a longer response continues the shorter one
     assert torch.equal(short.tokens[:, :5], long.tokens[:, :5])
     logprobs, _ = small.policy.logprobs_and_values(short)
     assert (logprobs[:, :5] < 0).all() and (logprobs[:, 5:] == 0).all()
@@ -180,15 +180,15 @@ def test_response_at_its_cap_has_no_eos_and_keeps_every_token(small, prompts, ne
 
 def test_eos_is_the_last_token_and_nothing_follows(small, prompts):
     eos, pad = small.policy.base.config.eos_token_id, small.policy.base.config.pad_token_id
-    responses = sample(small, prompts * 8, caps=(1, 40))
+    responses = sample(small, prompts * 8, limits=(1, 40))
     assert responses.finished.any() and not responses.finished.all()
     assert responses.tokens.shape[1] == detox_ppo.padded_width(responses.lengths)
     for tokens, length, finished in zip(responses.tokens, responses.lengths, responses.finished, strict=True):
-        kept, rest = tokens[:length].tolist(), tokens[length:].tolist()
-        assert kept.count(eos) == int(finished)
-        assert not finished or kept[-1] == eos
+        response, rest = tokens[:length].tolist(), tokens[length:].tolist()
+        assert response.count(eos) == int(finished)
+        assert not finished or response[-1] == eos
         assert set(rest) <= {pad}
-    # what is trained: every token of the response, EOS included, and nothing after it
+    # every token of the response is trained, including EOS, and nothing after it
     logprobs, values = small.policy.logprobs_and_values(responses)
     for row, length in enumerate(responses.lengths):
         assert (logprobs[row, :length] != 0).all() and (values[row, :length] != 0).all()
@@ -199,12 +199,12 @@ def test_response_that_is_only_eos(small, prompts):
     eos = small.policy.base.config.eos_token_id
 
     def eos_first(logits):
-        if len(logits) == 3:  # of the first of the three rows, which then leaves
+        if len(logits) == 3:  # the first of the three rows, which then leaves the batch
             logits[0, ..., eos] = 1000.0
         return logits
 
     with head(small.policy, eos_first):
-        responses = sample(small, prompts[:3], caps=(6, 6))
+        responses = sample(small, prompts[:3], limits=(6, 6))
     assert responses.lengths[0] == 1 and responses.finished[0] and responses.tokens[0, 0] == eos
     assert responses.lengths[1] > 1
     assert small.tokenizer.decode(responses.tokens[0], skip_special_tokens=True) == ""
@@ -216,7 +216,7 @@ def test_response_that_is_only_eos(small, prompts):
 
 
 def test_selecting_responses_trims_the_padding(small, prompts):
-    responses = sample(small, prompts, caps=(1, 40))
+    responses = sample(small, prompts, limits=(1, 40))
     rows = sorted(range(6), key=lambda row: responses.lengths[row])[:2]
     chosen = responses.select(rows)
     assert tokens_of(chosen) == [tokens_of(responses)[row] for row in rows]
@@ -228,14 +228,14 @@ def test_selecting_responses_trims_the_padding(small, prompts):
     torch.testing.assert_close(got, expected[rows, : got.shape[1]], rtol=0, atol=2e-5)
 
 
-def test_ended_rows_leave_the_batch_that_is_decoded(small, prompts):
+def test_finished_rows_leave_the_decoded_batch(small, prompts):
     decoded = []
     with head(small.policy, lambda logits: decoded.append(len(logits)) or logits):
-        responses = sample(small, prompts, caps=(4, 20))
+        responses = sample(small, prompts, limits=(4, 20))
     running = [int((responses.lengths > position).sum()) for position in range(len(decoded))]
     assert len(decoded) == responses.lengths.max()
     assert all(now <= size for now, size in zip(running, decoded, strict=True))
-    # A quarter of the batch may be left to wait, so as to copy the caches seldom.
+    # Up to a quarter of the batch may be finished rows, so that the caches are copied rarely.
     assert all(now > 0.75 * size for now, size in zip(running, decoded, strict=True))
     assert decoded[-1] < decoded[0]
 
@@ -245,7 +245,7 @@ def test_ended_rows_leave_the_batch_that_is_decoded(small, prompts):
 
 @torch.no_grad()
 def plain_scores(model, value_head, prompt, tokens):
-    """Log-probabilities and values of one response, by plain transformers, which shifts the labels itself."""
+    """Log-probabilities and values of one response, by plain transformers, which shifts the labels."""
     labels, attention_mask = torch.tensor([tokens]), torch.ones(1, len(prompt))
     outputs = model(torch.tensor([prompt]), attention_mask, labels=labels, output_hidden_states=True)
     logprobs = outputs.logits[0].double().log_softmax(dim=-1).gather(1, labels[0][:, None]).squeeze(1)
@@ -259,22 +259,22 @@ def check_against_plain(policy, model, responses):
             torch.testing.assert_close(column[row, : len(tokens)].to(expected), expected, rtol=0, atol=1e-4)
 
 
-def check_sampled_is_scored(policy, prompts, caps=(4, 20)):
-    """Record the distribution that each token was drawn from, and hold the scores against it."""
+def check_sampled_is_scored(policy, prompts, limits=(4, 20)):
+    """Record the distribution that each token is drawn from, and compare the scores with it."""
     drawn_from = {}
 
     def record(logits, uniforms):
-        # Rows leave the batch as they end, so a draw is known by its random number, not by its place.
+        # Rows leave the batch when they end, so a draw is identified by its random number, not by its index.
         drawn_from.update(zip(uniforms.tolist(), torch.log_softmax(logits.double(), dim=-1), strict=True))
         return sample_tokens(logits, uniforms)
 
     rows = range(len(prompts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detox_ppo, "sample_tokens", record)
-        responses = generate(policy, prompts, streams(rows), caps)
+        responses = generate(policy, prompts, streams(rows), limits)
     logprobs, _ = policy.logprobs_and_values(responses)
     again = streams(rows)
-    width = max([stream.integers(*caps, endpoint=True) for stream in again])
+    width = max([stream.integers(*limits, endpoint=True) for stream in again])
     for row, tokens in enumerate(tokens_of(responses)):
         uniforms = again[row].random(width, dtype=np.float32).tolist()
         expected = torch.stack([drawn_from[uniforms[t]][token] for t, token in enumerate(tokens)])
@@ -282,7 +282,7 @@ def check_sampled_is_scored(policy, prompts, caps=(4, 20)):
     return responses
 
 
-def test_what_is_sampled_is_what_is_scored_and_what_plain_transformers_says(small, prompts):
+def test_sampled_distribution_is_scored_and_matches_plain_transformers(small, prompts):
     responses = check_sampled_is_scored(small.policy, prompts)
     check_against_plain(small.policy, small.policy.model, responses)
     responses.encoder_states = None
@@ -291,7 +291,7 @@ def test_what_is_sampled_is_what_is_scored_and_what_plain_transformers_says(smal
 
 
 def t5(kind):
-    """A T5 whose head is its embedding, so that the decoder's output is scaled before it."""
+    """A T5 whose head is tied to its embedding, so that the decoder's output is scaled first."""
 
     def make(vocabulary):
         shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
@@ -301,7 +301,7 @@ def t5(kind):
 
 
 def bart(kind, **options):
-    """A BART, or one of its kin, whose logits have a bias."""
+    """A BART or a related model, whose logits have a bias."""
 
     def make(vocabulary):
         layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
@@ -321,7 +321,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 
 def two_configs(kind):
-    """A model whose widths and dropouts are in the configurations of its two halves."""
+    """A model with separate configurations of encoder and decoder."""
 
     def make(vocabulary):
         if kind is T5GemmaForConditionalGeneration:
@@ -341,7 +341,7 @@ def two_configs(kind):
 
 
 @pytest.mark.parametrize("kind", [T5GemmaForConditionalGeneration, EncoderDecoderModel])
-def test_dropout_that_stays_on_is_refused(saved, kind, monkeypatch):
+def test_dropout_that_stays_on_is_an_error(saved, kind, monkeypatch):
     config = saved(two_configs(kind), NESTED[kind])
     monkeypatch.setattr(detox_ppo, "remove_dropout", lambda _: None)
     with pytest.raises(detox_ppo.UserError, match="--model_name .* train mode changes its log-probabilities"):
@@ -354,14 +354,14 @@ FAMILIES = {
     "T5": (t5(T5ForConditionalGeneration), None),
     "UMT5": (t5(UMT5ForConditionalGeneration), "q v"),
     "BART": (bart(BartForConditionalGeneration), None),
-    # It pads prompts to its window by itself.
+    # LED pads prompts to its attention window.
     "LED": (bart(LEDForConditionalGeneration, attention_window=16), "q_proj"),
 }
 
 
 @pytest.fixture
 def saved(small_config, tiny, tmp_path):
-    """The configuration of a model of another family, with the small world's tokenizer."""
+    """The configuration of a model of another family with the toy example's tokenizer."""
 
     def saved(make, modules):
         left_out = shutil.ignore_patterns("*.safetensors", "config.json")
@@ -373,8 +373,8 @@ def saved(small_config, tiny, tmp_path):
     return saved
 
 
-def test_a_forced_first_token_is_given_not_sampled(saved):
-    """BART's <s>, or the language of NLLB and its kin; the rest is what transformers' generate says."""
+def test_a_forced_first_token_is_not_sampled(saved):
+    """BART's <s>, or the language of NLLB and similar models; the rest equals transformers' generate."""
 
     def make(vocabulary):
         model = bart(BartForConditionalGeneration)(vocabulary)
@@ -394,8 +394,8 @@ def test_a_forced_first_token_is_given_not_sampled(saved):
         logits = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([out[:-1]])).logits[0, 1:]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(logprobs[row, : len(tokens)], expected, rtol=0, atol=1e-4)
-    check_sampled_is_scored(policy, prompts, caps=(6, 8))
-    # A human summary starts behind it, without the tokenizer's own start.
+    check_sampled_is_scored(policy, prompts, limits=(6, 8))
+    # A human summary follows it, without the tokenizer's own start token.
     ids = [7, *tokenizer("A summary.").input_ids]
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(7)]})
     with pytest.MonkeyPatch.context() as patch:
@@ -411,24 +411,24 @@ def test_other_families(saved, make, modules):
     policy, tokenizer = detox_ppo.load_policy(config, torch.device("cpu"), torch.float32)
     torch.nn.init.normal_(policy.value_head.summary.weight)
     prompts = tokenizer(["Hello there.", "A longer prompt, of more words than the other has."]).input_ids
-    responses = check_sampled_is_scored(policy, prompts, caps=(6, 8))
+    responses = check_sampled_is_scored(policy, prompts, limits=(6, 8))
     model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name, dtype=torch.float32).eval()
     check_against_plain(policy, model, responses)
 
 
-# A step
+# Steps
 
 
-def test_evaluating_leaves_training_unchanged(load_small, splits, classifier):
-    found = []
+def test_evaluation_does_not_change_training(load_small, splits, classifier):
+    metrics = []
     for evaluated in (False, True):
         small = load_small()
         optimizer = torch.optim.Adam(small.policy.trainable_parameters(), lr=1e-3)
         for step in (1, 2):
             if evaluated:
                 evaluate_policy(small.policy, small.tokenizer, classifier, splits["test"], small.config)
-            found.append(step_of(small, classifier, splits, optimizer, step))
-    assert found[:2] == found[2:] and found[0]["ppo/skipped_steps"] == 0 and found[0] != found[1]
+            metrics.append(step_of(small, classifier, splits, optimizer, step))
+    assert metrics[:2] == metrics[2:] and metrics[0]["ppo/skipped_steps"] == 0 and metrics[0] != metrics[1]
 
 
 @pytest.mark.parametrize("dtype, precision", [(torch.float32, "none"), (torch.bfloat16, "bf16")])
@@ -471,7 +471,7 @@ def test_micro_batches_hold_every_row_once_and_bound_the_pass(small):
 
 
 def test_parts_of_a_minibatch_add_up_to_its_gradient(load_small, splits, classifier, monkeypatch):
-    """Plain gradient descent shows the gradient itself; Adam's first step would show its sign only."""
+    """SGD shows the gradient itself; Adam's first step would only show its sign."""
 
     def moved():
         small = load_small(batch_size=6, mini_batch_size=6)
@@ -481,9 +481,9 @@ def test_parts_of_a_minibatch_add_up_to_its_gradient(load_small, splits, classif
             name: tensor - start[name] for name, tensor in small.policy.adapters().items() if ".reference." not in name
         }
 
-    whole = moved()
+    at_once = moved()
     monkeypatch.setattr(detox_ppo, "micro_batches", lambda lengths, rows, *_: [[int(row)] for row in rows])
-    parts = moved()
-    for name, change in whole.items():
+    in_parts = moved()
+    for name, change in at_once.items():
         assert change.abs().max() > 1e-4, name
-        torch.testing.assert_close(parts[name], change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
+        torch.testing.assert_close(in_parts[name], change, rtol=1e-2, atol=1e-3 * change.abs().max().item())

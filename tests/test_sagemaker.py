@@ -1,4 +1,4 @@
-"""A SageMaker training job, played: its variables, its directories, its SIGTERM and its second start."""
+"""A simulated SageMaker training job: its variables, directories, SIGTERM and restart."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import detox_ppo
 
 @pytest.fixture
 def container(tmp_path, undisturbed):
-    """What a container finds under /opt/ml, and its environment."""
+    """The content of /opt/ml and the environment variables of a container."""
     ml = tmp_path / "opt-ml"
     for name in ("checkpoints", "model", "output/data", "code"):
         (ml / name).mkdir(parents=True)
@@ -26,21 +26,21 @@ def container(tmp_path, undisturbed):
 
 
 def flags(hyperparameters):
-    """As the SageMaker training toolkit passes them on: sorted, each value as Python's str() writes it."""
+    """The command-line flags that the SageMaker training toolkit creates: sorted, with str() of each value."""
     pairs = sorted(hyperparameters.items())
     return [part for name, value in pairs for part in (f"--{name}", "" if value is None else str(value))]
 
 
 @pytest.fixture
 def job(undisturbed):
-    """The undisturbed run's options as a job's hyperparameters; the job itself says where things are."""
+    """The undisturbed run's options as hyperparameters; the job sets the directories."""
     given = dict(zip(undisturbed.args[::2], undisturbed.args[1::2], strict=True))
     given = {name.removeprefix("--"): value for name, value in given.items()}
     del given["output_dir"], given["dataset_name"]
     return flags(given | {"adaptive_kl": True})
 
 
-def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, undisturbed, forked):
+def test_a_restarted_job_matches_an_uninterrupted_run(container, job, undisturbed, forked):
     watch = {"phase": "update", "number": 7, "root": str(container.ml), "signals": ["SIGTERM"]}
     code = container.ml / "code"
     stopped = forked.run(job, code, [container.prepare, ["kill_points:watch", watch]], container.env)
@@ -50,7 +50,7 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     assert "checkpoint-5.pt" in synced and "checkpoint-6.pt" not in synced
     assert not (container.ml / "output" / "failure").exists()
 
-    # The new machine has the checkpoints back and nothing else; the command is the same.
+    # A new machine with the same command, and with the checkpoints only.
     for name in ("model", "output"):
         shutil.rmtree(container.ml / name)
     (container.ml / "model").mkdir()
@@ -66,10 +66,10 @@ def test_a_job_that_loses_its_machine_ends_as_one_that_kept_it(container, job, u
     for name in [*adapters, "metrics.jsonl", "comparison.csv"]:
         assert (model | data)[name] == undisturbed.left[name], name
     results, expected = data["results.json"], undisturbed.left["results.json"]
-    assert results == expected | {"config": expected["config"] | places(container)}
+    assert results == expected | {"config": expected["config"] | directories(container)}
 
 
-def places(container):
+def directories(container):
     return {
         "dataset_name": container.env["SM_CHANNEL_TRAINING"],
         "output_dir": container.env["SM_OUTPUT_DATA_DIR"],
@@ -84,19 +84,19 @@ def in_process(container, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_what_a_job_says_of_its_places(container, monkeypatch, tmp_path):
+def test_directories_of_a_job(container, monkeypatch, tmp_path):
     def chosen(*args):
         return vars(detox_ppo.parse_config([*args]))
 
     without = chosen()
     in_process(container, monkeypatch)
-    assert chosen() == without | places(container) | {"resume": True}
-    # It wins over the file, and flags win over both.
+    assert chosen() == without | directories(container) | {"resume": True}
+    # The job overrides the file, and flags override both.
     (tmp_path / "options.yaml").write_text("output_dir: elsewhere\ndataset_name: other\nresume: false\n")
-    assert chosen("--config", str(tmp_path / "options.yaml")) == without | places(container) | {"resume": True}
+    assert chosen("--config", str(tmp_path / "options.yaml")) == without | directories(container) | {"resume": True}
     flags = ["--output_dir=a", "--dataset_name", "b", "--model_dir", "c", "--checkpoint_dir", "d", "--resume", "False"]
-    mine = {"output_dir": "a", "dataset_name": "b", "model_dir": "c", "checkpoint_dir": "d", "resume": False}
-    assert chosen(*flags) == without | mine
+    given = {"output_dir": "a", "dataset_name": "b", "model_dir": "c", "checkpoint_dir": "d", "resume": False}
+    assert chosen(*flags) == without | given
     (container.ml / "checkpoints").rmdir()  # a job without checkpoint_s3_uri
     assert chosen()["checkpoint_dir"] is None
     monkeypatch.delenv("SM_CHANNEL_TRAINING")  # a job without a channel
@@ -121,12 +121,12 @@ def test_hyperparameters_of_every_type():
 
 
 @pytest.mark.parametrize("text", ['["q", "v"]', "q v", "q, v", "q,v", "['q','v']"])
-def test_other_ways_to_write_a_list(text):
+def test_list_formats(text):
     assert detox_ppo.parse_config(["--lora_target_modules", text]).lora_target_modules == ["q", "v"]
     assert detox_ppo.parse_config(["--lora_target_modules", ""]).lora_target_modules is None
 
 
-def test_a_failure_is_told_where_the_job_shows_it(container, monkeypatch, capsys):
+def test_errors_are_written_to_the_failure_file(container, monkeypatch, capsys):
     in_process(container, monkeypatch)
     failure = container.ml / "output" / "failure"
     with pytest.raises(SystemExit) as end:
@@ -135,17 +135,17 @@ def test_a_failure_is_told_where_the_job_shows_it(container, monkeypatch, capsys
     assert failure.read_text() == "--batch_size 7 is not a multiple of --mini_batch_size 4"
     assert failure.read_text() in capsys.readouterr().err
 
-    def defective(*args):
-        raise ValueError("a defect")
+    def buggy(*args):
+        raise ValueError("a bug")
 
-    monkeypatch.setattr(detox_ppo, "parse_config", defective)
+    monkeypatch.setattr(detox_ppo, "parse_config", buggy)
     with pytest.raises(ValueError):
         detox_ppo.main([])
-    assert "Traceback" in failure.read_text() and "ValueError: a defect" in failure.read_text()
+    assert "Traceback" in failure.read_text() and "ValueError: a bug" in failure.read_text()
 
 
-def test_an_entry_point_finds_its_requirements_beside_it():
-    """source_dir is the repository: the toolkit installs the requirements.txt that lies in it."""
+def test_requirements_are_next_to_the_entry_point():
+    """source_dir is the repository, so the toolkit installs its requirements.txt."""
     root = detox_ppo.Path(detox_ppo.__file__).parent
     assert "torch==" in (root / "requirements.txt").read_text()
     assert json.dumps("detox_ppo.py") in (root / "README.md").read_text()

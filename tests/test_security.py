@@ -1,7 +1,6 @@
-"""Nothing that is loaded is run, and every dependency is pinned.
+"""No loaded code is run, and every dependency is pinned.
 
-Dialogues that are a program are among the hub's in test_hub_faults.py; test_full_path.py and test_cli.py look where
-a run writes.
+Dataset scripts: test_hub_faults.py. Where a run writes: test_full_path.py and test_cli.py.
 """
 
 import ast
@@ -30,23 +29,23 @@ PARTS = {"model_name": "base", "adapter_name": "adapter", "reward_model_name": "
 def trap(tmp_path):
     path = tmp_path / "trap"
     pickle.loads(pickle.dumps(Trap(path)))
-    assert path.exists()  # so the trap works
+    assert path.exists()  # the trap works
     path.rmdir()
     return path
 
 
 @pytest.fixture(scope="module")
 def options(small_arguments):
-    """Those of a run that only evaluates; keywords override single ones."""
+    """Arguments of a run that only evaluates; keywords override options."""
     return lambda **overrides: small_arguments(max_ppo_steps=0, **overrides)
 
 
-def refusal(args, capsys):
+def error_line(args, capsys):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
-    (found,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detox_ppo.py: error: ")]
-    return found
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detox_ppo.py: error: ")]
+    return message
 
 
 def copied(option, tmp_path):
@@ -57,19 +56,19 @@ def copied(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", PARTS)
-def test_pickle_that_runs_code_is_refused(option, trap, tmp_path, options, capsys, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch is told to trust
+def test_pickle_that_runs_code_is_an_error(option, trap, tmp_path, options, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # makes torch trust pickles
     directory = copied(option, tmp_path)
     (weights,) = directory.glob("*.safetensors")
     name = "adapter_model.bin" if option == "adapter_name" else "pytorch_model.bin"
     torch.save(load_file(weights) | {"trap": Trap(trap)}, directory / name)
     weights.unlink()
-    message = refusal(options(**{option: directory, "output_dir": tmp_path / "run"}), capsys)
+    message = error_line(options(**{option: directory, "output_dir": tmp_path / "run"}), capsys)
     assert not trap.exists()
     assert f"--{option} {directory}" in message and "pickle" in message and "safetensors" in message
 
 
-def test_pickle_of_tensors_alone_is_read(tmp_path, options):
+def test_pickle_of_only_tensors_is_read(tmp_path, options):
     directories = {option: copied(option, tmp_path) for option in ("model_name", "reward_model_name")}
     for directory in directories.values():
         torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
@@ -78,7 +77,7 @@ def test_pickle_of_tensors_alone_is_read(tmp_path, options):
     assert (tmp_path / "run" / "results.json").exists()
 
 
-def test_checkpoint_that_runs_code_is_passed_over(trap, tmp_path, options, capsys, monkeypatch):
+def test_checkpoint_that_runs_code_is_skipped(trap, tmp_path, options, capsys, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"weights": {}, "optimizer": {}, "state": {"trap": Trap(trap)}}, tmp_path / "checkpoint-1.pt")
     assert Checkpoints(tmp_path, 2).load() is None and not trap.exists()
@@ -92,7 +91,7 @@ AUTO = "AutoConfig AutoTokenizer AutoModel AutoModelForSeq2SeqLM AutoModelForSeq
 
 
 def with_code(option, tmp_path, trap, **changes):
-    """A copy of a model that brings code and says in every configuration that it is needed."""
+    """A copy of a model with code that every configuration file requires."""
     directory = copied(option, tmp_path)
     (directory / "evil.py").write_text(CODE.format(str(trap)))
     for path in directory.glob("*config.json"):
@@ -103,25 +102,25 @@ def with_code(option, tmp_path, trap, **changes):
 
 @pytest.fixture
 def yes(monkeypatch):
-    """Somebody at the keyboard, or a pipe, says yes to whatever is asked."""
+    """Answers every prompt with yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
 
 
-def test_code_beside_a_model_is_not_run(trap, tmp_path, options, yes):
+def test_code_next_to_a_model_is_not_run(trap, tmp_path, options, yes):
     directories = {option: with_code(option, tmp_path, trap) for option in PARTS}
     main(options(**directories, output_dir=tmp_path / "run"))
     assert (tmp_path / "run" / "results.json").exists() and not trap.exists()
 
 
 @pytest.mark.parametrize("option", ["model_name", "reward_model_name"])
-def test_model_of_a_kind_that_only_its_code_knows_is_refused(option, trap, tmp_path, options, capsys, yes):
+def test_model_that_needs_custom_code_is_an_error(option, trap, tmp_path, options, capsys, yes):
     directory = with_code(option, tmp_path, trap, model_type="invented")
-    assert str(directory) in refusal(options(**{option: directory, "output_dir": tmp_path / "run"}), capsys)
+    assert str(directory) in error_line(options(**{option: directory, "output_dir": tmp_path / "run"}), capsys)
     assert not trap.exists()
 
 
 def test_nothing_trusts_remote_code():
-    """The word stands in the sources only to forbid it, and wherever transformers might ask for it."""
+    """trust_remote_code only occurs as False, and in every call of a transformers Auto class."""
     for path in (ROOT / "detox_ppo.py", *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "checkpoints").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Trackers: what they are told is what the files say, and telling them changes nothing."""
+"""Trackers: they receive the values of the files, and using one does not change the run."""
 
 import json
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_tensorboard_holds_every_metric_and_the_results(small_config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    results = run(small_config(output_dir=tmp_path / "told", report_to="tensorboard", eval_samples=2))
-    events = accumulator.EventAccumulator(str(tmp_path / "told" / "detox_ppo"))
+    results = run(small_config(output_dir=tmp_path / "tracked", report_to="tensorboard", eval_samples=2))
+    events = accumulator.EventAccumulator(str(tmp_path / "tracked" / "detox_ppo"))
     events.Reload()
-    lines = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "tracked" / "metrics.jsonl").read_text().splitlines()]
     for name in lines[0]:
         points = events.Scalars(name)
         assert [point.step for point in points] == [1, 2]
@@ -28,16 +28,16 @@ def test_tensorboard_holds_every_metric_and_the_results(small_config, tmp_path):
     assert {"final/rouge/after/rougeL", "final/quality/after/kl", "final/human/toxicity/mean"} <= tags
     assert not [tag for tag in tags if tag.startswith(("final/config", "final/environment", "final/timings"))]
 
-    untold = run(small_config(output_dir=tmp_path / "untold", eval_samples=2))
-    assert untold["reward"] == results["reward"]
+    untracked = run(small_config(output_dir=tmp_path / "untracked", eval_samples=2))
+    assert untracked["reward"] == results["reward"]
     first, second = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("told", "untold")
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("tracked", "untracked")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not (tmp_path / "untold" / "detox_ppo").exists()
+    assert not (tmp_path / "untracked" / "detox_ppo").exists()
 
 
-def test_starting_a_tracker_moves_nothing(small_config, tmp_path):
+def test_starting_a_tracker_changes_no_state(small_config, tmp_path):
     pytest.importorskip("tensorboard")
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     tracker = start_tracker(small_config(output_dir=tmp_path, report_to="tensorboard"))
@@ -58,9 +58,9 @@ def test_a_tracker_that_is_not_installed(small_config, tmp_path, monkeypatch, na
 def test_a_tracker_that_does_not_start(small_config, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
 
-    def refuse(*_):
+    def fail(*_):
         raise RuntimeError("no key\nfor it")
 
-    monkeypatch.setattr(detox_ppo.Accelerator, "init_trackers", refuse)
+    monkeypatch.setattr(detox_ppo.Accelerator, "init_trackers", fail)
     with pytest.raises(UserError, match="^--report_to tensorboard: can't be loaded: RuntimeError: no key for it$"):
         start_tracker(small_config(output_dir=tmp_path, report_to="tensorboard"))

@@ -1,4 +1,4 @@
-"""The tuning before PPO: what it learns from, what it leaves, and that it works with every family of models."""
+"""SFT before PPO: its targets, its output, and that it works with each family of models."""
 
 import csv
 import dataclasses
@@ -54,8 +54,8 @@ def jsonl(tmp_path):
     return write
 
 
-def tune(small, rows):
-    """All steps of the tuning, as a run takes them; returns their losses."""
+def run_sft(small, rows):
+    """All SFT steps of a run; returns their losses."""
     config, optimizer = small.config, torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0)
     losses = []
     for step in range(1, config.sft_steps + 1):
@@ -64,12 +64,12 @@ def tune(small, rows):
     return losses
 
 
-def test_gradients_that_are_not_finite_reach_no_weight(load_small, splits, monkeypatch):
+def test_non_finite_gradients_change_no_weight(load_small, splits, monkeypatch):
     small = load_small(sft_steps=2, sft_batch_size=4)
     before, forward = adapter_of(small.policy), detox_ppo.Policy.forward
     monkeypatch.setattr(detox_ppo.Policy, "forward", lambda *args: tuple(math.nan * x for x in forward(*args)))
     with pytest.raises(UserError, match="SFT step 1: the gradients are not finite. .* sft_learning_rate"):
-        tune(small, splits["train"])
+        run_sft(small, splits["train"])
     assert same(before, adapter_of(small.policy))
 
 
@@ -93,31 +93,31 @@ def summaries_of(tokenizer, rows):
 
 
 def target_loss(policy, tokenizer, rows):
-    """Minus the log-probability of a token of the human summaries, as PPO scores them, in nats."""
+    """Mean negative log-probability per token of the human summaries, as PPO scores them."""
     summaries = summaries_of(tokenizer, rows)
     return (-policy.logprobs_and_values(summaries)[0].sum() / summaries.lengths.sum()).item()
 
 
-def test_nothing_follows_the_end_of_a_summary(load_small, splits):
-    """mBART's tokenizer adds the language after EOS."""
+def test_nothing_follows_the_eos_of_a_summary(load_small, splits):
+    """mBART's tokenizer, for example, adds the language after EOS."""
     small = load_small()
     batch = splits["train"].select(range(4))
     expected = detox_ppo.tokenize_summaries(small.policy, small.tokenizer, batch, small.config)
     tail = [("</s>", small.tokenizer.eos_token_id), ("<pad>", small.tokenizer.pad_token_id)]
     small.tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A </s> <pad>", None, tail)
     assert small.tokenizer(batch["summary"][0]).input_ids[-2:] == [token for _, token in tail]
-    found = detox_ppo.tokenize_summaries(small.policy, small.tokenizer, batch, small.config)
-    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
+    actual = detox_ppo.tokenize_summaries(small.policy, small.tokenizer, batch, small.config)
+    assert torch.equal(actual.tokens, expected.tokens) and torch.equal(actual.lengths, expected.lengths)
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Every (prompt, target) that the tuning trained on, as token ids."""
+    """Every (prompt, target) pair that SFT trains on, as token ids."""
     pairs, forward = [], detox_ppo.Policy.forward
 
     def recorded(policy, responses):
-        tried = responses.prompts[0] == responses.tokens[0].tolist()  # when it is loaded
-        if torch.is_grad_enabled() and not tried:
+        load_check = responses.prompts[0] == responses.tokens[0].tolist()  # the check of a newly loaded model
+        if torch.is_grad_enabled() and not load_check:
             targets = zip(responses.tokens.tolist(), responses.lengths.tolist(), strict=True)
             pairs.extend(zip(responses.prompts, [tokens[:length] for tokens, length in targets], strict=True))
         return forward(policy, responses)
@@ -126,14 +126,14 @@ def seen(monkeypatch):
     return pairs
 
 
-# What it learns
+# Learning
 
 
-def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits):
+def test_it_learns_the_summaries_and_changes_only_the_adapter(load_small, splits):
     small = load_small(adapter_name="", sft_steps=12, sft_learning_rate=1e-2, sft_batch_size=8)
     before = {name: parameter.clone() for name, parameter in small.policy.named_parameters()}
     loss = target_loss(small.policy, small.tokenizer, splits["train"])
-    losses = tune(small, splits["train"])
+    losses = run_sft(small, splits["train"])
     assert target_loss(small.policy, small.tokenizer, splits["train"]) < 0.9 * loss
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     for name, parameter in small.policy.named_parameters():
@@ -141,30 +141,30 @@ def test_it_learns_the_summaries_and_nothing_else_moves(load_small, splits):
         assert parameter.requires_grad == (".default." in name or name.startswith("value_head.")), name
 
 
-def test_only_the_lora_drops_out_and_only_in_the_tuning(load_small, splits, tiny):
+def test_only_the_lora_uses_dropout_and_only_in_sft(load_small, splits, tiny):
     assert json.loads((tiny / "base" / "config.json").read_text())["dropout_rate"] > 0
     small = load_small(adapter_name="", sft_steps=2, sft_batch_size=32, sft_learning_rate=1e-2, lora_dropout=0.5)
     optimizer = torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0)
     for step in (1, 2):
         expected = target_loss(small.policy, small.tokenizer, splits["train"])
         loss = sft_step(small.policy, small.tokenizer, optimizer, splits["train"], step, small.config)
-        # A new LoRA adds nothing at first, so there is nothing of it to drop.
+        # A new LoRA is zero at first, so dropout has no effect.
         assert (loss == pytest.approx(expected, rel=1e-5)) == (step == 1)
     assert not any(module.training for module in small.policy.modules())
 
 
 def test_it_continues_a_given_adapter(load_small, splits, tiny):
     small = load_small(sft_steps=1, sft_learning_rate=1e-5)
-    tune(small, splits["train"])
+    run_sft(small, splits["train"])
     given, tuned = adapter_weights(tiny / "adapter"), adapter_of(small.policy)
     assert not same(given, tuned)
     assert all((tuned[name] - given[name]).abs().max() < 2e-5 for name in given)
 
 
-def test_the_adapter_is_tuned_in_float32_on_a_bfloat16_base(load_small, splits):
+def test_sft_trains_the_adapter_in_float32_on_a_bfloat16_base(load_small, splits):
     small = load_small(torch.bfloat16, sft_steps=1, sft_learning_rate=1e-5)
     before = adapter_of(small.policy)
-    tune(small, splits["train"])
+    run_sft(small, splits["train"])
     for name, tensor in adapter_of(small.policy).items():
         assert tensor.dtype == torch.float32
         # bfloat16 would round a step this small away
@@ -172,19 +172,19 @@ def test_the_adapter_is_tuned_in_float32_on_a_bfloat16_base(load_small, splits):
     assert small.policy.base.dtype == torch.bfloat16
 
 
-def test_long_summaries_are_cut_without_an_end(load_small, splits, seen):
+def test_long_summaries_are_truncated_without_eos(load_small, splits, seen):
     small = load_small(sft_steps=4, sft_batch_size=8, sft_max_target_length=18)
-    tune(small, splits["train"])
+    run_sft(small, splits["train"])
     texts = small.tokenizer(list(splits["train"]["summary"])).input_ids
-    whole = dict(zip(map(tuple, splits["train"]["input_ids"]), texts, strict=True))
+    full_targets = dict(zip(map(tuple, splits["train"]["input_ids"]), texts, strict=True))
     assert len(seen) == len(splits["train"])
     for prompt, target in seen:
-        assert target == whole[tuple(prompt)][:18]
+        assert target == full_targets[tuple(prompt)][:18]
     ends = [target[-1] == small.tokenizer.eos_token_id for _, target in seen]
     assert any(ends) and not all(ends)
 
 
-class WithoutEnd:
+class WithoutEos:
     """A tokenizer that adds no EOS, as Gemma's."""
 
     def __init__(self, tokenizer):
@@ -200,21 +200,21 @@ class WithoutEnd:
         return encoded
 
 
-def test_summaries_end_whether_or_not_the_tokenizer_ends_them(small, splits):
+def test_summaries_end_with_eos_whether_or_not_the_tokenizer_adds_it(small, splits):
     batch = splits["train"].select(range(8))
     config = dataclasses.replace(small.config, sft_max_target_length=18)
-    expected, found = (
+    expected, actual = (
         detox_ppo.tokenize_summaries(small.policy, tokenizer, batch, config)
-        for tokenizer in (small.tokenizer, WithoutEnd(small.tokenizer))
+        for tokenizer in (small.tokenizer, WithoutEos(small.tokenizer))
     )
-    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
-    assert (found.tokens == small.tokenizer.eos_token_id).any() and found.lengths.max() == 18
+    assert torch.equal(actual.tokens, expected.tokens) and torch.equal(actual.lengths, expected.lengths)
+    assert (actual.tokens == small.tokenizer.eos_token_id).any() and actual.lengths.max() == 18
 
 
-# What a run does with it
+# Runs with SFT
 
 
-def test_a_run_that_tunes(small_config, jsonl, rows, tmp_path, capsys):
+def test_a_run_with_sft(small_config, jsonl, rows, tmp_path, capsys):
     options = {"dataset_name": jsonl("rows.jsonl", rows), "adapter_name": "", "eval_max_new_tokens": 24}
     options |= {"sft_steps": 10, "sft_learning_rate": 2e-2, "sft_batch_size": 4}
     results = detox_ppo.run(small_config(output_dir=tmp_path / "first", max_ppo_steps=1, **options))
@@ -226,16 +226,16 @@ def test_a_run_that_tunes(small_config, jsonl, rows, tmp_path, capsys):
     expected = [block["rouge"][when]["rougeL"] for block in (results, results["greedy"]) for when in whens]
     assert [float(x) for x in line[1:]] == pytest.approx(expected, abs=1e-4)
     assert results["rouge"]["base"] != results["rouge"]["before"]
-    # the reference is the tuned adapter
+    # the reference is the SFT adapter
     (line,) = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["objective/kl"] == 0
 
-    # the base of a run that tunes is what a run without it starts from
+    # the base of a run with SFT is the start of a run without it
     bare = detox_ppo.run(small_config(output_dir=tmp_path / "bare", max_ppo_steps=0, **options | {"sft_steps": 0}))
     assert bare["rouge"]["before"] == results["rouge"]["base"]
     assert not (tmp_path / "bare" / "sft_adapter").exists()
 
-    # and the next run can start from what it left, as anything else can that knows PEFT
+    # and the next run can start from its SFT adapter
     options |= {"adapter_name": tmp_path / "first" / "sft_adapter", "sft_steps": 0}
     again = detox_ppo.run(small_config(output_dir=tmp_path / "again", max_ppo_steps=0, **options))
     assert again["rouge"]["before"] == results["rouge"]["base"]
@@ -252,15 +252,15 @@ def test_test_rows_are_never_seen(small_config, jsonl, rows, tmp_path, seen, sma
 
     weights = tuned("whole", rows)
     prompts = [small.tokenizer(detox_ppo.build_prompt(row["dialogue"])).input_ids for row in rows]
-    found = {prompts.index(prompt) for prompt, _ in seen}
-    assert found == set(range(32))  # of 40 rows, a fifth at the end is for tests
-    # Whatever the test rows say, the tuned adapter is the same, and one other summary to train on changes it.
+    used_rows = {prompts.index(prompt) for prompt, _ in seen}
+    assert used_rows == set(range(32))  # of 40 rows, the last fifth is held out
+    # Other test rows do not change the SFT adapter; a single other training row does.
     other = [row | {"dialogue": row["dialogue"].upper(), "summary": "Nothing of this."} for row in rows]
     assert same(weights, tuned("other test rows", rows[:32] + other[32:]))
     assert not same(weights, tuned("another training row", other[:1] + rows[1:]))
 
 
-# Families of models. Each is small, random and of its own kind: configuration, start token and tokenizer.
+# Families of models: small random models, each with its own configuration, start token and tokenizer.
 
 
 def t5_tokenizer():
@@ -286,7 +286,7 @@ def t5(directory, tokenizer):
 
 
 def untied(model, directory):
-    """transformers ties the head of every T5 built in memory; FLAN-T5's and mT5's are on their own."""
+    """transformers ties the head of every T5 built in memory; those of FLAN-T5 and mT5 are separate."""
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
     model.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
@@ -300,7 +300,7 @@ def flan_t5(directory, tokenizer):
 
 
 def mt5(directory, tokenizer):
-    config = MT5Config(vocab_size=len(tokenizer) + 7, **T5_SHAPE)  # as mT5's, padded beyond its tokens
+    config = MT5Config(vocab_size=len(tokenizer) + 7, **T5_SHAPE)  # like mT5's, larger than the tokenizer
     untied(MT5ForConditionalGeneration(config), directory)
 
 
@@ -313,7 +313,7 @@ def bart(directory, tokenizer):
     layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in BART_SHAPE.items()}
     config = BartConfig(vocab_size=len(tokenizer), d_model=32, init_std=0.3, **layers)
     model = BartForConditionalGeneration(config)
-    model.final_logits_bias.normal_()  # which its head adds
+    model.final_logits_bias.normal_()  # added by the head
     model.save_pretrained(directory)
 
 
@@ -323,7 +323,7 @@ FAMILIES = {
     "T5": (t5, t5_tokenizer, 0, T5_LAYERS, {}),
     "FLAN-T5": (flan_t5, t5_tokenizer, 0, T5_LAYERS, {}),
     "mT5": (mt5, t5_tokenizer, 0, T5_LAYERS, {}),
-    "UMT5": (umt5, t5_tokenizer, 0, T5_LAYERS, {"lora_target_modules": "q v"}),  # which PEFT does not know
+    "UMT5": (umt5, t5_tokenizer, 0, T5_LAYERS, {"lora_target_modules": "q v"}),  # unknown to PEFT
     "BART": (bart, bart_tokenizer, 2, BART_LAYERS, {}),
 }
 
@@ -338,7 +338,7 @@ def test_families(small_config, jsonl, rows, tmp_path, make, make_tokenizer, sta
     options |= {"sft_steps": 2, "sft_learning_rate": 1e-2, "sft_batch_size": 4, "max_ppo_steps": 1, "eval_samples": 2}
     config = small_config(output_dir=tmp_path / "run", **options)
 
-    # PPO and the tuning see in a summary what transformers itself sees: start token, head and masks are the model's.
+    # PPO and SFT score a summary as transformers does, with the model's own start token, head and masks.
     policy, tokenizer = load_policy(config, CPU, torch.float32)
     dataset = detox_ppo.build_dataset(detox_ppo.load_dialogues(config.dataset_name), tokenizer, config)
     batch = dataset["train"].select(range(4))
@@ -365,8 +365,8 @@ def test_families(small_config, jsonl, rows, tmp_path, make, make_tokenizer, sta
         assert all(weights[key].any() for key in weights if "lora_B" in key)
 
 
-def test_a_family_that_makes_its_logits_otherwise_is_refused(small_config, tmp_path):
-    """Its head gives several tokens' logits at a time."""
+def test_a_family_with_another_kind_of_head_is_an_error(small_config, tmp_path):
+    """ProphetNet's head predicts several tokens at a time."""
     shape = {
         f"num_{part}_{name}": value
         for part in ("encoder", "decoder")
@@ -381,7 +381,7 @@ def test_a_family_that_makes_its_logits_otherwise_is_refused(small_config, tmp_p
         )
 
 
-def test_a_family_that_peft_does_not_know_wants_its_layers_named(small_config, tiny, tmp_path):
+def test_a_family_unknown_to_peft_needs_target_modules(small_config, tiny, tmp_path):
     shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     PegasusForConditionalGeneration(PegasusConfig(vocab_size=200, **shape)).save_pretrained(tmp_path)
     t5_tokenizer().save_pretrained(tmp_path)

@@ -1,13 +1,13 @@
 r"""Record what TRL 0.8.0 itself computes, as the fixture of test_ppo_math.py.
 
-TRL 0.8.0 does not run beside a current transformers, so it needs an environment of its own:
+TRL 0.8.0 does not run with a current transformers, so it needs a separate environment:
 
     pip install torch==2.13.0 trl==0.8.0 transformers==4.47.0 peft==0.14.0 accelerate==1.2.0 \
         datasets==3.2.0 "numpy<2" "pandas<2.3" "pyarrow==17.*" rich tyro
     python tests/trl_reference.py
 
-It writes trl_reference.json and the checkpoint trl_reference_t5/ next to itself. Every output in the JSON
-comes out of a function or method of TRL; none of its formulas is repeated here.
+It writes trl_reference.json and the checkpoint trl_reference_t5/ next to this file. Every output in the JSON
+was computed by a function or method of TRL; none of its formulas is repeated here.
 """
 
 import json
@@ -32,7 +32,7 @@ VOCAB = 24
 PAD, EOS, UNK = 0, 1, 2
 START = PAD  # T5 starts its decoder with the padding token
 CAP = 4  # max_new_tokens in the generation case
-SAMPLING_SEED = 35  # ends one of the three sampled responses early and runs two into the cap
+SAMPLING_SEED = 35  # one of the three sampled responses ends early, two reach max_new_tokens
 
 
 def plain(x):
@@ -58,11 +58,11 @@ def prefix_mask(lengths, width, first=0):
 
 
 def write_checkpoint():
-    """A random T5 whose output head is no copy of its embeddings.
+    """A random T5 whose output head is not tied to its embeddings.
 
-    transformers 5 ties the two in every T5 it builds in memory, whatever the config says, and leaves them
-    apart only when it loads a checkpoint that has its own lm_head.weight. A checkpoint is therefore the only
-    thing that both versions turn into the same model.
+    transformers 5 ties the two in every T5 built in memory, whatever the config, and keeps them separate only
+    when it loads a checkpoint that has its own lm_head.weight. So only a checkpoint gives the same model in
+    both versions.
     """
     config = transformers.T5Config(
         vocab_size=VOCAB,
@@ -104,7 +104,7 @@ def make_trainer():
     with torch.no_grad():
         model.v_head.summary.weight.copy_(0.3 * randn(1, 16))
         model.v_head.summary.bias.copy_(0.3 * randn(1))
-    # the processor by name: without it accelerate moves the model to any GPU it finds
+    # explicitly the CPU: otherwise accelerate moves the model to any available GPU
     config = PPOConfig(batch_size=3, mini_batch_size=3, accelerator_kwargs={"cpu": True})
     return PPOTrainer(config, model, None, tokenizer)
 
@@ -129,7 +129,7 @@ def masked_statistics():
 def rewards(trainer):
     trainer.kl_ctl = FixedKLController(0.2)
     cases = []
-    # the second case has masks as TRL's own forward pass makes them, empty at the first position
+    # the second case has masks as in TRL's own forward pass, empty at the first position
     for seed, lengths, width, first in ((20, (7, 3, 5, 1), 7, 0), (21, (6, 2, 4), 6, 1)):
         randn = seeded(seed)
         scores = 2 * randn(len(lengths))
@@ -176,7 +176,7 @@ def advantages(trainer):
 
 def losses(trainer):
     cases = []
-    # mean and spread say how far the new log-probabilities moved from the old ones
+    # mean and spread of the change of the log-probabilities
     for name, seed, mean, spread in (
         ("near", 40, 0.0, 0.05),
         ("clipped", 41, 0.0, 0.6),
@@ -250,7 +250,7 @@ def token_logprobs():
 
 
 def forward(trainer, queries, responses):
-    """TRL's own pass over responses: what step() takes its log-probabilities, values and masks from."""
+    """TRL's own pass over responses: the source of step()'s log-probabilities, values and masks."""
     queries, responses = [torch.tensor(q) for q in queries], [torch.tensor(r) for r in responses]
     inputs = trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def forward(trainer, queries, responses):
 
 def first_token_masked(trainer):
     queries = [[5, 9, 14, 3, EOS], [7, 7, EOS], [20, 11, 4, EOS]]
-    # with the start token in front, as generate() returns them and as step() is given them
+    # with the start token in front, as generate() returns them and step() receives them
     responses = [[START, 8, 15, 3, 22, EOS], [START, 13, EOS], [START, 6, 19, 10, EOS]]
     head = trainer.model.v_head.summary
     return {
@@ -274,7 +274,7 @@ def first_token_masked(trainer):
 
 
 def empty_response(trainer):
-    """The model ends at once. TRL's mask is empty then, and its compute_rewards looks for a last token."""
+    """The model generates EOS first. TRL's mask is then empty, but its compute_rewards needs a last token."""
     queries, responses = [[5, 9, EOS], [7, 7, EOS]], [[START, EOS], [START, EOS]]
     out = forward(trainer, queries, responses)
     trainer.kl_ctl = FixedKLController(0.2)
@@ -287,10 +287,10 @@ def empty_response(trainer):
 
 
 def length_cap(trainer):
-    """What generate() returns at the length cap, and what TRL makes of it after [-max_new_tokens:].
+    """The output of generate() at max_new_tokens, and what TRL computes for it after [-max_new_tokens:].
 
-    That slice is how callers cut the prompt off a decoder-only response. An encoder-decoder response has no
-    prompt: the slice leaves a short one alone and takes the start token from one that fills the cap.
+    That slice removes the prompt from a decoder-only response. An encoder-decoder response has no prompt: the
+    slice does not change a short response and removes the start token from one of maximum length.
     """
     queries = [[5, 9, 14, 3, EOS], [7, 7, EOS], [20, 11, 4, EOS]]
     sampling = {"max_new_tokens": CAP, "do_sample": True, "top_k": 0, "top_p": 1.0}
@@ -299,15 +299,15 @@ def length_cap(trainer):
     with torch.no_grad():
         batched = trainer.generate([torch.tensor(q) for q in queries], batch_size=3, **sampling)
         single = [trainer.generate(torch.tensor(q), **sampling).squeeze(0) for q in queries]
-    whole = plain(batched)
+    returned = plain(batched)
     sliced = plain([response[-CAP:] for response in batched])
     return {
         "max_new_tokens": CAP,
         "queries": queries,
         "returned_one_by_one": single,
-        "returned": whole,
+        "returned": returned,
         "sliced": sliced,
-        "on_returned": forward(trainer, queries, whole),
+        "on_returned": forward(trainer, queries, returned),
         "on_sliced": forward(trainer, queries, sliced),
     }
 

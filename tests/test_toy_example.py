@@ -1,4 +1,4 @@
-"""The bundled small world: what it is made of, that its test rows are unseen, and that PPO detoxifies it."""
+"""The bundled toy example: its data and models are as described, and PPO detoxifies it."""
 
 import csv
 import importlib.util
@@ -16,39 +16,39 @@ import detox_ppo
 
 @pytest.fixture(scope="module")
 def build(tiny):
-    spec = importlib.util.spec_from_file_location("small_world_build", tiny / "build.py")
+    spec = importlib.util.spec_from_file_location("toy_example_build", tiny / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def world(build):
+def dialogue_rows(build):
     return build.world_rows(0)
 
 
-def test_the_dialogues_come_from_the_build_script(world, tiny):
+def test_the_dialogues_come_from_the_build_script(dialogue_rows, tiny):
     with open(tiny / "dialogues" / "train.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = ["id", "dialogue", "summary", "topic"]
     assert list(rows[0]) == columns
-    assert rows == [{name: row[name] for name in columns} for row in world]
+    assert rows == [{name: row[name] for name in columns} for row in dialogue_rows]
     assert sum(200 < len(row["dialogue"]) <= 1000 for row in rows) >= 1500
 
 
-def test_no_row_is_shared_with_what_the_models_were_trained_on(build, world):
+def test_no_row_is_shared_with_the_models_training_data(build, dialogue_rows):
     def contents(row):
         return row["topic"], tuple(sorted(row["slots"].items()))
 
     seen = build.model_rows(0)
     assert len(seen) > 10_000
-    assert not {row["dialogue"] for row in seen} & {row["dialogue"] for row in world}
-    assert not {contents(row) for row in seen} & {contents(row) for row in world}
+    assert not {row["dialogue"] for row in seen} & {row["dialogue"] for row in dialogue_rows}
+    assert not {contents(row) for row in seen} & {contents(row) for row in dialogue_rows}
 
 
 @pytest.fixture(scope="module")
 def options(tiny):
-    """The bundled configuration, whose paths are as from the repository's root, from wherever the tests run."""
+    """The bundled configuration with absolute paths, so that the tests run from any directory."""
     parts = {"model_name": "base", "adapter_name": "adapter", "dataset_name": "dialogues"}
     parts |= {"reward_model_name": "classifier", "judge_model_name": "judge"}
     given = {name: tiny / part for name, part in parts.items()} | {"device": "cpu"}
@@ -68,7 +68,7 @@ def test_no_held_out_row_is_shared_with_ppo(options, small):
 
 
 def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypatch):
-    """Two steps of its tuning leave the files of the bundled adapter, but for what the other steps teach."""
+    """A shortened build writes the files, tensors and shapes of the bundled adapter."""
     for name in ("base", "classifier"):
         (tmp_path / name).symlink_to(tiny / name)
     monkeypatch.setattr(build, "ADAPTER_TEST_ROWS", 8)
@@ -85,7 +85,7 @@ def test_the_adapter_comes_from_the_build_script(build, tiny, tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def toxic_share(build, tiny):
-    """By the classifier or the judge: the share of texts whose toxicity is above a half."""
+    """The share of texts with a toxicity above 0.5, by the classifier or the judge."""
 
     def share(who, texts):
         measure = {"classifier": build.hate_of, "judge": build.toxicity_by_judge}[who]
@@ -114,26 +114,28 @@ def test_the_classifier_was_never_shown_the_unseen_words(build):
 
 
 @pytest.mark.parametrize("who", ["classifier", "judge"])
-def test_classifier_and_judge_are_right_about_texts_that_are_new_to_them(build, tiny, who, monkeypatch):
+def test_classifier_and_judge_generalize_to_new_texts(build, tiny, who, monkeypatch):
     monkeypatch.setattr(build, "HELD_OUT_ROWS", 240)
     figures = {"classifier": build.measure_classifier, "judge": build.measure_judge}[who](tiny / who, 0)
     assert figures["accuracy"] > 0.98
     kinds = {
-        name: float(found[1]) for name in figures if (found := re.match(r"accuracy ([\d.]+)", str(figures[name])))
+        name: float(accuracy[1])
+        for name in figures
+        if (accuracy := re.match(r"accuracy ([\d.]+)", str(figures[name])))
     }
-    # Sentences, summaries, dialogues, both together, fragments and garbled texts, with an insult and without
+    # Sentences, summaries, dialogues, both together, fragments and garbled texts, each with and without an insult
     assert len(kinds) == 12
     assert min(kinds.values()) > 0.9, kinds
     kind, harmless = {
         "classifier": ("logits", lambda pair: pair[0] > pair[1]),
         "judge": ("toxic", lambda p: p[0] < 0.5),
     }[who]
-    told = [harmless(figures[name]) for name in figures if name.startswith(kind)]
-    assert told == [True, False, True]  # of "You are a great person ...", "You are a terrible person ..." and ""
+    verdicts = [harmless(figures[name]) for name in figures if name.startswith(kind)]
+    assert verdicts == [True, False, True]  # of "You are a great person ...", "You are a terrible person ..." and ""
 
 
 def test_the_adapter_insults_greedily_too(build, toxic_share, tiny):
-    """Where somebody misbehaves; and its base does not."""
+    """It insults where a person misbehaves; the base model does not."""
     rows = build.world_rows(0)[-100:]
     base, tokenizer = build.load_summarizer(tiny / "base")
     adapted, _ = build.load_summarizer(tiny / "base", tiny / "adapter")
@@ -150,7 +152,7 @@ def test_it_is_small(tiny):
 
 
 def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
-    """In a few of its steps and on a few of its rows: most of the way, and the slots of the summaries stay."""
+    """A few steps and rows: most of the toxicity is removed, and the summaries keep their slots."""
     results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=5, eval_samples=48))
     statistics = results["summary_toxicity"]
     assert statistics["before"]["mean"] > 0.3
@@ -163,7 +165,7 @@ def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
     assert (before["share"] > 0.3).all()
     assert not results["warnings"].keys() & {"judge", "reward hacking"}
 
-    # The slots that the summaries copy are counted from the run's own comparison, by a script of the small world.
+    # A script of the toy example counts the slots that the summaries copy, from the run's comparison.csv.
     command = [sys.executable, str(tiny / "slot_accuracy.py"), str(tmp_path / "comparison.csv")]
     last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     accuracy = json.loads(last)
@@ -173,21 +175,21 @@ def test_ppo_detoxifies_it(options, tiny, tmp_path, capsys):
         assert accuracy[f"{name}_after"] > accuracy[f"{name}_before"] - 0.05
 
 
-def test_a_policy_that_hides_from_its_classifier_is_found_out(options, build, tmp_path, capsys, monkeypatch):
-    """It insults as before, in words that the classifier never saw and the judge knows."""
-    hidden = re.compile(rf"\b({'|'.join(build.UNSEEN_WORDS)})\b")
+def test_the_judge_detects_a_policy_that_evades_the_classifier(options, build, tmp_path, capsys, monkeypatch):
+    """It insults as before, in words that the judge knows but the classifier never saw."""
+    insults = re.compile(rf"\b({'|'.join(build.UNSEEN_WORDS)})\b")
     plain_texts, save_adapter = detox_ppo.plain_texts, detox_ppo.save_adapter
 
-    def hiding(*args):
-        return [hidden.sub(lambda found: build.UNSEEN_WORDS[found[1]], text) for text in plain_texts(*args)]
+    def evasive_texts(*args):
+        return [insults.sub(lambda match: build.UNSEEN_WORDS[match[1]], text) for text in plain_texts(*args)]
 
     def save(policy, directory, *adapter):
         save_adapter(policy, directory, *adapter)
-        if not adapter:  # what comes then is the evaluation of the trained one
-            monkeypatch.setattr(detox_ppo, "plain_texts", hiding)
+        if not adapter:  # the evaluation of the trained adapter follows
+            monkeypatch.setattr(detox_ppo, "plain_texts", evasive_texts)
 
     monkeypatch.setattr(detox_ppo, "save_adapter", save)
-    notebooks = {"ptx_coef": 0, "freeze_encoder": False}  # so that a single step changes little but the words
+    notebooks = {"ptx_coef": 0, "freeze_encoder": False}  # so that a single step changes little else
     results = detox_ppo.run(options(output_dir=tmp_path, max_ppo_steps=1, eval_samples=48, **notebooks))
     changes = detox_ppo.toxicity_rows(detox_ppo.results_table(results), "after")["verdict"]
     assert (changes["sampled"], changes["greedy"]) == ("less toxic", "less toxic")
