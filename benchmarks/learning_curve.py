@@ -5,8 +5,9 @@
     python benchmarks/learning_curve.py --short                     # one seed, two steps, in this process
 
 Three sides train with the same prompts, max_new_tokens, starting adapter, classifier and hyperparameters. These are
-those of checkpoints/tiny/config.yaml, except for TRL's value clip, a constant learning rate and unclipped scores, and
-the score is that of the summary without its dialogue. Further options of detox_ppo.py apply to all sides:
+those of checkpoints/tiny/config.yaml, except for TRL's value clip, a constant learning rate, unclipped scores and what
+the classic trainer lacks: ptx_coef is 0 and the encoder is trained. The score is that of the summary without its
+dialogue. Further options of detox_ppo.py apply to all sides:
 
     ours              detox_ppo.py
     classic           TRL 0.8.0's PPOTrainer as in the published notebooks: see classic_learning.py
@@ -56,6 +57,7 @@ NAMES = {START: "start", "ours": "ours", "classic": "classic", "fixed": "classic
 COLOURS = {"ours": "#0072B2", "classic": "#D55E00", "fixed": "#009E73"}  # Okabe and Ito's
 # The defaults of TRL's trainer; both loops can score the summary without its dialogue.
 COMMON = "--score_text response --cliprange_value 0.2 --lr_scheduler_type constant --score_clip None".split()
+COMMON += "--ptx_coef 0 --freeze_encoder false".split()  # which the classic trainer lacks
 SMOOTHING = 10  # steps of a curve's running mean, because one batch's scores are noisy
 SAVE_STEPS = 5
 INTERMEDIATE_STEPS = (5, 10, 20, 30, 45, 60, 90, 120, 180, 240, 300)  # their adapters are evaluated too

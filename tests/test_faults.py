@@ -233,7 +233,7 @@ def test_debug_shows_the_stack_trace_before_the_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         detox_ppo.main(["--seed", "x"])
     shown = capsys.readouterr().err
-    assert "Traceback" in shown and shown.splitlines()[-1].startswith("detox_ppo.py: error: argument --seed")
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith("detox_ppo.py: error: --seed is 'x'")
 
 
 # Numbers

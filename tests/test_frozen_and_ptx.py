@@ -224,7 +224,7 @@ def test_rows_without_a_clean_summary_add_nothing(learner, classifier, batch, fr
 @pytest.mark.parametrize(
     "text, fault", [("", "but there are none. Set it to 0"), (RUDE, "classifier calls all of them toxic. Set it to 0")]
 )
-def test_ptx_without_a_clean_summary_is_a_mistake(small_arguments, dialogues, tmp_path, capsys, text, fault):
+def test_ptx_without_a_clean_summary_is_an_error(small_arguments, dialogues, tmp_path, capsys, text, fault):
     path = tmp_path / "rows.csv"
     detox_ppo.read_table(dialogues / "train.csv").assign(summary=text).to_csv(path, index=False)
     options = {"dataset_name": path, "ptx_coef": 0.5, "output_dir": tmp_path / "run"}
@@ -233,7 +233,7 @@ def test_ptx_without_a_clean_summary_is_a_mistake(small_arguments, dialogues, tm
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if "error" in line]
     assert end.value.code == 2 and "--ptx_coef 0.5" in line and fault in line
-    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]  # no checkpoint, no evaluation
+    assert not (tmp_path / "run").exists()  # no checkpoint, no evaluation
     assert "before detox" not in printed.out
 
 
