@@ -2193,85 +2193,96 @@ def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
     return counts
 
 
-# --- Report: what a run leaves behind --------------------------------------------------------------------------------
+# --- Report: warnings, results, pictures, model card, uploads --------------------------------------------------------
 
 
-SHORT = 0.6  # shorter than this share of before, and than the human ones, summaries are too short
+MIN_LENGTH_SHARE = 0.6  # summaries are too short below this share of the length before, if also below the human one
 
 
 def degradation(before: dict[str, float], after: dict[str, float], human_length: float = math.inf) -> list[str]:
-    """What got worse in the summaries, as texts, from two results of summary_quality; empty if they are still good.
+    """List what got worse in the summaries, as messages; empty if nothing did.
 
-    human_length is the mean length of the human summaries in tokens, where there are any.
+    before and after are summary_quality's; human_length is the mean length of the human summaries in tokens, if any.
     """
-    faults = []
-    leasts = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
-    for name, wording, least in leasts:
-        if name in before and after[name] < least * before[name]:
-            faults.append(f"{wording} fell from {before[name]:.3f} to {after[name]:.3f}")
-    if after["length"] < min(SHORT * before["length"], human_length):
-        faults.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
-    for name, wording in (("repeated_3", "repeat themselves"), ("empty", "are empty"), ("unfinished", "never end")):
+    losses = []
+    for name, label, min_share in (
+        ("retrieval_at_1", "R@1", 0.9),
+        ("rougeL", "ROUGE-L", 0.9),
+        ("distinct_2", "distinct-2", 0.5),
+    ):
+        if name in before and after[name] < min_share * before[name]:
+            losses.append(f"{label} fell from {before[name]:.3f} to {after[name]:.3f}")
+    if after["length"] < min(MIN_LENGTH_SHARE * before["length"], human_length):
+        losses.append(f"the mean length fell from {before['length']:.1f} to {after['length']:.1f} tokens")
+    for name, label in (("repeated_3", "are repetitive"), ("empty", "are empty"), ("unfinished", "are unfinished")):
         if after[name] > before[name] + 0.1:
-            faults.append(f"{after[name]:.0%} {wording} ({before[name]:.0%} before)")
-    return faults
+            losses.append(f"{after[name]:.0%} {label} ({before[name]:.0%} before)")
+    return losses
 
 
 def step_warnings(history: list[dict], config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
-    """What is wrong with the newest of the steps, by kind, each with its cause and the way out.
+    """Warnings about the latest step by kind, each with the problem and a remedy.
 
-    human_length is the mean length of the human summaries in tokens, where there are any.
+    history has the metrics of all steps that were not skipped; human_length is the mean length of the human summaries
+    in tokens, if any.
     """
-    now, score = history[-1], [step["ppo/mean_scores"] for step in history]
-    kl, skipped, cut = now["objective/kl"], now["ppo/skipped_minibatches"], 1 - now["tokens/finished_share"]
-    at_first, entropy = (step["objective/entropy"] / step["tokens/responses_len_mean"] for step in (history[0], now))
-    # Against the first steps, so that a score that rose at once and stays where it is counts as risen.
-    early, late = np.mean(score[:5]), np.mean(score[-25:])
-    noise = 2 * (history[0]["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(score[-25:]) / 25) ** 0.5
-    flat = len(score) >= 50 and late - early <= noise
-    length_at_first = history[0]["tokens/responses_len_mean"]
+    first, latest = history[0], history[-1]
+    stay_close = "Raise init_kl_coef or lower learning_rate."
+    warned = {}
+
+    kl = latest["objective/kl"]
+    if kl > 3 * config.target_kl:
+        warned["kl"] = f"objective/kl {kl:.1f} is over three times target_kl. {stay_close}"
+    if kl < -1:
+        warned["negative kl"] = f"objective/kl {kl:.1f} is below 0: the estimate is noisy. Raise batch_size."
+
+    skipped = latest["ppo/skipped_minibatches"]
+    if skipped:
+        problem = f"{skipped} minibatches were skipped: over ratio_threshold or not finite"
+        warned["skipped"] = f"{problem}. Lower learning_rate or ppo_epochs."
+
+    first_entropy = first["objective/entropy"] / first["tokens/responses_len_mean"]
+    entropy = latest["objective/entropy"] / latest["tokens/responses_len_mean"]
+    if entropy < 0.1 * first_entropy:
+        problem = f"entropy fell from {first_entropy:.3f} to {entropy:.3f} nats per token"
+        warned["entropy"] = f"{problem}: the policy gives nearly the same response to every prompt. {stay_close}"
+
+    first_length = first["tokens/responses_len_mean"]
     length = np.mean([step["tokens/responses_len_mean"] for step in history[-5:]])
-    short = length < min(SHORT * length_at_first, human_length)
-    shrank = f"the mean response length fell from {length_at_first:.1f} to {length:.1f} tokens"
-    fell = f"entropy fell from {at_first:.3f} to {entropy:.3f} nats a token"
-    stay = "Raise init_kl_coef or lower learning_rate."
-    warned = {
-        "kl": (kl > 3 * config.target_kl, f"objective/kl {kl:.1f} is over three times target_kl. {stay}"),
-        "negative kl": (kl < -1, f"objective/kl {kl:.1f} is below 0, as only few samples make it. Raise batch_size."),
-        "skipped": (
-            skipped,
-            f"{skipped} minibatches were over ratio_threshold or not finite. Lower learning_rate or ppo_epochs.",
-        ),
-        "entropy": (
-            entropy < 0.1 * at_first,
-            f"{fell}: the policy gives nearly the same response to every prompt. {stay}",
-        ),
-        "short": (short, f"{shrank}: the policy says less and less. Raise ptx_coef or init_kl_coef."),
-        "flat": (flat, f"the score has not risen in {len(score)} steps. Raise learning_rate or batch_size."),
-        "cut": (
-            cut > 0.5,
-            f"{cut:.0%} of the responses were truncated, so incomplete sentences are scored. Raise output_max_length.",
-        ),
-    }
-    return {kind: text for kind, (holds, text) in warned.items() if holds}
+    if length < min(MIN_LENGTH_SHARE * first_length, human_length):
+        problem = f"the mean response length fell from {first_length:.1f} to {length:.1f} tokens"
+        warned["short"] = f"{problem}. Raise ptx_coef or init_kl_coef."
+
+    # Compared with the first steps, so that a score that rose at once and stayed high is not flat.
+    scores = [step["ppo/mean_scores"] for step in history]
+    rise = np.mean(scores[-25:]) - np.mean(scores[:5])
+    noise = 2 * (first["ppo/std_scores"] ** 2 / (5 * config.batch_size) + np.var(scores[-25:]) / 25) ** 0.5
+    if len(scores) >= 50 and rise <= noise:
+        warned["flat"] = f"the score has not risen in {len(scores)} steps. Raise learning_rate or batch_size."
+
+    truncated = 1 - latest["tokens/finished_share"]
+    if truncated > 0.5:
+        problem = f"{truncated:.0%} of the responses were truncated, so incomplete sentences were scored"
+        warned["cut"] = f"{problem}. Raise output_max_length."
+    return warned
 
 
 def overlap(train: Iterable[str], evaluated: Iterable[str]) -> dict[str, int]:
-    """Count the evaluated dialogues that are also trained on, and those that repeat an earlier evaluated one."""
+    """Count the evaluated dialogues: all, those in the training data, and those that repeat an earlier one."""
     trained, counts = set(train), Counter(evaluated)
     also_trained = sum(count for dialogue, count in counts.items() if dialogue in trained)
     return {"n": counts.total(), "also_trained": also_trained, "duplicates": counts.total() - len(counts)}
 
 
-def overlap_warnings(shared: dict[str, int]) -> dict[str, str]:
-    """Why the evaluated dialogues are not held out, or the interval is too narrow; shared is overlap's."""
-    warned, among = {}, f"of the {shared['n']} evaluated dialogues"
-    if shared["also_trained"]:
-        text = f"{shared['also_trained']} {among} are also trained on: the result holds for seen dialogues"
-        warned["overlap"] = f"{text}. Name others with eval_dataset_name."
-    if shared["duplicates"]:
-        text = f"{shared['duplicates']} {among} repeat another of them: the interval is too narrow"
-        warned["duplicates"] = f"{text}. Remove duplicated rows."
+def overlap_warnings(counts: dict[str, int]) -> dict[str, str]:
+    """Warnings by kind if the evaluated dialogues are not held out or not distinct; counts are overlap's."""
+    warned, of_all = {}, f"of the {counts['n']} evaluated dialogues"
+    if counts["also_trained"]:
+        problem = f"{counts['also_trained']} {of_all} are also trained on, so they are not held out"
+        warned["overlap"] = f"{problem}. Set eval_dataset_name to other dialogues."
+    if counts["duplicates"]:
+        problem = f"{counts['duplicates']} {of_all} are duplicates: the confidence interval is too narrow"
+        warned["duplicates"] = f"{problem}. Remove the duplicate rows."
     return warned
 
 
@@ -2287,26 +2298,27 @@ def print_step(metrics: dict, config: DetoxConfig, bar: tqdm) -> None:
 
 
 def new_warnings(state: RunState, config: DetoxConfig, human_length: float = math.inf) -> dict[str, str]:
-    """The newest step's warnings of kinds that the run has not had yet, each with the step's number."""
+    """Warnings about the latest step, with its number; only kinds that the run has not had yet."""
     history = [line for line in state.history if not line["ppo/skipped_steps"]]
     warned = step_warnings(history, config, human_length)
     return {kind: f"step {state.step}: {text}" for kind, text in warned.items() if kind not in state.warnings}
 
 
-def warn(state: RunState, texts: dict[str, str]) -> None:
-    """Print warnings, by kind, and keep them for the report."""
-    state.warnings |= texts
-    for text in texts.values():
+def warn(state: RunState, warned: dict[str, str]) -> None:
+    """Print warnings, which are given by kind, and record them for the report."""
+    state.warnings |= warned
+    for text in warned.values():
         print_wrapped(f"  warning, {text}")
 
 
 def minutes_left(state: RunState, config: DetoxConfig) -> float:
-    """An estimate for the remaining steps and the last evaluation, from the newest step and the first evaluation."""
+    """Estimate the minutes that the remaining steps and the last evaluation take."""
     steps = config.max_ppo_steps - state.step
     return (steps * state.history[-1]["time/step"] + state.timings["evaluate_before"]) / 60
 
 
 def print_means(label: str, table: pd.DataFrame) -> None:
+    """Print the mean and standard deviation of each toxicity in the table."""
     for key in ("toxicity", "summary_toxicity", "judge_toxicity"):
         if key in table:
             mean, std = table[key].mean(), table[key].std(ddof=0)

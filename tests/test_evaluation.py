@@ -283,7 +283,7 @@ def test_degradation_is_named():
     assert degradation(good, good) == []
     assert degradation(good, good | {"rougeL": 0.28, "distinct_2": 0.3, "empty": 0.05, "unfinished": 0.15}) == []
     bad = {"rougeL": 0.26, "distinct_2": 0.2, "repeated_3": 0.3, "empty": 0.4, "unfinished": 0.3}
-    for name, word in zip(bad, ("ROUGE-L", "distinct-2", "repeat", "empty", "never end"), strict=True):
+    for name, word in zip(bad, ("ROUGE-L", "distinct-2", "repetitive", "empty", "unfinished"), strict=True):
         (named,) = degradation(good, good | {name: bad[name]})
         assert word in named
     (named,) = degradation(good, good | {"length": 17.0}, human_length=20.0)
