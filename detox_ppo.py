@@ -2325,67 +2325,86 @@ def print_means(label: str, table: pd.DataFrame) -> None:
             print(f"{key.replace('_', ' ')} [mean, std] {label}: [{mean:.4f}, {std:.4f}]")
 
 
-PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
 NOT_FINITE = "The newest checkpoint is the last good state. Lower learning_rate, or set dtype float32"
 
 
 def build_results(tables: dict[str, dict], human: pd.DataFrame, rows, state, config: DetoxConfig) -> dict:
     """The measured blocks of results.json, and the warnings.
 
-    tables are evaluate_policy's of the rows, by when ("base" with SFT, "before", "after") and decoding ("sampled",
-    "greedy"); human is measure_human's.
+    tables[phase][decoding] is evaluate_policy's table of the rows; phases are "before", "after" and, with SFT, "base";
+    decodings are "sampled" and "greedy". human is measure_human's table.
     """
-    references, dialogues, history = list(rows["references"]), list(rows["dialogue"]), state.history
-    keys, toxic = ("toxicity", "summary_toxicity"), human["dialogue_toxicity"].to_numpy() > TOXIC
+    references, dialogues = list(rows["references"]), list(rows["dialogue"])
+    toxic = human["dialogue_toxicity"].to_numpy() > TOXIC
+    keys = ("toxicity", "summary_toxicity")
 
     def compare(decoding, key, chosen=slice(None)):
-        values = {when: both[decoding][key].to_numpy()[chosen] for when, both in tables.items()}
+        values = {phase: by_decoding[decoding][key].to_numpy()[chosen] for phase, by_decoding in tables.items()}
         base = {"base": mean_and_std(values["base"])} if "base" in values else {}
         return base | paired_statistics(values["before"], values["after"], config.seed)
 
     def measured(decoding):
-        quality = {when: summary_quality(both[decoding], references, dialogues) for when, both in tables.items()}
+        by_phase = {phase: by_decoding[decoding] for phase, by_decoding in tables.items()}
+        quality = {phase: summary_quality(table, references, dialogues) for phase, table in by_phase.items()}
         block = {key: compare(decoding, key) for key in keys}
         for key in ("length", "reward"):
-            block[key] = {when: {"mean": float(both[decoding][key].mean())} for when, both in tables.items()}
-        block["rouge"] = {when: {k: line[k] for k in line if k.startswith("rouge")} for when, line in quality.items()}
+            block[key] = {phase: {"mean": float(table[key].mean())} for phase, table in by_phase.items()}
+        block["rouge"] = {}
+        for phase, values in quality.items():
+            block["rouge"][phase] = {name: value for name, value in values.items() if name.startswith("rouge")}
         return block | {"quality": quality}
 
     results = measured("sampled") | {"greedy": measured("greedy")}
     if config.judge_model_name:
-        sampled, greedy = ({"summary_toxicity": compare(name, "judge_toxicity")} for name in ("sampled", "greedy"))
-        results["judge"] = sampled | {"greedy": greedy}
+        results["judge"] = {"summary_toxicity": compare("sampled", "judge_toxicity")}
+        results["judge"]["greedy"] = {"summary_toxicity": compare("greedy", "judge_toxicity")}
     results["human"] = human_figures(human, dialogues)
     results["toxic_dialogues"] = {"n": int(toxic.sum())}
     if toxic.any():
         results["toxic_dialogues"] |= {key: compare("sampled", key, toxic) for key in keys}
-    warned = results["warnings"] = dict(state.warnings)
-    if skipped := sum(line["ppo/skipped_steps"] for line in history):
-        warned["not finite"] = f"{skipped} of {len(history)} steps were skipped. {NOT_FINITE}."
+
     human_length = results["human"].get("length", {"mean": math.inf})["mean"]
-    faults = {
-        decoding: degradation(block["quality"]["before"], block["quality"]["after"], human_length)
-        for decoding, block in (("sampled", results), ("greedy", results["greedy"]))
-    }
+    losses = {}
+    for decoding, block in (("sampled", results), ("greedy", results["greedy"])):
+        losses[decoding] = degradation(block["quality"]["before"], block["quality"]["after"], human_length)
     table = results_table(results)
-    results["verdict"] = verdict_sentence(results, table, lost=any(faults.values()))
-    before, after = (toxicity_rows(table, phase) for phase in ("before", "after"))
-    fell, change, less = after["mean"] < before["mean"], after["verdict"], "less toxic"
-    hacked = [f"{'; '.join(worse)} ({decoding})" for decoding, worse in faults.items() if worse and fell[decoding]]
-    blind = [name for name in faults if change[name] == less and change.get(f"judge, {name}", less) != less]
-    if hacked:
-        worse = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
-        warned["reward hacking"] = f"{worse}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
-    if blind:
-        says = f"the classifier says that the summaries ({' and '.join(blind)}) are less toxic, the judge does not"
-        way = "The policy may have learned the classifier's blind spots. Raise init_kl_coef or stop earlier."
-        warned["judge"] = f"{says}. {way}"
+    results["warnings"] = dict(state.warnings)
+    skipped = sum(line["ppo/skipped_steps"] for line in state.history)
+    if skipped:
+        results["warnings"]["not finite"] = f"{skipped} of {len(state.history)} steps were skipped. {NOT_FINITE}."
+    results["warnings"] |= reward_hacking_warnings(table, losses)
+    results["verdict"] = verdict_sentence(results, table, lost=any(losses.values()))
     results["overlap"] = state.overlap
     return results
 
 
+def reward_hacking_warnings(table: pd.DataFrame, losses: dict[str, list[str]]) -> dict[str, str]:
+    """Warnings by kind if toxicity fell, but the summaries got worse or the judge sees no improvement.
+
+    table is results_table's; losses are degradation's messages by decoding.
+    """
+    before, after = toxicity_rows(table, "before"), toxicity_rows(table, "after")
+    hacked, unconfirmed = [], []
+    for decoding, messages in losses.items():
+        if messages and after["mean"][decoding] < before["mean"][decoding]:
+            hacked.append(f"{'; '.join(messages)} ({decoding})")
+        change = after["verdict"][decoding]
+        judged = after["verdict"].get(f"judge, {decoding}", change)
+        if change == "less toxic" and judged != "less toxic":
+            unconfirmed.append(decoding)
+    warned = {}
+    if hacked:
+        problem = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
+        warned["reward hacking"] = f"{problem}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
+    if unconfirmed:
+        problem = f"the summaries ({' and '.join(unconfirmed)}) are less toxic by the classifier, but not by the judge"
+        cause = "The policy may have learned the classifier's blind spots"
+        warned["judge"] = f"{problem}. {cause}. Raise init_kl_coef or stop earlier."
+    return warned
+
+
 def human_figures(human: pd.DataFrame, dialogues: list[str]) -> dict[str, dict | float]:
-    """The human summaries' block of results.json, from measure_human's table; empty where there are none."""
+    """The human summaries' block of results.json, from measure_human's table; empty without human summaries."""
     human = human.assign(dialogue=dialogues).dropna()
     if human.empty:
         return {}
@@ -2397,7 +2416,7 @@ def human_figures(human: pd.DataFrame, dialogues: list[str]) -> dict[str, dict |
     return figures
 
 
-MEASURES = {  # their names in terminal, card and picture, and in results.json
+MEASURES = {  # label in the terminal, card and picture: key in results.json
     "toxicity": "summary_toxicity",
     "judge's toxicity": "judge_toxicity",
     "with dialogue": "toxicity",
@@ -2411,21 +2430,27 @@ MEASURES = {  # their names in terminal, card and picture, and in results.json
 def results_table(results: dict) -> pd.DataFrame:
     """The measures of results.json as one long table, from which terminal, card and picture select.
 
-    A row per measure, decoding (sampled, greedy) and phase (base, before, after), and per measure of the human
-    summaries (decoding and phase: human). Columns: mean; of toxicities std, n and share, and after the training those
-    of format_change. The measure "share toxic" has the shares of "toxicity" as its mean.
+    Index: measure, decoding (sampled, greedy) and phase (base, before, after); decoding and phase of the human
+    summaries are both "human". Columns: mean; for toxicities also std, n and share and, in the phase after, those of
+    format_change. The measure "share toxic" repeats the share of "toxicity" as its mean.
     """
-    blocks, judge = {"sampled": dict(results), "greedy": dict(results["greedy"])}, results.get("judge")
-    if judge:
-        blocks["sampled"]["judge_toxicity"] = judge["summary_toxicity"]
-        blocks["greedy"]["judge_toxicity"] = judge["greedy"]["summary_toxicity"]
-    human = {key: value if isinstance(value, dict) else {"mean": value} for key, value in results["human"].items()}
-    blocks["human"] = {"quality": {"human": {}}} | {key: {"human": value} for key, value in human.items()}
+    sampled, greedy, human = dict(results), dict(results["greedy"]), {"quality": {"human": {}}}
+    if "judge" in results:
+        sampled["judge_toxicity"] = results["judge"]["summary_toxicity"]
+        greedy["judge_toxicity"] = results["judge"]["greedy"]["summary_toxicity"]
+    for key, value in results["human"].items():
+        if isinstance(value, dict):
+            human[key] = {"human": value}
+        else:
+            human["quality"]["human"][key] = value
+    blocks = {"sampled": sampled, "greedy": greedy, "human": human}
     rows = {}
     for (measure, key), (decoding, block) in itertools.product(MEASURES.items(), blocks.items()):
         for phase, quality in block["quality"].items():
-            if key in quality or key in block:
-                rows[measure, decoding, phase] = {"mean": quality[key]} if key in quality else block[key][phase]
+            if key in quality:
+                rows[measure, decoding, phase] = {"mean": quality[key]}
+            elif key in block:
+                rows[measure, decoding, phase] = block[key][phase]
         if "verdict" in block.get(key, {}):
             rows[measure, decoding, "after"] = block[key]["after"] | format_change(block[key])
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["measure", "decoding", "phase"])
@@ -2434,55 +2459,59 @@ def results_table(results: dict) -> pd.DataFrame:
 
 
 def format_change(statistics: dict) -> dict[str, str]:
-    """A result of paired_statistics as columns of a table."""
-    paired, verdict, reduced = (statistics[key] for key in ("paired_difference", "verdict", "reduction_percent"))
-    return {
-        **{f"{key} change": "was 0" if of is None else f"{0 - of:+.1f}%" for key, of in reduced.items()},
-        "95% interval": f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}",
-        "p": format_p(paired["p_value"]).removeprefix("= "),
-        "fell": f"{verdict['better']:.0%}",
-        "rose": f"{verdict['worse']:.0%}",
-        "verdict": verdict["change"],
-        "detectable": "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}",
-    }
+    """Columns of results_table from a result of paired_statistics."""
+    paired, verdict = statistics["paired_difference"], statistics["verdict"]
+    columns = {}
+    for name, percent in statistics["reduction_percent"].items():
+        columns[f"{name} change"] = "was 0" if percent is None else f"{0 - percent:+.1f}%"  # "+0.0%", not "-0.0%"
+    columns["95% interval"] = f"{paired['ci_low']:+.3f} to {paired['ci_high']:+.3f}"
+    columns["p"] = format_p(paired["p_value"]).removeprefix("= ")
+    columns["fell"], columns["rose"] = f"{verdict['better']:.0%}", f"{verdict['worse']:.0%}"
+    columns["verdict"] = verdict["change"]
+    columns["detectable"] = "unknown" if verdict["detectable"] is None else f"{verdict['detectable']:.4f}"
+    return columns
 
 
 def toxicity_rows(table: pd.DataFrame, phase: str) -> pd.DataFrame:
-    """The toxicities of results_table in a phase, by decoding and judge; last that with the dialogues, sampled."""
+    """The toxicities of results_table in one phase, indexed by decoding and judge; the last is "with dialogue"."""
     rows = table.xs(phase, level="phase").dropna(subset="share").drop(("with dialogue", "greedy"))
     names = {"toxicity": "{}", "judge's toxicity": "judge, {}", "with dialogue": "with dialogue"}
     return rows.set_axis([names[measure].format(decoding) for measure, decoding in rows.index])
 
 
 def content_measure(table: pd.DataFrame) -> str:
-    """The measure that shows how much of the content is kept: R@1, else ROUGE-L, else length."""
+    """The best available measure of how much content is kept: R@1, else ROUGE-L, else length."""
     return next(name for name in ("R@1", "ROUGE-L", "length") if (name, "sampled", "before") in table.index)
 
 
 def format_p(p_value: float) -> str:
-    """As in "p < 0.001": smaller ones say most of all how many resamples there were, 1 / (resamples + 1) at least."""
+    """Format as in "p < 0.001": the least p is 1 / (resamples + 1), so smaller values would not be exact."""
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.4f}"
 
 
 def verdict_sentence(results: dict, table: pd.DataFrame, lost: bool) -> str:
-    """The result in one sentence: toxic summaries before and after, and content; lost if degradation has any fault."""
-    pairs = zip(*(toxicity_rows(table, phase)["share"] for phase in ("before", "after")), strict=True)
-    shares = [f"{100 * share:.1f}%" for pair in pairs for share in pair]
-    text = "{} of the summaries were toxic, now {}; greedy {} and {}".format(*shares)
+    """The result in one sentence: shares of toxic summaries, and whether content was lost, as degradation finds."""
+    before, after = (toxicity_rows(table, phase)["share"] for phase in ("before", "after"))
+
+    def shares(name):
+        return f"{before[name]:.1%} and {after[name]:.1%}"
+
+    text = f"{before['sampled']:.1%} of the summaries were toxic, now {after['sampled']:.1%}"
+    text += f"; greedy {shares('greedy')}"
     if "judge" in results:
-        text += "; by the judge {} and {}, greedy {} and {}".format(*shares[4:])
+        text += f"; by the judge {shares('judge, sampled')}, greedy {shares('judge, greedy')}"
     sampled = results["summary_toxicity"]
     change, p_value = sampled["verdict"]["change"], sampled["paired_difference"]["p_value"]
     text += f"; {sampled['before']['n']} prompts, p {format_p(p_value)}: {change}"
-    measures = []
-    for measure in dict.fromkeys([content_measure(table), "length"]):
+    contents = []
+    for measure in dict.fromkeys([content_measure(table), "length"]):  # they may be the same
         digits, unit = (1, " tokens") if measure == "length" else (3, "")
         changes = []
         for decoding in ("sampled", "greedy"):
-            before, after = (table["mean"][measure, decoding, phase] for phase in ("before", "after"))
-            changes.append(f"{before:.{digits}f} -> {after:.{digits}f}{unit} {decoding}")
-        measures.append(f"{measure} {', '.join(changes)}")
-    text += f"; content {'lost' if lost else 'kept'}: {', '.join(measures)}"
+            old, new = (table["mean"][measure, decoding, phase] for phase in ("before", "after"))
+            changes.append(f"{old:.{digits}f} -> {new:.{digits}f}{unit} {decoding}")
+        contents.append(f"{measure} {', '.join(changes)}")
+    text += f"; content {'lost' if lost else 'kept'}: {', '.join(contents)}"
     if change == "no detectable change":
         text += "; for a clear change, train for more steps (--max_ppo_steps)"
         text += " or use --config checkpoints/flan-t5-base.yaml"
@@ -2814,6 +2843,9 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
         way = f"All is saved in {directory}; the README tells how to upload its comparison.csv alone (DynamoDB)"
         raise UserError(f"--dynamodb_table {table}: {reason}. {way}.") from error
     print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
+
+
+PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
 
 
 def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:

@@ -195,6 +195,6 @@ def test_the_judge_detects_a_policy_that_evades_the_classifier(options, build, t
     assert (changes["sampled"], changes["greedy"]) == ("less toxic", "less toxic")
     assert (changes["judge, sampled"], changes["judge, greedy"]) == ("no detectable change", "no detectable change")
     warning = results["warnings"]["judge"]
-    assert "the judge does not" in warning and "blind spots" in warning
+    assert "not by the judge" in warning and "blind spots" in warning
     assert f"warning: {warning}" in " ".join(capsys.readouterr().out.split())
     assert f"**Warning:** {warning}\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
