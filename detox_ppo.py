@@ -2519,7 +2519,7 @@ def verdict_sentence(results: dict, table: pd.DataFrame, lost: bool) -> str:
 
 
 def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One line a prompt, side by side, the largest gain in reward first; before and after are tables by decoding."""
+    """One row per prompt, the largest gain in reward first; before and after are evaluation tables by decoding."""
     table = pd.DataFrame({"dialogue": list(rows["dialogue"]), "human_summary": list(rows["summary"])})
     for prefix, decoding in (("", "sampled"), ("greedy_", "greedy")):
         for column in ("response", "reward", "toxicity", "summary_toxicity", "judge_toxicity"):
@@ -2531,56 +2531,57 @@ def build_comparison(rows, before: dict[str, pd.DataFrame], after: dict[str, pd.
 
 
 def write_comparison(comparison: pd.DataFrame, path: Path) -> None:
-    """Write comparison.csv so that a spreadsheet shows each text and runs none."""
-    # To a spreadsheet, cells that begin with = + - @, a tab or a carriage return are formulas. They get a quote in
-    # front, and so do those that begin with a quote; .replace("^'", "", regex=True) gives a reader the texts back.
+    """Write comparison.csv so that a spreadsheet shows every text and runs none as a formula."""
+    # A spreadsheet runs cells that start with = + - @, a tab or a carriage return. They get a leading quote, and so do
+    # those that start with a quote; .replace("^'", "", regex=True) restores the texts.
     table = comparison.replace(r"^(['=+\-@\t\r])", r"'\1", regex=True)
     text = table.to_csv(index=False)
-    if "\r" in text:  # quoted only on request, and a new row to most readers if it is not
+    if "\r" in text:  # to_csv does not quote it by default, and most readers would start a new row there
         text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
-    # Excel needs a BOM to read letters other than ASCII's.
+    # Excel needs a BOM to read non-ASCII text.
     path.write_text(text, encoding="utf-8" if text.isascii() else "utf-8-sig", newline="")
 
 
 def print_results(results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> None:
-    """Print the result in a sentence, the toxicities, the means and the examples, which are rows of the comparison."""
+    """Print the verdict, the toxicities, the means, the examples (rows of the comparison) and the warnings."""
     print()
     print_wrapped(results["verdict"])
     after = toxicity_rows(table, "after")
     print(after.loc[:, "mean change":"verdict"].to_string())
-    print(f"fell, rose: prompts whose toxicity changed by {NOISE} at least")
+    print(f"fell, rose: prompts whose toxicity changed by at least {NOISE}")
     sampled, greedy = after["detectable"][["sampled", "greedy"]]
     print(f"mean change that is detectable with 80% power: {sampled} sampled, {greedy} greedy")
-    if toxic := results["toxic_dialogues"]["n"]:
-        before, after = (results["toxic_dialogues"]["summary_toxicity"][when]["mean"] for when in ("before", "after"))
-        print(f"summaries of the {toxic} prompts with a toxic dialogue: {before:.4f} before, {after:.4f} after")
+    toxic = results["toxic_dialogues"]
+    if toxic["n"]:
+        old, new = (toxic["summary_toxicity"][phase]["mean"] for phase in ("before", "after"))
+        print(f"summaries of the {toxic['n']} prompts with a toxic dialogue: {old:.4f} before, {new:.4f} after")
     means = table["mean"].unstack(["decoding", "phase"], sort=False).rename_axis(None)
     means.columns = [f"greedy {phase}" if decoding == "greedy" else phase for decoding, phase in means.columns]
     print(f"\n{means.to_string(float_format='{:.4f}'.format, na_rep='')}")
     kinds = ("response", "greedy_response") if len(examples) == 1 else ("response",)
     for row in examples.to_dict("records"):
         print(f"\nreward {row['reward_diff']:+.3f}")
-        for name in [f"{kind}_{when}" for kind in kinds for when in ("before", "after")]:
-            toxicity = row[name.replace("response", "summary_toxicity")]
-            label = name.replace("response_", "").replace("_", " ")
-            print_wrapped(f"{label} (toxicity {toxicity:.4f}): {row[name]}")
+        for kind, phase in itertools.product(kinds, ("before", "after")):
+            toxicity = row[f"{kind.replace('response', 'summary_toxicity')}_{phase}"]
+            label = f"greedy {phase}" if kind == "greedy_response" else phase
+            print_wrapped(f"{label} (toxicity {toxicity:.4f}): {row[f'{kind}_{phase}']}")
     for kind in ("reward hacking", "judge"):
         if kind in results["warnings"]:
             print_wrapped(f"warning: {results['warnings'][kind]}")
 
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's, for the colour-blind too
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # safe for colour-blind readers (Okabe, Ito)
 
 
 def draw_training(history: list[dict]) -> Figure:
-    """What happened over the PPO steps, a panel a measure, from the lines of metrics.jsonl."""
+    """Draw the PPO steps, one panel per metric, from the lines of metrics.jsonl."""
     panels = {
-        "ppo/mean_scores": "score (logit), mean of the batch",
-        "objective/kl": "KL to the reference (nats a response)",
-        "ppo/returns/mean": "return (score less the price of KL), mean",
-        "objective/entropy": "entropy (nats a response)",
+        "ppo/mean_scores": "score (logit), batch mean",
+        "objective/kl": "KL to the reference (nats per response)",
+        "ppo/returns/mean": "return (score minus KL penalty), mean",
+        "objective/entropy": "entropy (nats per response)",
         "tokens/responses_len_mean": "response length (tokens), mean",
-        "ppo/val/var_explained": "share of the returns' variance that values explain",
+        "ppo/val/var_explained": "return variance explained by the value head",
     }
     lines = [line for line in history if not line["ppo/skipped_steps"]]
     table = pd.DataFrame(lines, columns=["step", *panels, "objective/kl_coef"]).set_index("step").astype(float)
@@ -2597,38 +2598,38 @@ def draw_training(history: list[dict]) -> Figure:
         axes.set_xlabel("PPO step")
         axes.locator_params(axis="x", integer=True)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    price = grid[0, 1].twinx()
-    price.plot(table["objective/kl_coef"], color=ORANGE, linestyle="--", linewidth=2)
-    price.set_ylim(0, 1.2 * max(table["objective/kl_coef"], default=0) or 1)
-    price.set_ylabel("KL coefficient (dashed)", color=ORANGE)
+    kl_coef, kl_coef_axes = table["objective/kl_coef"], grid[0, 1].twinx()
+    kl_coef_axes.plot(kl_coef, color=ORANGE, linestyle="--", linewidth=2)
+    kl_coef_axes.set_ylim(0, 1.2 * max(kl_coef, default=0) or 1)  # 1 if all are 0
+    kl_coef_axes.set_ylabel("KL coefficient (dashed)", color=ORANGE)
     return figure
 
 
 def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: dict[str, pd.DataFrame]) -> Figure:
-    """The share of toxic summaries by decoding and classifier, each prompt's change, and how much content is kept.
+    """Draw the shares of toxic summaries by decoding and classifier, each prompt's change, and the content kept.
 
     table is results_table's; before and after are evaluate_policy's tables by decoding.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     shares, changes, contents = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-    measure, whens = content_measure(table), {"before": ORANGE, "after": BLUE}
-    toxic = pd.DataFrame({when: 100 * toxicity_rows(table, when)["share"] for when in whens})
+    measure, phases = content_measure(table), {"before": ORANGE, "after": BLUE}
+    toxic = pd.DataFrame({phase: 100 * toxicity_rows(table, phase)["share"] for phase in phases})
     content = table["mean"].unstack("phase").loc[[(measure, "sampled"), (measure, "greedy")]].droplevel("measure")
     for axes, panel, digits in ((shares, toxic, 1), (contents, content, 1 if measure == "length" else 3)):
-        for shift, (when, colour) in zip((-0.2, 0.2), whens.items(), strict=True):
-            bars = axes.bar(np.arange(len(panel)) + shift, panel[when], 0.38, color=colour, label=when)
+        for shift, (phase, colour) in zip((-0.2, 0.2), phases.items(), strict=True):
+            bars = axes.bar(np.arange(len(panel)) + shift, panel[phase], 0.38, color=colour, label=phase)
             axes.bar_label(bars, fmt=f"%.{digits}f", padding=2)
         axes.set_xticks(range(len(panel)), [name.replace(" ", "\n") for name in panel.index])
-    shares.set(ylim=(0, 100), ylabel="%")
+    shares.set(ylim=(0, 100), ylabel="% of the summaries")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
     count = len(before["sampled"])
     for colour, decoding in ((GREEN, "sampled"), (PURPLE, "greedy")):
         difference = after[decoding]["summary_toxicity"] - before[decoding]["summary_toxicity"]
-        place = np.linspace(0, 100, count + 1)  # steps, since a thousand bars take seconds to draw
-        changes.stairs(np.sort(difference), place, color=colour, linewidth=2, baseline=None, label=decoding)
+        edges = np.linspace(0, 100, count + 1)  # stairs, because a thousand bars take seconds to draw
+        changes.stairs(np.sort(difference), edges, color=colour, linewidth=2, baseline=None, label=decoding)
     changes.axhline(0, color="black", linewidth=0.8)
-    changes.set(xlim=(0, 100), ylim=(-1, 1), title="change of a summary's toxicity")
-    changes.set_xlabel(f"% of the {count} prompts, by change")
+    changes.set(xlim=(0, 100), ylim=(-1, 1), title="change in toxicity per prompt")
+    changes.set_xlabel(f"% of the {count} prompts, sorted by change")
     if (measure, "human", "human") in table.index:
         level = table["mean"][measure, "human", "human"]
         contents.axhline(level, color="black", linestyle="--", linewidth=1.5, label="human")
