@@ -2648,25 +2648,31 @@ pipeline_tag: summarization
 tags: [lora, ppo, detoxification]{datasets}
 ---
 
-# {name}: a LoRA adapter for summaries that are not toxic
+# {name}: LoRA adapter for non-toxic summaries
 
 **{verdict}.**{warnings}
 
 {table}
 
-Toxic: the classifier's probability of toxic_label is above {limit}. "with dialogue" is the toxicity of dialogue and
-summary as one text. The judge took no part in the training. All measures are in results.json, all prompts in
-comparison.csv. Options of the training with PPO:
+- toxicity: the classifier's probability of `toxic_label` for the summary alone. Above {limit} a summary is toxic.
+- with dialogue: the same probability for dialogue and summary as one text.
+- judge's toxicity: that of a second classifier, which was not used in training.
+- R@1: the share of summaries that are more similar to their own dialogue than to any other evaluated dialogue.
+- length: in tokens. reward: the classifier's score, before the KL penalty.
+
+All measures are in results.json and all evaluated prompts in comparison.csv, in the run's output directory.
+
+Training options:
 
 {options}
 
-![Toxic summaries before and after, the change of each prompt, and the content kept](toxicity.png)
+![Share of toxic summaries before and after, change in toxicity per prompt, content kept](toxicity.png)
 
-![Score, KL, returns, entropy, response length and value head over the steps](training.png)
+![Score, KL, return, entropy, response length and value head by PPO step](training.png)
 
 ## Examples
 
-The prompts with the largest, the median and the smallest gain in reward, sampled. Some may offend.
+Sampled summaries of the prompts with the largest, median and smallest gain in reward. They may be offensive.
 
 {examples}
 
@@ -2689,28 +2695,32 @@ print(tokenizer.decode(summary[0], skip_special_tokens=True))
 
 ## Limits
 
-- Toxicity is what a classifier detects; the policy may have learned its blind spots. The default reads English only.
-- The score does not see whether a summary is true to its dialogue, complete or useful; ROUGE and R@1 only hint at it.
-- The figures hold for these prompts, all from one dataset.
+- Toxicity is what a classifier detects; the policy may have learned its blind spots. The default classifier is for
+  English only.
+- The score does not measure whether a summary is faithful, complete or useful; ROUGE and R@1 only hint at it.
+- The results are for these prompts, all from one dataset.
 """
 
 
 def fenced(text: str) -> str:
-    """Text as a fenced code block of Markdown: the fence is longer than any run of backticks in it."""
-    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
+    """Text as a fenced code block of Markdown; the fence is longer than any run of backticks in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def card_name(name: str) -> str:
-    """A hub id without its revision; a local path as its last part, spelt so that it is a valid repository name."""
+    """The name to show: a hub id without its revision, or the last part of a path as a valid repository name."""
     if not Path(name).exists():
         return name.partition("@")[0]
     return re.sub(r"[^0-9A-Za-z]+", "-", Path(name).resolve().name)[:96].strip("-") or "local"
 
 
 def start_directory(config: DetoxConfig) -> str | None:
-    """Where in model_dir the adapter lies that PPO started from; a new one says what the base says."""
-    return "sft_adapter" if config.sft_steps else "start_adapter" if config.adapter_name else None
+    """The directory in model_dir with the adapter that PPO started from; None if it was new, without effect yet."""
+    if config.sft_steps:
+        return "sft_adapter"
+    return "start_adapter" if config.adapter_name else None
 
 
 def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples: pd.DataFrame) -> str:
@@ -2719,23 +2729,28 @@ def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples
     shown = "reward_label toxic_label judge_label score_text sft_steps max_ppo_steps learning_rate init_kl_coef seed"
     options = names | {option: getattr(config, option) for option in shown.split()}
     phases, columns = table.index.unique("phase"), ["mean change", "95% interval", "p"]
-    lines = [["measure", "decoding", *phases, *columns], ["---"] * (len(phases) + 5)]
+    cells = [["measure", "decoding", *phases, *columns], ["---"] * (len(phases) + 5)]
     for (measure, decoding), changes in table.xs("after", level="phase")[columns].fillna("").iterrows():
         places = [(measure, "human" if phase == "human" else decoding, phase) for phase in phases]
         means = [f"{table['mean'][place]:.4g}" if place in table.index else "" for place in places]
-        lines.append([measure, decoding, *means, *changes])
+        cells.append([measure, decoding, *means, *changes])
+    hub_dataset, base = "", names["model_name"]
+    if not Path(config.dataset_name).exists():
+        hub_dataset = f"\ndatasets: {json.dumps([names['dataset_name']])}"
+    if Path(config.model_name).exists():
+        base = f"path/to/{base}"
     example = "{dialogue}\n\nbefore: {response_before}\n\nafter: {response_after}\n\nreward: {reward_diff:+.3f}"
     return CARD.format(
         base_model=json.dumps(names["model_name"]),
-        datasets="" if Path(config.dataset_name).exists() else f"\ndatasets: {json.dumps([names['dataset_name']])}",
+        datasets=hub_dataset,
         name=config.hub_model_id or card_name(config.output_dir),
         verdict=results["verdict"],
         warnings="".join(f"\n\n**Warning:** {text}" for text in results["warnings"].values()),
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
+        table="\n".join(f"| {' | '.join(row)} |" for row in cells),
         limit=TOXIC,
         options=fenced(yaml.safe_dump(options, sort_keys=False, allow_unicode=True).strip()),
         examples="\n\n".join(fenced(example.format(**row)) for row in examples.to_dict("records")),
-        base=f"path/to/{names['model_name']}" if Path(config.model_name).exists() else names["model_name"],
+        base=base,
         adapter=config.hub_model_id or "adapter",
         prompt=config.prompt,
         dialogue=examples["dialogue"][0],
@@ -2744,8 +2759,10 @@ def model_card(config: DetoxConfig, results: dict, table: pd.DataFrame, examples
 
 
 def report(config: DetoxConfig, policy: Policy, state: RunState, evaluated, human: pd.DataFrame, tracker) -> dict:
-    """Compute the results and, in one process, write and publish them; returns the contents of results.json."""
-    tables = {when: {k: pd.DataFrame(v) for k, v in both.items()} for when, both in state.evaluations.items()}
+    """Compute the results and, in the main process, write and publish them; returns the contents of results.json."""
+    tables = {}
+    for phase, by_decoding in state.evaluations.items():
+        tables[phase] = {decoding: pd.DataFrame(columns) for decoding, columns in by_decoding.items()}
     with timed(state.timings, "total"):
         measured = build_results(tables, human, evaluated, state, config)
     results = {"config": state.config, "environment": environment(config, policy, state.origin)}
@@ -2761,23 +2778,23 @@ def report(config: DetoxConfig, policy: Policy, state: RunState, evaluated, huma
 
 
 def write_report(config: DetoxConfig, results: dict, state: RunState, evaluated, tables: dict[str, dict]) -> None:
-    """Write comparison.csv, the pictures, the model card and, last, results.json, which says that all is there.
+    """Write comparison.csv, the pictures, the model card and, last, results.json, so that it marks a complete report.
 
-    What was not trained has no card.
+    An evaluation without training has no card.
     """
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     before, after = tables["before"], tables["after"]
     comparison = build_comparison(evaluated, before, after)
     with atomic_write(output_dir / "comparison.csv") as path:
         write_comparison(comparison, path)
-    # The largest, the median and the smallest gain in reward.
+    # Those with the largest, the median and the smallest gain in reward.
     examples = comparison.iloc[sorted({0, len(comparison) // 2, len(comparison) - 1})]
     table = results_table(results)
     draw_toxicity(table, before, after).savefig(output_dir / "toxicity.png", dpi=120)
     files = f"{output_dir}/results.json"
     if state.phase != "start":
         draw_training(state.history).savefig(output_dir / "training.png", dpi=120)
-        for name in ("toxicity.png", "training.png"):  # where the card shows them
+        for name in ("toxicity.png", "training.png"):  # next to the card, which shows them
             (model_dir / name).write_bytes((output_dir / name).read_bytes())
         card = model_card(config, results, table, examples)
         (model_dir / "README.md").write_text(card, encoding="utf-8")
@@ -2785,11 +2802,11 @@ def write_report(config: DetoxConfig, results: dict, state: RunState, evaluated,
     with atomic_write(output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_results(results, table, examples)
-    print(f"\n{results['timings']['total']:.0f} s in all; see {files}")
+    print(f"\n{results['timings']['total']:.0f} s in total; see {files}")
 
 
 def start_tracker(config: DetoxConfig) -> Accelerator | None:
-    """Start the tracker that report_to names; the accelerator moves no model, seed or device."""
+    """Start the tracker that report_to names. Its Accelerator only logs: it moves no model and sets no seed."""
     if config.report_to == "none" or not PartialState().is_main_process:
         return None
     with as_user_error(config.report_to, "report_to"):
@@ -2802,7 +2819,7 @@ def start_tracker(config: DetoxConfig) -> Accelerator | None:
 
 
 def finish_tracker(tracker: Accelerator | None, measured: dict, step: int) -> None:
-    """Tell a tracker what was measured, on one level: summary_toxicity/after/mean and so on, under final/."""
+    """Log the results under flat names such as final/summary_toxicity/after/mean, and close the tracker."""
     if tracker is None:
         return
     flat = pd.json_normalize(measured, sep="/").iloc[0]
@@ -2811,26 +2828,28 @@ def finish_tracker(tracker: Accelerator | None, measured: dict, step: int) -> No
 
 
 def publish(config: DetoxConfig, model_dir: Path) -> None:
-    """Put the adapter at the root of a repository of the hub, beside it card, pictures and what it started from."""
+    """Upload the adapter to the root of a hub repository, and the card, pictures and start adapter next to it."""
     names = ["README.md", "training.png", "toxicity.png"]
-    names += [f"{start}/*"] if (start := start_directory(config)) else []
+    start = start_directory(config)
+    if start:
+        names.append(f"{start}/*")
     try:
         repo_id = HfApi().create_repo(config.hub_model_id, exist_ok=True).repo_id
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir / "adapter")
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir, allow_patterns=names)
-    except Exception as error:  # of a dozen types
+    except Exception as error:  # huggingface_hub raises a dozen types
         hub, include = config.hub_model_id, " ".join(names)
-        way = f"hf upload {hub} {model_dir}/adapter . && hf upload {hub} {model_dir} . --include {include}"
-        raise UserError(f"--hub_model_id: {one_line(error)}. All is saved; to try again: {way}") from error
+        retry = f"hf upload {hub} {model_dir}/adapter . && hf upload {hub} {model_dir} . --include {include}"
+        raise UserError(f"--hub_model_id: {one_line(error)}. All files are saved; to retry: {retry}") from error
     print(f"adapter and card are at {huggingface_hub.constants.ENDPOINT}/{repo_id}")
 
 
 def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -> None:
-    """Put comparison.csv of a directory into a DynamoDB table, whose key is the number conversation_id, from 1."""
+    """Upload a directory's comparison.csv to a DynamoDB table with the key conversation_id, a number from 1."""
     try:
         import awswrangler
 
-        # Read as text, so that numbers reach Decimal digit by digit.
+        # Read as text, so that Decimal gets the exact digits.
         rows = pd.read_csv(Path(directory) / "comparison.csv", dtype=str, keep_default_na=False)
         rows = rows.replace("^'", "", regex=True).astype(object)  # see write_comparison
         rows.insert(0, "query", [build_prompt(dialogue, prompt) for dialogue in rows["dialogue"]])
@@ -2839,18 +2858,18 @@ def upload_comparison(table: str, directory: str | Path, prompt: str = PROMPT) -
             rows[name] = rows[name].map(Decimal)
         rows.insert(0, "conversation_id", range(1, len(rows) + 1))
         awswrangler.dynamodb.put_df(rows, table)
-    except Exception as error:  # of a dozen types
+    except Exception as error:  # awswrangler and boto3 raise a dozen types
         reason = "pip install awswrangler" if isinstance(error, ImportError) else one_line(error)
-        way = f"All is saved in {directory}; the README tells how to upload its comparison.csv alone (DynamoDB)"
-        raise UserError(f"--dynamodb_table {table}: {reason}. {way}.") from error
-    print(f"{len(rows)} rows of comparison.csv put into the DynamoDB table {table}")
+        retry = f"All files are saved in {directory}; to retry, see Operation in the project's README"
+        raise UserError(f"--dynamodb_table {table}: {reason}. {retry}.") from error
+    print(f"uploaded {len(rows)} rows of comparison.csv to the DynamoDB table {table}")
 
 
 PACKAGES = (torch, transformers, datasets, peft, trl, evaluate, np, pd)
 
 
 def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:
-    """What the figures depend on beside the options."""
+    """What the results depend on besides the options: versions, hardware, processes, dtype, seed, models and data."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -436,5 +436,5 @@ def test_an_empty_reward_is_named(tmp_path):
     pytest.importorskip("awswrangler")
     table = {"dialogue": ["a"], "response_before": "b", "response_after": "c", "reward_before": np.nan}
     pd.DataFrame(table | {"reward_after": 1.0, "reward_diff": 1.0}).to_csv(tmp_path / "comparison.csv", index=False)
-    with pytest.raises(UserError, match="--dynamodb_table some: .*All is saved in"):
+    with pytest.raises(UserError, match="--dynamodb_table some: .*All files are saved in"):
         detox_ppo.upload_comparison("some", tmp_path)

@@ -223,7 +223,7 @@ def test_card_describes_the_run(finished):
     for shown, row in zip(examples, (0, 2, 3), strict=True):
         told = comparison.iloc[row]
         assert shown.startswith(f"{told.dialogue}\n\nbefore: {told.response_before}\n\nafter: {told.response_after}\n")
-    for word in ("English", "does not see", "comparison.csv"):
+    for word in ("English", "does not measure", "comparison.csv"):
         assert word in text
     assert not any(str(place) in card for place in (Path.home(), directory, ROOT))
 

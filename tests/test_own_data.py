@@ -488,7 +488,7 @@ def test_a_failed_upload_loses_nothing_and_prints_how_to_retry(ran, monkeypatch,
     for name in ("results.json", "README.md", "comparison.csv", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
     with pytest.raises(
-        UserError, match=r"--hub_model_id: .*All is saved; to try again: hf upload example/clean .*/out"
+        UserError, match=r"--hub_model_id: .*All files are saved; to retry: hf upload example/clean .*/out"
     ):
         detox_ppo.publish(DetoxConfig(hub_model_id="example/clean"), tmp_path / "out")
 
