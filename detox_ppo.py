@@ -2205,11 +2205,8 @@ def degradation(before: dict[str, float], after: dict[str, float], human_length:
     before and after are summary_quality's; human_length is the mean length of the human summaries in tokens, if any.
     """
     losses = []
-    for name, label, min_share in (
-        ("retrieval_at_1", "R@1", 0.9),
-        ("rougeL", "ROUGE-L", 0.9),
-        ("distinct_2", "distinct-2", 0.5),
-    ):
+    measures = (("retrieval_at_1", "R@1", 0.9), ("rougeL", "ROUGE-L", 0.9), ("distinct_2", "distinct-2", 0.5))
+    for name, label, min_share in measures:
         if name in before and after[name] < min_share * before[name]:
             losses.append(f"{label} fell from {before[name]:.3f} to {after[name]:.3f}")
     if after["length"] < min(MIN_LENGTH_SHARE * before["length"], human_length):
@@ -2717,7 +2714,7 @@ def card_name(name: str) -> str:
 
 
 def start_directory(config: DetoxConfig) -> str | None:
-    """The directory in model_dir with the adapter that PPO started from; None if it was new, without effect yet."""
+    """The directory in model_dir with the adapter that PPO started from; None if that was new and had no effect."""
     if config.sft_steps:
         return "sft_adapter"
     return "start_adapter" if config.adapter_name else None
