@@ -1,16 +1,16 @@
-"""Make a summarizer stop being toxic: PPO on FLAN-T5 with a LoRA adapter, in one file.
+"""Detoxify a summarizer with PPO: FLAN-T5 and a LoRA adapter, in one file.
 
-The policy is an encoder-decoder with a LoRA adapter and a value head; the reference is the same base with the
-starting adapter, frozen; the score of a summary is the raw "nothate" logit of a RoBERTa hate-speech classifier. The
-run measures toxicity, trains, loads the adapter back from disk and measures again: same prompts, same random numbers.
+The policy is an encoder-decoder with a LoRA adapter and a value head. The reference is the same base with the
+starting adapter, frozen. The score of a summary is the raw "nothate" logit of a RoBERTa hate-speech classifier. A run
+measures toxicity, trains, reloads the adapter from disk and measures again on the same prompts and random numbers.
 
     python detox_ppo.py                                          # FLAN-T5-base on DialogSum, from the hub
     python detox_ppo.py --config checkpoints/tiny/config.yaml    # the bundled toy example: no network, two minutes
     python detox_ppo.py --help                                   # every option, its unit and why to change it
 
 A run writes results.json, metrics.jsonl (one line per PPO step), comparison.csv, adapter/ and a model card to
---output_dir. Without --adapter_name the summarizer is the base model with a new LoRA; --sft_steps fine-tunes it on the
-human summaries first. --resume continues an interrupted run. To use several processes:
+--output_dir. Without --adapter_name the policy starts as the base model with a new LoRA; --sft_steps fine-tunes it
+on the human summaries first. --resume continues an interrupted run. To use several processes:
 `accelerate launch --multi_gpu --num_processes N detox_ppo.py ...`.
 
 The front of the file, up to the heading "Back rooms", is the algorithm in reading order: options, data, policy,
@@ -63,7 +63,7 @@ from typing import Annotated, Literal
 
 from packaging.version import Version
 
-# The oldest versions that were tested; transformers 5.0 wrongly ties FLAN-T5's head to its embeddings.
+# The oldest tested versions. transformers 5.0 wrongly ties FLAN-T5's head to its embeddings.
 unsupported = [
     f"{package} {version(package)} is older than {oldest}: pip install -U {package}"
     for package, oldest in {"torch": "2.13", "transformers": "5.1", "peft": "0.21.2"}.items()
@@ -82,7 +82,7 @@ def temporary_directory() -> str:
     return directory
 
 
-if __name__ == "__main__":  # settings of the process: an import leaves them to the importer
+if __name__ == "__main__":  # process-wide settings, which an import must not change
     if unsupported:
         print(f"detox_ppo.py: error: {unsupported[0]}", file=sys.stderr)
         sys.exit(2)
@@ -92,11 +92,11 @@ if __name__ == "__main__":  # settings of the process: an import leaves them to 
         print(
             f"no writable home directory: using {os.environ['HOME']}. Set HF_HOME to keep downloads", file=sys.stderr
         )
-    # oneDNN caches its kernels for the last 1,024 shapes, half a megabyte each; 128 are enough. It reads the variable
+    # By default oneDNN caches kernels for 1,024 shapes, half a megabyte each; 128 are enough. It reads this variable
     # on its first use.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    # The imports create a million objects that stay. Keeping the garbage collector from scanning them saves a third of
-    # the time that a process takes to start and end.
+    # The imports create a million long-lived objects. Hiding them from the garbage collector saves a third of the
+    # time that a process takes to start and exit.
     gc.disable()
 
 import datasets
@@ -135,16 +135,16 @@ if __name__ == "__main__":
     gc.freeze()
 
 FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
-NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: off unless stderr is a terminal
-PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # the published notebooks'
+NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: no bar unless stderr is a terminal
+PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # as in the published notebooks
 
-# Streams of random numbers. Every draw is a function of the seed, the stream and its purpose, so evaluating more often
-# leaves the training unchanged, and a resumed run has no random state to restore.
+# Streams of random numbers. Every draw depends only on the seed, its stream and a key such as the step. So evaluating
+# more often leaves the training unchanged, and a resumed run has no random state to restore.
 ROLLOUT, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, TUNING = range(6)
 
 
 def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
-    """A generator that depends on these numbers only, not on earlier draws."""
+    """A generator determined by seed, stream and key alone, independent of earlier draws."""
     return np.random.default_rng([seed, stream, *key])
 
 
@@ -152,37 +152,41 @@ def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
 
 
 def normalize(value):
-    """Return a name that can be printed and stored: a path as text, a Dataset as the directory it is saved to.
+    """Convert an option's value for printing and storing: a Path to str, a Dataset to the directory it is saved in.
 
-    An empty text (an unset shell variable, SageMaker's None) and "None" give None.
+    "" (an unset shell variable, SageMaker's None) and "None" become None. ValueError if a string is not printable.
     """
     if isinstance(value, datasets.Dataset):
         directory = temporary_directory()
         value.save_to_disk(directory)
         return directory
-    name = str(value) if isinstance(value, Path) else None if value in ("", "None") else value
-    if isinstance(name, str) and (not name.strip() or not name.isprintable() or SECRETS.search(name)):
+    if value in ("", "None"):
+        return None
+    name = str(value) if isinstance(value, Path) else value
+    if not isinstance(name, str):
+        return name
+    if not name.strip() or not name.isprintable() or SECRETS.search(name):
         raise ValueError("it should be printable, without a token or password (the hub's token belongs in HF_TOKEN)")
-    if isinstance(name, str) and re.match("~(/|$)", name):  # shells do not expand --output_dir=~/run
-        return os.path.expanduser(name)
-    return name
+    at_home = re.match("~(/|$)", name)  # shells do not expand --output_dir=~/run
+    return os.path.expanduser(name) if at_home else name
 
 
 def layer_names(value, validate_list):
-    """PEFT's rule: a list holds names of layers; a string is a regular expression or "all-linear".
+    """Follow PEFT: a list holds layer names; a string is a regular expression or "all-linear".
 
-    A flag gives even a single string as a list. A string of names only is a list of them: "q v", or "['q', 'v']" as
+    A flag's value is always a list, even of one string. A string of names becomes a list: "q v", or "['q', 'v']" as
     SageMaker writes it.
     """
     text = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(text, str):
         return validate_list(value)
-    names_alone = re.fullmatch(r"[\w.,\s]*|\[['\"].*['\"]\]", text)
-    return validate_list(re.findall(r"[\w.]+", text) or None) if names_alone else text
+    if not re.fullmatch(r"[\w.,\s]*|\[['\"].*['\"]\]", text):
+        return text
+    return validate_list(re.findall(r"[\w.]+", text) or None)
 
 
 def one_or_more(value, validate_list):
-    """One name stays a text, and a list of one becomes it."""
+    """Accept a name or a list of names; a list of one becomes that name."""
     names = validate_list(value if isinstance(value, list) else [value])
     return names[0] if len(names) == 1 else names
 
@@ -192,24 +196,22 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-plain = BeforeValidator(normalize)
+normalized = BeforeValidator(normalize)
 PositiveInt, NaturalInt = Annotated[int, Field(ge=1, lt=2**31)], Annotated[int, Field(ge=0, lt=2**31)]
-Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
-PositiveOrNone, Share = Annotated[Positive | None, plain], Annotated[float, Field(ge=0, le=1)]
-PartOfOne = Annotated[float, Field(gt=0, lt=1)]
-Name, NameOrNone = Annotated[str, plain], Annotated[str | None, plain]
+Positive, NonNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
+PositiveOrNone = Annotated[Positive | None, normalized]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name, NameOrNone = Annotated[str, normalized], Annotated[str | None, normalized]
 LayerNames = Annotated[list[str] | None, WrapValidator(layer_names)]  # or a str, which TrlParser can't declare
 OneOrMoreNames = Annotated[list[Name], Field(min_length=1), WrapValidator(one_or_more)]
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
 class DetoxConfig:
-    """Every option of a run. Flags win over `--config FILE.yaml`, which wins over these defaults."""
+    """The options of a run. Flags override `--config FILE.yaml`, which overrides these defaults."""
 
     # models
-    model_name: Name = option(
-        "google/flan-t5-base", "Encoder-decoder: hub id or directory. Larger models write better."
-    )
+    model_name: Name = option("google/flan-t5-base", "Encoder-decoder: hub id or directory. Larger writes better.")
     adapter_name: NameOrNone = option(None, "LoRA to start from: hub id or directory. None or empty: a new one.")
     lora_r: PositiveInt = option(32, "Rank of a new LoRA. Lower saves memory; a loaded adapter keeps its rank.")
     lora_alpha: PositiveInt = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r.")
@@ -222,7 +224,7 @@ class DetoxConfig:
         "facebook/roberta-hate-speech-dynabench-r4-target",
         "Classifier that gives the reward: hub id or directory. Use another for other languages or kinds of toxicity.",
     )
-    reward_label: NameOrNone = option("nothate", "Label whose raw logit is the score. None: minus toxic_label's.")
+    reward_label: NameOrNone = option("nothate", "Label whose raw logit is the score. None: toxic_label's, negated.")
     toxic_label: Name = option("hate", "Label whose probability is reported as toxicity.")
     judge_model_name: NameOrNone = option(None, "Second classifier, used for evaluation only: hub id or directory.")
     judge_label: Name = option("toxic", "Label of the judge whose probability is reported as toxicity.")
@@ -233,27 +235,27 @@ class DetoxConfig:
     )
     dataset_config_name: NameOrNone = option(None, "Configuration of a hub dataset that has several.")
     eval_dataset_name: NameOrNone = option(
-        None, "Rows to evaluate on, all lengths. None: a directory's test file, or the end of the training rows."
+        None, "Rows to evaluate on, of any length. None: a directory's test file, or the end of the training rows."
     )
     dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
     summary_column: OneOrMoreNames = option(
         "summary",
-        "Column with the human summaries, or several: ROUGE takes the best of a row, SFT and ptx_coef the first.",
+        "One or more columns of human summaries. ROUGE uses a row's best match, SFT and ptx_coef use its first.",
     )
-    prompt: str = option(PROMPT, "Prompt template; {dialogue} is replaced by the dialogue.")
+    prompt: str = option(PROMPT, "Prompt template; the dialogue replaces {dialogue}.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
     input_max_text_length: PositiveInt = option(1000, "Keep dialogues up to this, in characters. Lower is faster.")
-    test_size: PartOfOne = option(0.2, "Fraction of the rows, from the end of the file, held out for evaluation.")
+    test_size: Annotated[float, Field(gt=0, lt=1)] = option(0.2, "Fraction of rows held out, at the end of the file.")
     # SFT
     sft_steps: NaturalInt = option(0, "SFT steps on the human summaries before PPO. 0: none.")
     sft_learning_rate: Positive = option(
-        1e-3, "Learning rate of SFT (AdamW), decayed to 0. Lower it if the loss jumps."
+        1e-3, "AdamW's learning rate in SFT, decayed to 0. Lower it if the loss jumps."
     )
     sft_batch_size: PositiveInt = option(16, "Dialogues per SFT step. Larger gives less noisy steps.")
     sft_max_target_length: PositiveInt = option(128, "Human summaries are truncated to this many tokens.")
     # PPO
     learning_rate: Positive = option(
-        1.41e-5, "Learning rate of PPO (Adam). Raise it to learn faster; watch objective/kl."
+        1.41e-5, "Adam's learning rate in PPO. Raise it to learn faster; watch objective/kl."
     )
     lr_scheduler_type: Literal["constant", "linear"] = option(
         "constant", "Learning-rate schedule over the PPO steps: constant, or linear decay to 0."
@@ -264,23 +266,21 @@ class DetoxConfig:
     ppo_epochs: PositiveInt = option(1, "Optimization epochs per batch. More learns faster but less on-policy.")
     max_ppo_steps: NaturalInt = option(10, "PPO steps. The notebooks' 10 are only a demonstration. 0: none.")
     score_clip: PositiveOrNone = option(
-        None, "Clip scores to plus or minus this, so that clean enough is good enough."
+        None, "Clip scores to [-score_clip, score_clip], so that clean text gains nothing from being cleaner."
     )
-    init_kl_coef: NotNegative = option(0.2, "KL penalty coefficient. Raise it to stay closer to the reference.")
+    init_kl_coef: NonNegative = option(0.2, "KL penalty coefficient. Raise it to stay closer to the reference.")
     adaptive_kl: bool = option(True, "Adapt the KL coefficient to reach target_kl; false keeps init_kl_coef.")
-    target_kl: Positive = option(6.0, "Target of adaptive_kl, in nats a response. Warnings use it in any case.")
-    kl_horizon: PositiveInt = option(
-        10000, "Horizon of the adaptive KL controller, in responses. Lower adapts faster."
-    )
-    gamma: Share = option(1.0, "Discount per token, 0 to 1. 1 credits every token with the final score.")
-    lam: Share = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
+    target_kl: Positive = option(6.0, "Target of adaptive_kl, in nats per response. Warnings always use it.")
+    kl_horizon: PositiveInt = option(10000, "Horizon of adaptive_kl, in responses. Lower adapts faster.")
+    gamma: Fraction = option(1.0, "Discount per token, 0 to 1. 1 credits every token with the final score.")
+    lam: Fraction = option(0.95, "GAE's lambda, 0 to 1. 1 trusts the sampled return, 0 the value head.")
     cliprange: Positive = option(0.2, "Clip range of the policy ratio. Lower makes smaller updates.")
     cliprange_value: Positive = option(0.2, "Clip range of the value per step, in units of the score.")
-    vf_coef: NotNegative = option(0.1, "Weight of the value loss. Raising it costs content; 0.003 did better.")
+    vf_coef: NonNegative = option(0.1, "Weight of the value loss. Raising it loses content; 0.003 did better.")
     ratio_threshold: Annotated[float, Field(gt=1)] = option(10.0, "Skip minibatches whose mean ratio is above this.")
     max_grad_norm: PositiveOrNone = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
-    freeze_encoder: bool = option(False, "In PPO, train only the decoder's LoRA: the encoder runs once per step.")
-    ptx_coef: NotNegative = option(0.0, "Weight of the clean human summaries' loss in PPO. Raise it to keep content.")
+    freeze_encoder: bool = option(False, "In PPO, train only the decoder's LoRA. The encoder runs once per step.")
+    ptx_coef: NonNegative = option(0.0, "Weight in PPO of the SFT loss on clean summaries. Raise it to keep content.")
     # responses
     output_min_length: PositiveInt = option(100, "Smallest max_new_tokens drawn for a response in PPO; not a minimum.")
     output_max_length: PositiveInt = option(400, "Largest max_new_tokens drawn for a response. Lower is faster.")
@@ -297,10 +297,10 @@ class DetoxConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Data type of the frozen base; the rest is float32. auto: bfloat16 if the hardware supports it."
     )
-    output_dir: Name = option("checkpoints/run", "Directory for everything that a run writes.")
+    output_dir: Name = option("checkpoints/run", "Directory for all files that a run writes.")
     model_dir: NameOrNone = option(None, "Directory for the adapter and its card. None: output_dir.")
     checkpoint_dir: NameOrNone = option(None, "Directory for the checkpoints. None: output_dir.")
-    save_steps: PositiveInt = option(10, "Number of steps from one checkpoint to the next.")
+    save_steps: PositiveInt = option(10, "Number of steps between two checkpoints.")
     save_total_limit: PositiveInt = option(2, "Number of newest checkpoints to keep. One of FLAN-T5-base takes 57 MB.")
     resume: bool = option(False, "Continue from the newest valid checkpoint.")
     logging_steps: PositiveInt = option(1, "PPO steps between printed lines. metrics.jsonl has every step.")
@@ -318,7 +318,7 @@ class DetoxConfig:
         return [self.summary_column] if isinstance(self.summary_column, str) else self.summary_column
 
 
-OPTIONS = [option.name for option in dataclasses.fields(DetoxConfig)]
+OPTIONS = [field.name for field in dataclasses.fields(DetoxConfig)]
 
 
 # --- Data: dialogues to prompts --------------------------------------------------------------------------------------
@@ -328,53 +328,57 @@ def build_prompt(dialogue: str, prompt: str = PROMPT) -> str:
     return prompt.replace("{dialogue}", dialogue)
 
 
-def build_dataset(rows, tokenizer, config: DetoxConfig, evaluated=None) -> datasets.DatasetDict:
-    """Filter by length, build and tokenize the prompts, and split in file order.
+def build_dataset(rows, tokenizer, config: DetoxConfig, eval_rows=None) -> datasets.DatasetDict:
+    """Build and tokenize the prompts: columns query and input_ids in the splits `train` and `test`.
 
-    rows are from load_dialogues, None if nothing is trained; evaluated are the rows to evaluate on, of all lengths,
-    None for the end of rows. Returns the splits `train` and `test` with the columns of rows, query (the prompt) and
-    input_ids.
+    rows, from load_dialogues, are filtered by length; None if nothing is trained. eval_rows, of any length, become
+    the test split; without them it is the end of rows, in file order. UserError if a split has too few rows.
     """
 
-    template = config.prompt  # not config: datasets hashes whatever the function uses
+    template = config.prompt  # datasets hashes what the function uses: the template, not all of config
 
-    def prompts(dialogues):
+    def add_prompts(dialogues):
         queries = [build_prompt(dialogue, template) for dialogue in dialogues]
         return {"query": queries, "input_ids": token_ids(tokenizer, queries)}
 
-    how = {"input_columns": "dialogue", "batched": True, "desc": "Tokenizing"}
+    map_options = {"input_columns": "dialogue", "batched": True, "desc": "Tokenizing"}
     splits = datasets.DatasetDict()
-    if evaluated is not None:
-        splits["test"] = evaluated.map(prompts, **how)
-        print(f"data: {len(evaluated):,} rows to evaluate on")
+    if eval_rows is not None:
+        splits["test"] = eval_rows.map(add_prompts, **map_options)
+        print(f"data: {len(eval_rows):,} rows to evaluate on")
     if rows is None:
         splits["train"] = splits["test"].select([])
         return splits
     shortest, longest = config.input_min_text_length, config.input_max_text_length
-    kept = rows.filter(lambda text: shortest < len(text) <= longest, input_columns="dialogue", desc="Filtering")
-    counts = f"{len(rows):,} rows, {len(kept):,} with {shortest} < characters of dialogue <= {longest}"
+    filtered = rows.filter(lambda text: shortest < len(text) <= longest, input_columns="dialogue", desc="Filtering")
+    counts = f"{len(rows):,} rows, {len(filtered):,} with {shortest} < characters of dialogue <= {longest}"
     print(f"data: {counts}")
-    if len(kept) - (math.ceil(config.test_size * len(kept)) if evaluated is None else 0) < 1:
+    held_out = math.ceil(config.test_size * len(filtered)) if eval_rows is None else 0
+    if held_out >= len(filtered):
         hint = "Change input_min_text_length, input_max_text_length or test_size"
         raise UserError(f"--dataset_name {config.dataset_name}: no row is left to train on. {counts}. {hint}.")
-    kept = kept.map(prompts, **how)
-    if evaluated is None:
-        splits = kept.train_test_split(test_size=config.test_size, shuffle=False)
+    filtered = filtered.map(add_prompts, **map_options)
+    if eval_rows is None:
+        splits = filtered.train_test_split(test_size=config.test_size, shuffle=False)
         print(f"data: {len(splits['train']):,} rows to train on, {len(splits['test']):,} held out, in file order")
     else:
-        splits["train"] = kept
+        splits["train"] = filtered
     if config.sft_steps:
         with as_user_error(config.dataset_name, "dataset_name"):
             splits["train"] = without_empty(splits["train"], "summary", config.dataset_name)
-    needs = [("batch_size", "train", config.max_ppo_steps), ("sft_batch_size", "train", config.sft_steps)]
-    for name, split, needed in [*needs, ("eval_samples", "test", evaluated is None)]:
-        if needed and len(splits[split]) < getattr(config, name):
-            raise UserError(f"--{name} {getattr(config, name)} is more than the {len(splits[split])} {split} rows")
+    for name, split, is_used in (
+        ("batch_size", "train", config.max_ppo_steps > 0),
+        ("sft_batch_size", "train", config.sft_steps > 0),
+        ("eval_samples", "test", eval_rows is None),
+    ):
+        needed, available = getattr(config, name), len(splits[split])
+        if is_used and needed > available:
+            raise UserError(f"--{name} {needed} is more than the {available} {split} rows")
     return splits
 
 
 def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np.ndarray:
-    """Indices of a step's batch among count rows. Each epoch has a new order; its last incomplete batch is dropped."""
+    """Indices (size,) of a step's batch among count rows. Shuffled per epoch; its last incomplete batch is dropped."""
     epoch, index = divmod(step - 1, count // size)
     return random_stream(seed, stream, epoch).permutation(count)[index * size : (index + 1) * size]
 
