@@ -88,15 +88,11 @@ if __name__ == "__main__":  # process-wide settings, which an import must not ch
         sys.exit(2)
     # Libraries keep caches and settings in the home directory; some fail without one.
     if not os.access(os.path.expanduser("~"), os.W_OK):
-        os.environ["HOME"] = temporary_directory()
-        print(
-            f"no writable home directory: using {os.environ['HOME']}. Set HF_HOME to keep downloads", file=sys.stderr
-        )
-    # By default oneDNN caches kernels for 1,024 shapes, half a megabyte each; 128 are enough. It reads this variable
-    # on its first use.
+        os.environ["HOME"] = home = temporary_directory()
+        print(f"no writable home directory: using {home}. Set HF_HOME to keep downloads", file=sys.stderr)
+    # oneDNN caches kernels for 1,024 shapes by default, half a megabyte each; 128 are enough. Read on its first use.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    # The imports create a million long-lived objects. Hiding them from the garbage collector saves a third of the
-    # time that a process takes to start and exit.
+    # Excluding the imports' million long-lived objects from garbage collection saves a third of start and exit time.
     gc.disable()
 
 import datasets
@@ -217,8 +213,7 @@ class DetoxConfig:
     lora_alpha: PositiveInt = option(32, "Scale of a new LoRA, applied as lora_alpha / lora_r.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "Dropout of a new LoRA during SFT.")
     lora_target_modules: LayerNames = option(
-        None,
-        "Layers that a new LoRA adapts: names, a regular expression or all-linear. None: PEFT's default (T5: q v).",
+        None, "Layers of a new LoRA: names, a regular expression or all-linear. None: PEFT's default (T5: q v)."
     )
     reward_model_name: Name = option(
         "facebook/roberta-hate-speech-dynabench-r4-target",
@@ -239,8 +234,7 @@ class DetoxConfig:
     )
     dialogue_column: Name = option("dialogue", "Name of the column with the dialogues.")
     summary_column: OneOrMoreNames = option(
-        "summary",
-        "One or more columns of human summaries. ROUGE uses a row's best match, SFT and ptx_coef use its first.",
+        "summary", "One or more columns of human summaries. ROUGE uses a row's best match, SFT and ptx_coef its first."
     )
     prompt: str = option(PROMPT, "Prompt template; the dialogue replaces {dialogue}.")
     input_min_text_length: NaturalInt = option(200, "Keep dialogues longer than this, in characters.")
@@ -248,15 +242,11 @@ class DetoxConfig:
     test_size: Annotated[float, Field(gt=0, lt=1)] = option(0.2, "Fraction of rows held out, at the end of the file.")
     # SFT
     sft_steps: NaturalInt = option(0, "SFT steps on the human summaries before PPO. 0: none.")
-    sft_learning_rate: Positive = option(
-        1e-3, "AdamW's learning rate in SFT, decayed to 0. Lower it if the loss jumps."
-    )
+    sft_learning_rate: Positive = option(1e-3, "AdamW learning rate of SFT, decays to 0. Lower it if the loss jumps.")
     sft_batch_size: PositiveInt = option(16, "Dialogues per SFT step. Larger gives less noisy steps.")
     sft_max_target_length: PositiveInt = option(128, "Human summaries are truncated to this many tokens.")
     # PPO
-    learning_rate: Positive = option(
-        1.41e-5, "Adam's learning rate in PPO. Raise it to learn faster; watch objective/kl."
-    )
+    learning_rate: Positive = option(1.41e-5, "Learning rate of PPO (Adam). Higher learns faster; watch objective/kl.")
     lr_scheduler_type: Literal["constant", "linear"] = option(
         "constant", "Learning-rate schedule over the PPO steps: constant, or linear decay to 0."
     )
@@ -265,9 +255,7 @@ class DetoxConfig:
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     ppo_epochs: PositiveInt = option(1, "Optimization epochs per batch. More learns faster but less on-policy.")
     max_ppo_steps: NaturalInt = option(10, "PPO steps. The notebooks' 10 are only a demonstration. 0: none.")
-    score_clip: PositiveOrNone = option(
-        None, "Clip scores to [-score_clip, score_clip], so that clean text gains nothing from being cleaner."
-    )
+    score_clip: PositiveOrNone = option(None, "Clip scores to plus or minus this, to limit what clean text can gain.")
     init_kl_coef: NonNegative = option(0.2, "KL penalty coefficient. Raise it to stay closer to the reference.")
     adaptive_kl: bool = option(True, "Adapt the KL coefficient to reach target_kl; false keeps init_kl_coef.")
     target_kl: Positive = option(6.0, "Target of adaptive_kl, in nats per response. Warnings always use it.")
@@ -285,8 +273,7 @@ class DetoxConfig:
     output_min_length: PositiveInt = option(100, "Smallest max_new_tokens drawn for a response in PPO; not a minimum.")
     output_max_length: PositiveInt = option(400, "Largest max_new_tokens drawn for a response. Lower is faster.")
     score_text: Literal["query_response", "response"] = option(
-        "query_response",
-        "Text that is scored: dialogue + summary, or the summary alone (better where dialogues are toxic).",
+        "query_response", "Scored text: dialogue + summary, or the summary alone (better where dialogues are toxic)."
     )
     # evaluation
     eval_samples: Annotated[int, Field(ge=-1, lt=2**31)] = option(100, "Number of test prompts to evaluate; -1: all.")
@@ -334,7 +321,6 @@ def build_dataset(rows, tokenizer, config: DetoxConfig, eval_rows=None) -> datas
     rows, from load_dialogues, are filtered by length; None if nothing is trained. eval_rows, of any length, become
     the test split; without them it is the end of rows, in file order. UserError if a split has too few rows.
     """
-
     template = config.prompt  # datasets hashes what the function uses: the template, not all of config
 
     def add_prompts(dialogues):
@@ -390,7 +376,7 @@ def rows_of_step(count: int, size: int, seed: int, stream: int, step: int) -> np
 class Responses:
     """Responses to B prompts: padded tokens (B, T) and lengths (B,) in tokens, EOS included, on the device.
 
-    finished (B,): whether a response ended with EOS; encoder_states (B, S, d): those of the sampling policy.
+    finished (B,): whether a response ended with EOS; encoder_states (B, S, d): computed when sampling.
     """
 
     prompts: list[list[int]]
@@ -406,19 +392,20 @@ class Responses:
 
     def select(self, rows: list[int]) -> Responses:
         """The responses of some rows, padded no wider than they need."""
-        lengths, prompts, states = self.lengths[rows], [self.prompts[i] for i in rows], self.encoder_states
-        states = None if states is None else states[rows, : padded_width(map(len, prompts))]
+        prompts, lengths, states = [self.prompts[i] for i in rows], self.lengths[rows], self.encoder_states
+        if states is not None:
+            states = states[rows, : padded_width(map(len, prompts))]
         return Responses(prompts, self.tokens[rows, : padded_width(lengths)], lengths, encoder_states=states)
 
 
 class ValueHead(nn.Module):
-    """Predict the return from the decoder's last hidden state. Built and named as in TRL; its dropout is never on."""
+    """Predict the return from the decoder's last hidden state. Named as in TRL; dropout is never active."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.dropout = nn.Dropout(0.1)
         self.summary = nn.Linear(hidden_size, 1)
-        # A random start would add noise to every advantage (std 0.7 on the toy example, as hidden states are large).
+        # Random weights would add noise to every advantage (std 0.7 on the toy example, as hidden states are large).
         nn.init.zeros_(self.summary.weight)
         nn.init.zeros_(self.summary.bias)
 
@@ -430,16 +417,16 @@ class ValueHead(nn.Module):
 class Policy(nn.Module):
     """An encoder-decoder with two adapters on one base, and a value head.
 
-    PPO runs without dropout: with it, the sampled distribution would not be the scored one. The base is loaded with
-    dropout 0, so that its train mode, which gradient checkpointing needs, is harmless. The LoRA's dropout is for SFT.
+    PPO runs without dropout, so that log-probabilities are those of the distribution that was sampled. The base is
+    loaded with dropout 0, because gradient checkpointing needs its train mode. Only SFT uses the LoRA's dropout.
     """
 
     def __init__(self, model: peft.PeftModel):
         super().__init__()
         self.model = model
-        self.value_head = ValueHead(model.get_base_model().config.get_text_config().hidden_size)
-        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        self.changing = {*learned, *(name.replace(".default", ".reference") for name in learned)}
+        self.value_head = ValueHead(self.base.config.get_text_config().hidden_size)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.changeable_names = trained | {name.replace(".default", ".reference") for name in trained}
         self.encoder_is_frozen = False
         self.eval()
 
@@ -453,21 +440,21 @@ class Policy(nn.Module):
 
     @property
     def decoder_start(self) -> list[int]:
-        """The decoder's input before a response: the start token, and a forced one such as NLLB's language."""
+        """The decoder's input before a response: the start token and any forced one, such as NLLB's language."""
         forced = self.base.generation_config.forced_bos_token_id
         start = [self.base.config.decoder_start_token_id]
         return start if forced is None else [*start, forced]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that learn: those of the adapter "default" and of the value head."""
+        """The trainable parameters of the adapter "default" and of the value head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """The weights that a run may change, by name: both adapters and the value head."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name in self.changing}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self.changeable_names}
 
     def freeze_encoder(self, frozen: bool = True) -> None:
-        """Freeze the encoder's part of the adapter "default", or unfreeze it.
+        """Freeze or unfreeze the encoder's part of the adapter "default".
 
         While it is frozen, policy and reference have the same encoder states.
         """
@@ -478,19 +465,19 @@ class Policy(nn.Module):
 
     @contextmanager
     def as_adapter(self, name: str):
-        """Run with another adapter, frozen; afterwards restore the previous one, trainable if it was."""
-        before = self.model.active_adapter
+        """Run a block with another adapter, frozen; then restore the previous one, trainable if it is "default"."""
+        previous = self.model.active_adapter
         self.model.set_adapter(name, inference_mode=True)
         try:
             yield
         finally:
-            self.model.set_adapter(before, inference_mode=before != "default")
-            if before == "default":  # PEFT made the entire adapter trainable
+            self.model.set_adapter(previous, inference_mode=previous != "default")
+            if previous == "default":  # PEFT has made all of its parameters trainable
                 self.freeze_encoder(self.encoder_is_frozen)
 
     @contextmanager
     def learning(self, dropout: bool):
-        """Put the base in train mode, with or without the LoRA's dropout; afterwards return to eval mode."""
+        """Run a block in train mode, with or without the LoRA's dropout; then return to eval mode."""
         self.base.train()
         for name, module in self.base.named_modules():
             if "lora_dropout" in name:
@@ -499,7 +486,7 @@ class Policy(nn.Module):
         self.eval()
 
     def pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token lists to (B, S) ids and attention mask, padded on the right."""
+        """Right-pad lists of token ids; returns ids and attention mask, both (B, S)."""
         width, pad = padded_width(map(len, prompts)), self.base.config.pad_token_id
         ids = [prompt + [pad] * (width - len(prompt)) for prompt in prompts]
         mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
@@ -517,39 +504,43 @@ class Policy(nn.Module):
         return states
 
     def passes(self, responses: Responses, rows: Iterable[int]) -> list[list[int]]:
-        """Group responses for forward passes by the length of what a pass computes: prompts, or responses alone."""
+        """Micro-batches of similar length: that of the prompts, or of the responses if the encoder does not run."""
         lengths = responses.lengths.tolist()
-        logits = [4 * self.base.get_output_embeddings().weight.shape[0] * length for length in lengths]
-        prompts = [len(prompt) for prompt in responses.prompts]
-        return micro_batches(lengths if self.encoder_is_frozen else prompts, rows, self.base, logits)
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        logits = [4 * vocabulary * length for length in lengths]  # bytes in float32
+        if not self.encoder_is_frozen:
+            lengths = [len(prompt) for prompt in responses.prompts]
+        return micro_batches(lengths, rows, self.base, logits)
 
     def decode(self, input_ids: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
-        """The model's outputs for decoder inputs (B, T) and encoder states (B, S, d)."""
-        states = BaseModelOutput(last_hidden_state=states)
-        return self.base(decoder_input_ids=input_ids, encoder_outputs=states, attention_mask=attention_mask, **kwargs)
+        """The model's outputs for decoder inputs (B, T), encoder states (B, S, d) and their attention mask (B, S)."""
+        encoder = BaseModelOutput(last_hidden_state=states)
+        return self.base(decoder_input_ids=input_ids, encoder_outputs=encoder, attention_mask=attention_mask, **kwargs)
 
     def forward(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (nats) and values of every response token, both (B, T), 0 in padding.
 
-        The decoder reads decoder_start + tokens[:-1], so the last T of its positions are those of the tokens.
+        The decoder reads decoder_start + tokens[:-1]; its last T positions predict the tokens.
         """
-        tokens, mask = responses.tokens, responses.mask
+        tokens, mask, states = responses.tokens, responses.mask, responses.encoder_states
+        _, attention_mask = self.pad(responses.prompts)
+        if states is None:
+            states = self.encode(responses.prompts)
         start = torch.tensor([self.decoder_start], device=self.device).expand(len(tokens), -1)
-        inputs, attention_mask = torch.cat([start, tokens[:, :-1]], dim=1), self.pad(responses.prompts)[1]
-        scored = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # of the decoder's positions
-        states = self.encode(responses.prompts) if responses.encoder_states is None else responses.encoder_states
-        # The language-model head reads the N real tokens, no padding: (N, V) logits.
-        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][scored]):
+        inputs = torch.cat([start, tokens[:, :-1]], dim=1)  # (B, T) with one start token
+        predicting = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # true for N of the inputs' positions
+        # Apply the language-model head to these N positions only: logits (N, V).
+        with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][predicting]):
             outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
-        values = self.value_head(outputs.decoder_hidden_states[-1][scored])
-        # One leading row, because TRL loops over rows: (1, N, V) and (1, N).
+        values = self.value_head(outputs.decoder_hidden_states[-1][predicting])
+        # With a leading dimension, because TRL loops over rows: (1, N, V) and (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, values)
 
     @torch.no_grad()
     def logprobs_and_values(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        """forward of an entire batch, one micro-batch at a time, without gradients."""
+        """The same as forward for an entire batch, one micro-batch at a time, without gradients."""
         logprobs, values = torch.zeros(2, *responses.tokens.shape, device=self.device)
         for rows in self.passes(responses, range(len(responses.prompts))):
             part = responses.select(rows)
@@ -564,7 +555,7 @@ def copy_to_reference(model: peft.PeftModel) -> None:
 
 
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
-    """Load the base and two copies of the starting adapter, one to train and one frozen; returns policy, tokenizer."""
+    """Load the base with the starting adapter twice, once to train and once frozen; returns policy, tokenizer."""
     base, tokenizer = load_base(config.model_name, device, dtype)
     torch.manual_seed(config.seed)
     model = starting_adapter(base, config)
@@ -585,8 +576,8 @@ def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
 class ToxicityClassifier:
     """A classifier of toxic text, used as the reward model or as the judge.
 
-    It computes in float32 whatever the policy's dtype, because its logits are the result and bfloat16 keeps two
-    digits. Only for rewards are its matrix products computed in the policy's dtype.
+    It runs in float32 whatever the policy's dtype, because its logits are the result and bfloat16 keeps two digits.
+    Only the matrix products of rewards use the policy's dtype.
     """
 
     def __init__(self, config: DetoxConfig, device: torch.device, judge: bool = False):
@@ -594,45 +585,48 @@ class ToxicityClassifier:
         name = getattr(config, name_option)
         with as_user_error(name, name_option):
             self.model, self.tokenizer, self.max_length = load_classifier(name, device)
-            settings = self.model.config
-            self.labels = [str(settings.id2label.get(i)) for i in range(settings.num_labels)]
+            model_config = self.model.config
+            self.labels = [str(model_config.id2label.get(i)) for i in range(model_config.num_labels)]
             self.inputs = set(inspect.signature(self.model.forward).parameters)
             choose_padding(self)
         use_fast_layers(self.model)
-        # As in transformers' text-classification pipeline: softmax over exclusive labels, or a sigmoid for each.
-        self.exclusive = settings.problem_type != "multi_label_classification" and settings.num_labels > 1
+        # As in transformers' text-classification pipeline: softmax over exclusive labels, else a sigmoid for each.
+        self.exclusive = model_config.problem_type != "multi_label_classification" and model_config.num_labels > 1
         self.toxic_index = label_index(self, "judge_label" if judge else "toxic_label", config)
-        self.reward_index = None if judge or config.reward_label is None else label_index(self, "reward_label", config)
-        if self.reward_index is not None and not self.exclusive:
-            why = f"the labels of {name} do not exclude each other"
-            way = "Set --reward_label None: the score is then minus the logit of toxic_label"
-            raise UserError(f"--reward_label {config.reward_label!r}: {why}. {way}.")
+        self.reward_index = None
+        if not judge and config.reward_label is not None:
+            self.reward_index = label_index(self, "reward_label", config)
+            if not self.exclusive:
+                reason = f"the labels of {name} do not exclude each other"
+                hint = "Set --reward_label None: the score is then minus the logit of toxic_label"
+                raise UserError(f"--reward_label {config.reward_label!r}: {reason}. {hint}.")
 
     def join(self, dialogue: str, summary: str) -> str:
-        """Dialogue + summary as one text that fits the classifier; the dialogue is truncated, never the summary."""
+        """Join dialogue and summary to a text that fits the classifier; truncate the dialogue, never the summary."""
 
         def joined(characters):
             return f"{dialogue[:characters].rstrip()} {summary.strip()}".strip()
 
-        def tokens(characters):
+        def token_count(characters):
             return len(token_ids(self.tokenizer, [joined(characters)])[0])
 
-        if tokens(len(dialogue)) <= self.max_length:
+        if token_count(len(dialogue)) <= self.max_length:
             return joined(len(dialogue))
-        # Truncate by characters: one character can be several tokens, so token offsets would truncate too late.
-        return joined(max(0, bisect.bisect_right(range(len(dialogue)), self.max_length, key=tokens) - 1))
+        # Search by characters: one character can be several tokens, so token offsets would truncate too late.
+        too_long = bisect.bisect_right(range(len(dialogue)), self.max_length, key=token_count)
+        return joined(max(0, too_long - 1))
 
     @torch.no_grad()
     def logits(self, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Raw logits (texts, labels) in float32 on the CPU, batched by length to save padding.
 
-        With dtype bfloat16 the matrix products are in bfloat16, summed in float32: half the time on a CPU with
-        bfloat16 units. P(toxic) changes by less than 0.01 (benchmarks/reward_precision.py), so only rewards use it.
+        With dtype bfloat16, matrix products are in bfloat16, summed in float32. This halves the time on a CPU with
+        bfloat16 units and changes P(toxic) by less than 0.01 (benchmarks/reward_precision.py), so only rewards use it.
         """
         encoded = tokenize(self.tokenizer, texts, truncation=True, max_length=self.max_length) if texts else []
         lengths = [len(row["input_ids"]) for row in encoded]
         logits = torch.empty(len(texts), len(self.labels))
-        precision = "bf16" if dtype == torch.bfloat16 else None  # None leaves a setting as it is
+        precision = "bf16" if dtype == torch.bfloat16 else None  # None leaves a setting unchanged
         with torch.backends.mkldnn.flags(None, None, None, fp32_precision=precision):
             for rows in micro_batches(lengths, range(len(texts)), self.model):
                 width = min(padded_width(lengths[i] for i in rows), self.max_length)
@@ -643,7 +637,7 @@ class ToxicityClassifier:
         return logits
 
     def toxicity(self, logits: torch.Tensor, toxic_label: str | None = None) -> list[float]:
-        """Probabilities of the toxic label from logits (texts, labels)."""
+        """Probability of the toxic label for each row of logits (texts, labels)."""
         index = self.toxic_index if toxic_label is None else self.labels.index(toxic_label)
         probabilities = logits.double().softmax(dim=-1) if self.exclusive else logits.double().sigmoid()
         return probabilities[:, index].tolist()
@@ -662,14 +656,13 @@ class ToxicityClassifier:
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw one token per row from softmax(logits (B, V)) by inverting its cumulative sum at uniforms (B,) in [0, 1).
 
-    One uniform per row instead of V exponentials: cheap, and each row has its own random numbers.
+    This needs one random number per row, not V, so that each row can have its own stream.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Rounding may push u * total up to total, beyond the last token.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Logits that are not finite give an arbitrary token; the step is skipped later, as its log-probabilities are not
-    # finite either.
+    # Non-finite logits give an arbitrary token; their log-probabilities are non-finite too, so the step is skipped.
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -684,13 +677,16 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
     max_new_tokens = [limits[1]] * count
     if generators:
         max_new_tokens = [int(generator.integers(*limits, endpoint=True)) for generator in generators]
-    width, max_new_tokens = max(max_new_tokens), torch.tensor(max_new_tokens, device=device)  # (B,)
+    width = max(max_new_tokens)
+    max_new_tokens = torch.tensor(max_new_tokens, device=device)  # (B,)
     if generators:
-        uniforms = torch.tensor(np.stack([g.random(width, dtype=np.float32) for g in generators]), device=device)
+        uniforms = np.stack([generator.random(width, dtype=np.float32) for generator in generators])
+        uniforms = torch.tensor(uniforms, device=device)  # (B, width)
     attention_mask, encoder_states = policy.pad(prompts)[1], policy.encode(prompts)  # (B, S), (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     tokens = torch.full((count, padded_width(max_new_tokens)), model_config.pad_token_id, device=device)  # (B, T)
-    lengths, finished = torch.zeros_like(max_new_tokens), torch.zeros_like(max_new_tokens, dtype=torch.bool)
+    lengths = torch.zeros_like(max_new_tokens)
+    finished = torch.zeros_like(max_new_tokens, dtype=torch.bool)
     running = ~finished
     rows, states = torch.arange(count, device=device), encoder_states  # of the D rows still decoding: (D,), (D, S, d)
     last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
@@ -704,10 +700,10 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
         if not running.any():
             break
         if running.sum() <= 0.75 * len(rows):
-            # A finished row costs as much as a running one, but dropping rows copies the caches of the kept ones.
-            kept = running[rows]
-            cache.batch_select_indices(kept)
-            rows, states, attention_mask = rows[kept], states[kept], attention_mask[kept]
+            # A finished row costs as much as a running one, but dropping it copies the cache of all running ones.
+            still_running = running[rows]
+            cache.batch_select_indices(still_running)
+            rows, states, attention_mask = rows[still_running], states[still_running], attention_mask[still_running]
         last = tokens[rows, position, None]
     return Responses(prompts, tokens[:, : padded_width(lengths)], lengths, finished, encoder_states)
 
@@ -715,14 +711,13 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
     """Sample a response to each prompt of a batch and score it; each process handles its share of the rows.
 
-    Returns:
-        the responses, and a dict with scores (B,), logprobs (nats), values and ref_logprobs (all (B, T)) of the entire
-        batch, in every process. Adds the time of each stage to seconds.
+    Adds the time of each stage to seconds. Returns, in every process, the responses of the entire batch and a dict
+    with scores (B,), logprobs, ref_logprobs (nats) and values (all (B, T)).
     """
-    prompts, dialogues, keys = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
+    prompts, dialogues, row_ids = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
     rows = local_rows(range(len(batch)), [len(prompt) for prompt in prompts])
     with timed(seconds, "time/sample"):
-        generators = [random_stream(config.seed, ROLLOUT, step, keys[i]) for i in rows]
+        generators = [random_stream(config.seed, ROLLOUT, step, row_ids[i]) for i in rows]
         limits = (config.output_min_length, config.output_max_length)
         responses = generate(policy, [prompts[i] for i in rows], generators, limits)
         texts = plain_texts(tokenizer, responses)
@@ -730,7 +725,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
         logprobs, values = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reference"), policy.as_adapter("reference"):
         if not config.freeze_encoder:
-            responses.encoder_states = None  # the reference computes its own, and the update needs gradients
+            responses.encoder_states = None  # the reference has others, and the update needs gradients
         ref_logprobs, _ = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reward"):
         if config.score_text == "query_response":
@@ -738,14 +733,15 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
         scores = classifier.scores(texts, policy.base.dtype).to(policy.device)
     with timed(seconds, "time/gather"):
         columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
-        columns |= {name: getattr(responses, name) for name in ("tokens", "lengths", "finished")}
         rollout = {name: gather_rows(rows, column) for name, column in columns.items()}
+        columns = (responses.tokens, responses.lengths, responses.finished)
+        tokens, lengths, finished = (gather_rows(rows, column) for column in columns)
         states = None
         if config.freeze_encoder:  # each process keeps the states of its own rows
             states = responses.encoder_states.new_zeros(len(batch), *responses.encoder_states.shape[1:])
             states[rows] = responses.encoder_states
     seconds["time/rollout"] = sum(seconds[f"time/{stage}"] for stage in ("sample", "logprobs", "reference"))
-    return Responses(prompts, *(rollout.pop(name) for name in ("tokens", "lengths", "finished")), states), rollout
+    return Responses(prompts, tokens, lengths, finished, states), rollout
 
 
 # --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
