@@ -725,7 +725,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
         logprobs, values = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reference"), policy.as_adapter("reference"):
         if not config.freeze_encoder:
-            responses.encoder_states = None  # the reference has others, and the update needs gradients
+            responses.encoder_states = None  # the reference has its own, and the update needs gradients
         ref_logprobs, _ = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reward"):
         if config.score_text == "query_response":
