@@ -42,6 +42,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -178,7 +179,8 @@ def layer_names(value, validate_list):
         return validate_list(value)
     if not re.fullmatch(r"[\w.,\s]*|\[['\"].*['\"]\]", text):
         return text
-    return validate_list(re.findall(r"[\w.]+", text) or None)
+    names = re.findall(r"[\w.]+", text)
+    return validate_list(None if names in ([], ["None"]) else names)
 
 
 def one_or_more(value, validate_list):
@@ -2835,8 +2837,9 @@ def publish(config: DetoxConfig, model_dir: Path) -> None:
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir / "adapter")
         HfApi().upload_folder(repo_id=repo_id, folder_path=model_dir, allow_patterns=names)
     except Exception as error:  # huggingface_hub raises a dozen types
-        hub, include = config.hub_model_id, " ".join(names)
-        retry = f"hf upload {hub} {model_dir}/adapter . && hf upload {hub} {model_dir} . --include {include}"
+        adapter = shlex.join(["hf", "upload", config.hub_model_id, f"{model_dir}/adapter", "."])
+        rest = shlex.join(["hf", "upload", config.hub_model_id, str(model_dir), ".", "--include", *names])
+        retry = f"{adapter} && {rest}"
         raise UserError(f"--hub_model_id: {one_line(error)}. All files are saved; to retry: {retry}") from error
     print(f"adapter and card are at {huggingface_hub.constants.ENDPOINT}/{repo_id}")
 

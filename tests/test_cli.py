@@ -253,6 +253,7 @@ def test_values_have_the_types_of_their_options(tmp_path):
     config = parse_config(["--config", str(yaml_file(tmp_path, text))])
     assert (config.gamma, config.learning_rate, config.lora_target_modules) == (1.0, 1e-4, ["q"])
     assert type(config.gamma) is float and config.adaptive_kl is False and config.max_grad_norm is None
+    assert parse_config(["--lora_target_modules", "None"]).lora_target_modules is None
     config = parse_config(["--lora_target_modules", "k", "o", "--adaptive_kl", "false", "--adapter_name", ""])
     assert (config.lora_target_modules, config.adaptive_kl, config.adapter_name) == (["k", "o"], False, None)
     assert parse_config(["--resume", "--seed", "1"]).resume is True
