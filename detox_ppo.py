@@ -1393,91 +1393,108 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
 
 
 def contents_of(name: str, option_name: str) -> str | None:
-    """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
+    """The commit of a hub repository, or the SHA-256 of a local model's files; None for a local dataset.
 
-    The hub is asked before anything is loaded: the libraries would ask an unreachable one again and again for minutes.
+    Asks the hub before anything is loaded: the libraries retry an unreachable hub for minutes.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
-    if not os.path.lexists(name) and re.search(
-        r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
-    ):
+    looks_like_path = re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name)
+    if looks_like_path and not os.path.lexists(name):
         raise UserError(f"--{option_name} {name}: no such file or directory ({PATHS})")
     with as_user_error(name, option_name):
         if os.path.exists(name):
-            digests = []
-            for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
-                with file.open("rb") as content:  # piece by piece, since weights may fill the memory
-                    digests.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-            return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
+            return model_digest(Path(name)) if repo_type == "model" else None
         repo_id, _, revision = name.partition("@")
-        which = {"repo_type": repo_type, "revision": revision or None}
-        if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
-            return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        return HfApi().repo_info(repo_id, timeout=10, **which).sha
+        repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision or None}
+        if huggingface_hub.constants.HF_HUB_OFFLINE:  # use the cache; its directories are named by commit
+            return Path(huggingface_hub.snapshot_download(**repository)).name
+        return HfApi().repo_info(timeout=10, **repository).sha
+
+
+def model_digest(directory: Path) -> str | None:
+    """The SHA-256 of the names and contents of a directory's files, hidden ones excluded; None without any."""
+    digests = []
+    for path in sorted(directory.glob("[!.]*")):
+        if path.is_file():
+            with path.open("rb") as file:  # read in chunks, since weights may not fit in memory
+                digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 TABLE_AS_TEXT = re.compile(r"\.(csv|tsv|jsonl?)\.txt(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+CELLS_AS_TEXT = {"header": None, "dtype": str, "keep_default_na": False}  # pandas would convert "007" and "NA"
 
 
 def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
-    """Read a file of rows, every value as it stands there; what is broken is named by its line.
+    """Read a table without converting its cells. A .txt file is one dialogue, in the given column.
 
-    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon, tab and pipe which its
-    header has most of, or that of a first line such as sep=;.
+    A ValueError gives the line that is invalid.
     """
     kind = (TABLE_AS_TEXT.search(path.name) or TABLE.search(path.name))[1].lower()  # table.csv.txt is a csv
     with get_handle(path, "rb", compression="infer", is_text=False) as file:
         content = file.handle.read()
     if kind == "parquet":
         return pd.read_parquet(io.BytesIO(content))
-    exact = {"header": None, "dtype": str, "keep_default_na": False}
     if kind == "xlsx":
-        table = pd.read_excel(io.BytesIO(content), **exact)
-        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+        return first_row_as_header(pd.read_excel(io.BytesIO(content), **CELLS_AS_TEXT))
     text = content.decode("utf-8-sig", "surrogateescape")
-    if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
-        line = text[: broken.start()].count("\n") + 1
+    if invalid := re.search("[\udc80-\udcff]", text):  # surrogateescape's characters for bytes that are not UTF-8
+        line = text[: invalid.start()].count("\n") + 1
         raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
     if kind == "txt":
         return pd.DataFrame({column: [text.strip()]})
     if kind in ("json", "jsonl"):
         return read_json(text, column)
-    declared = re.match(r"sep=(.)\r?\n", text)
-    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
-    try:
-        # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **exact)
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
+    return read_csv(text)
+
+
+def first_row_as_header(table: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
 
 
+def read_csv(text: str) -> pd.DataFrame:
+    """Parse a csv. A first line such as sep=; sets the separator.
+
+    Without one it is the most frequent of comma, semicolon, tab and pipe in the header.
+    """
+    declared = re.match(r"sep=(.)\r?\n", text)
+    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
+    try:
+        # The header is read as a row: pandas would rename duplicate columns and accept rows wider than the header.
+        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **CELLS_AS_TEXT)
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{error}; quote texts that contain commas, quotes or line breaks") from error
+    return first_row_as_header(table)
+
+
 def read_json(text: str, column: str) -> pd.DataFrame:
-    """Rows from a list of objects, an object per line, or one object as pandas' to_json writes in any orient."""
-    as_whole = re.match(r"\s*(\[|\{\s*\n)", text)
+    """Parse a list of objects, an object per line, or one object as pandas' to_json writes it in any orient."""
+    is_one_value = re.match(r"\s*(\[|\{\s*\n)", text) is not None
     rows = []
-    for number, line in enumerate([text] if as_whole else text.split("\n"), start=1):
+    for number, line in enumerate([text] if is_one_value else text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            parsed = json.loads(line) if line.strip() else []
-            is_one = isinstance(parsed, dict)
-            rows += [{**row} for row in ([parsed] if is_one else parsed)]
+            parsed = json.loads(line)
+            objects = [parsed] if isinstance(parsed, dict) else parsed
+            rows += [{**row} for row in objects]  # a TypeError if one is not an object
         except (ValueError, TypeError, RecursionError) as error:
-            where = "the file is not a list of JSON objects" if as_whole else f"line {number} is not a JSON object"
+            where = "the file is not a list of JSON objects" if is_one_value else f"line {number} is not a JSON object"
             raise ValueError(f"{where} with dialogue and summary: {error}") from error
     columns = None
     if len(rows) == 1:
         (table,) = rows
+        has_dicts = all(isinstance(value, dict) for value in table.values())
+        has_lists = all(isinstance(value, list) for value in table.values())
         if "data" in table and column not in table:  # orients "table" and "split", whose rows are lists
             rows, columns = table["data"], table.get("columns")
-        elif all(isinstance(value, dict) for value in table.values()) and column not in table:  # orient "index"
+        elif has_dicts and column not in table:  # orient "index"
             rows = list(table.values())
-        elif all(isinstance(value, dict) for value in table.values()):  # orient "columns"
+        elif has_dicts or has_lists:  # orient "columns", or a dict of lists
             rows = table
-        elif all(isinstance(value, list) for value in table.values()):
-            rows = table
-    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers as they came, for the check of the rows to see
+    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers stay numbers: check_texts reports them
 
 
 def is_empty(cell) -> bool:
@@ -1487,7 +1504,10 @@ def is_empty(cell) -> bool:
 
 
 def join_turns(dialogue):
-    """The text of a dialogue that is a list of texts, {"speaker", "text"} or {"role", "content"}: a line per turn."""
+    """Join a list of texts, {"speaker", "text"} or {"role", "content"} to one text, a line per turn.
+
+    Any other value is returned as it is.
+    """
     turns = dialogue.tolist() if isinstance(dialogue, np.ndarray) else dialogue
     if not isinstance(turns, list):
         return dialogue
@@ -1503,7 +1523,7 @@ def join_turns(dialogue):
 
 
 def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One form for tables of any origin: empty cells are NaN, rows of empty cells are dropped, a dialogue is text."""
+    """Bring a table into one form: empty cells are NaN, empty rows are dropped, dialogues (in `column`) are text."""
     table = table.set_axis([str(name).strip() for name in table.columns], axis=1).astype(object)
     table = table.mask(table.map(is_empty)).dropna(how="all")
     if list(table.columns).count(column) == 1:
@@ -1511,62 +1531,93 @@ def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table
 
 
-def print_unused_splits(name: str, split: str, parts: Iterable[str]) -> None:
-    """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
-    left = [
-        part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
-    ]
-    if left and split == "train":
-        print(f"data: of {name} left aside: {', '.join(left)}")
+def check_texts(table: pd.DataFrame, column: str, key: str) -> None:
+    """Raise a ValueError unless the table has this column once, with text or nothing in each row.
+
+    key is "dialogue" or "summary": the option {key}_column gives the column.
+    """
+    names = list(table.columns)
+    if names.count(column) != 1:
+        how_many = "more than one" if column in names else "no"
+        raise ValueError(f"{how_many} column {column!r}, found {list_names(names)}. Name it with --{key}_column")
+    turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
+    for row, text in enumerate(table[column].fillna(""), start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}")
+        if surrogate := re.search("[\ud800-\udfff]", text):  # valid in JSON, but not in UTF-8 and in tokenizers
+            raise ValueError(f"row {row}: column {column!r} contains an unpaired surrogate, {ascii(surrogate[0])}")
 
 
-def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
-    """One split of a dataset, None if it has no such; a file is any split."""
-    path, splits = Path(name), None
-    if not os.path.exists(name):
-        name, _, revision = name.partition("@")
-        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
-    elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-        splits = datasets.load_from_disk(name)
-    if splits is not None:
-        splits = splits if isinstance(splits, dict) else {"train": splits}
-        if split == "train" and split not in splits:
-            way = "save the one to train on with to_csv, and name that file"
-            raise ValueError(f"it has no split train, found {', '.join(splits)}; {way}")
-        print_unused_splits(name, split, splits)
-        return splits[split].to_pandas() if split in splits else None
-    tables = [path] if TABLE.search(path.name) else []
+def list_names(names: list[str]) -> str:
+    return one_line(", ".join(names)) or "none"
+
+
+def print_unused_splits(name: str, parts: Iterable[str]) -> None:
+    """Print the splits or files of a dataset that are not read. A directory's test split is read for evaluation."""
+    used = ("train", "test") if Path(name).exists() else ("train",)
+    unused = [part for part in parts if not part.startswith(used)]
+    if unused:
+        print(f"data: not used from {name}: {', '.join(unused)}")
+
+
+def split_files(name: str, split: str) -> list[Path]:
+    """The files of one split: those of a directory whose names start with the split, in one table or its shards.
+
+    A single file is any split. A directory's only file is its train split.
+    """
+    path = Path(name)
     if path.is_dir():
         tables = sorted(file for file in path.iterdir() if TABLE.search(file.name))
         tables = tables or sorted(file for file in path.glob("data/*") if TABLE.search(file.name))
-    files = [file for file in tables if file.name.lower().startswith(split)]
-    if not path.is_dir() or (split == "train" and len(tables) == 1):
-        files = tables
+    else:
+        tables = [path] if TABLE.search(path.name) else []
+    files = tables
+    if path.is_dir() and not (split == "train" and len(tables) == 1):
+        files = [file for file in tables if file.name.lower().startswith(split)]
     shards = [SHARD.search(file.name) for file in files]
     same_table = all(shards) and len({SHARD.sub("", file.name) for file in files}) == 1
     if same_table and len(files) != int(shards[0][1]):
-        raise ValueError(f"{len(files)} of the {int(shards[0][1])} files of split {split} are there")
+        raise ValueError(f"split {split} has only {len(files)} of its {int(shards[0][1])} files")
     if (len(files) > 1 and not same_table) or (not files and split == "train"):
-        seen = ", ".join(file.name for file in tables) or "none"
         expected = "expected a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, or a directory with one as train.csv"
-        raise ValueError(f"{expected}, found {seen}")
-    print_unused_splits(name, split, [file.name for file in tables if file not in files])
-    parts = []
-    for file in files:
-        with as_user_error(str(file), option_name):
-            parts.append(read_table(file, config.dialogue_column))
-    return pd.concat(parts, ignore_index=True) if parts else None
+        raise ValueError(f"{expected}, found {list_names([file.name for file in tables])}")
+    if split == "train":
+        print_unused_splits(name, [file.name for file in tables if file not in files])
+    return files
+
+
+def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
+    """Load one split of a dataset from the hub or a path; None if the dataset has no such split."""
+    splits = None
+    if not os.path.exists(name):
+        name, _, revision = name.partition("@")
+        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
+    elif any((Path(name) / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+        splits = datasets.load_from_disk(name)
+    if splits is None:
+        parts = []
+        for file in split_files(name, split):
+            with as_user_error(str(file), option_name):
+                parts.append(read_table(file, config.dialogue_column))
+        return pd.concat(parts, ignore_index=True) if parts else None
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
+    if split == "train":
+        if split not in splits:
+            hint = "save the one to train on with to_csv, and give the path of that file"
+            raise ValueError(f"it has no split train, found {', '.join(splits)}; {hint}")
+        print_unused_splits(name, splits)
+    return splits[split].to_pandas() if split in splits else None
 
 
 def load_dialogues(
     name: str, config: DetoxConfig | None = None, option_name: str = "dataset_name", split: str = "train"
 ) -> datasets.Dataset | None:
-    """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
+    """Load a split of a dataset: from the hub, a file, a directory with a file per split, or save_to_disk's output.
 
-    Returns row (index in the file), dialogue, summary and references, or None where a directory has no such split.
-    references are a row's texts in the summary_columns that the table has, summary is the first of them ("" without
-    one). Rows without a dialogue are left out; a UserError names the file, and the column or the row that is not as
-    expected.
+    Returns row (index in the file), dialogue, summary and references, or None if a directory has no such split.
+    references are a row's texts in those summary_columns that the table has; summary is the first of them, or "".
+    Rows without a dialogue are left out. A UserError names the file and the invalid column or row.
     """
     config = config or DetoxConfig()
     trained_on = option_name == "dataset_name" and split == "train"
@@ -1575,36 +1626,26 @@ def load_dialogues(
         if table is None:
             return None
         table = clean_table(table, config.dialogue_column)
-        columns = list(map(str, table.columns))
-        names = one_line(", ".join(columns)) or "none"
+        columns = list(table.columns)
         summary_columns = [column for column in config.summary_columns if column in columns]
         if not summary_columns and trained_on and (config.sft_steps or config.ptx_coef):
-            summary_columns = config.summary_columns  # whose first is reported as missing below
+            summary_columns = config.summary_columns  # check_texts reports that the first is missing
         elif not summary_columns:
-            wanted = " or ".join(map(repr, config.summary_columns))
-            print(f"data: {name} has no column {wanted}, found {names}: no human summaries")
+            expected = " or ".join(map(repr, config.summary_columns))
+            print(f"data: {name} has no column {expected}, found {list_names(columns)}: no human summaries")
         for column in (config.dialogue_column, *summary_columns):
-            key = "dialogue" if column == config.dialogue_column else "summary"
-            if columns.count(column) != 1:
-                how_many = "more than one" if column in columns else "no"
-                raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
-            turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
-            for row, text in enumerate(table[column].fillna(""), start=1):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}"
-                    )
-                if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
-                    raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
+            check_texts(table, column, "dialogue" if column == config.dialogue_column else "summary")
         if table.empty:
-            raise ValueError("there is no row in it")
-        dialogues = table[config.dialogue_column].fillna("").tolist()
+            raise ValueError("it has no rows")
         cells = table[summary_columns].fillna("").to_numpy().tolist()
-        references = [list(filter(None, texts)) for texts in cells]
-        summaries = [next(iter(texts), "") for texts in references]
-        texts = {"dialogue": dialogues, "summary": summaries, "references": references}
-        rows = datasets.Dataset.from_dict({"row": range(len(table))} | texts)
-        return without_empty(rows, "dialogue", name)
+        references = [[text for text in texts if text] for texts in cells]
+        fields = {
+            "row": range(len(table)),
+            "dialogue": table[config.dialogue_column].fillna("").tolist(),
+            "summary": [texts[0] if texts else "" for texts in references],
+            "references": references,
+        }
+        return without_empty(datasets.Dataset.from_dict(fields), "dialogue", name)
 
 
 def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
@@ -1612,9 +1653,10 @@ def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Da
     empty = [row + 1 for row, text in zip(rows["row"], rows[column], strict=True) if not text]
     if not empty:
         return rows
-    note = f"{len(empty)} of {len(rows)} rows have no {column} (rows {str(empty[:5])[1:-1]} ...)"
+    first = ", ".join(map(str, empty[:5]))
+    note = f"{len(empty)} of {len(rows)} rows have no {column} (rows {first} ...)"
     if len(empty) > len(rows) / 10:
-        raise ValueError(f"{note}: that is more than a tenth. Fill them in, or remove these rows")
+        raise ValueError(f"{note}, more than a tenth. Fill them in, or remove these rows")
     print(f"data: {name}: {note}: left out")
     return rows.select([i for i, text in enumerate(rows[column]) if text])
 

@@ -82,7 +82,7 @@ def test_compressed_tables_shards_and_a_directory_named_data(ending, tmp_path):
     assert load_dialogues(str(tmp_path)).to_list() == EXPECTED
     assert load_dialogues(str(tmp_path / "data")).to_list() == EXPECTED
     (tmp_path / "data" / names[1]).unlink()
-    with pytest.raises(UserError, match="1 of the 2 files of split train"):
+    with pytest.raises(UserError, match="split train has only 1 of its 2 files"):
         load_dialogues(str(tmp_path))
 
 
@@ -190,7 +190,7 @@ def test_a_directory_with_a_file_for_each_split(tmp_path, capsys):
     for name, rows in (("train", ROWS), ("validation", ROWS[:2]), ("test", ROWS[:1])):
         pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
     assert len(load_dialogues(str(tmp_path))) == 3
-    assert capsys.readouterr().out == f"data: of {tmp_path} left aside: validation.csv\n"
+    assert capsys.readouterr().out == f"data: not used from {tmp_path}: validation.csv\n"
     assert len(load_dialogues(str(tmp_path), split="test")) == 1
     (tmp_path / "test.csv").unlink()
     assert load_dialogues(str(tmp_path), split="test") is None
