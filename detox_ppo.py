@@ -1665,10 +1665,10 @@ def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Da
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """x (..., in) times a frozen weight (out, in), by oneDNN in float32; the gradient goes to x alone, by MKL.
+    """x (..., in) times a frozen weight (out, in) in float32, by oneDNN; only x gets a gradient, by MKL.
 
-    PyTorch takes MKL for float32. On AMD processors oneDNN is faster up to some 500 rows, but not with the transposed
-    weight of the gradient; on Intel ones they are equals. There is no public way to oneDNN for float32.
+    PyTorch uses MKL for float32. On AMD processors oneDNN is faster up to about 500 rows, except for the gradient with
+    its transposed weight; on Intel processors both are equally fast. PyTorch has no public API for float32 in oneDNN.
     """
 
     @staticmethod
@@ -1687,17 +1687,17 @@ class FrozenLinear(nn.Linear):
         if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             return OneDnnLinear.apply(x, self.weight, self.bias)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
-            # As W x^T, because oneDNN reorders the second factor at each call, which for W takes as long as the rest.
+            # (W x^T)^T: oneDNN reorders the second factor at each call, which for W takes as long as the product.
             return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
         return super().forward(x)
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Swap frozen layers for faster ones that compute the same function, in place."""
+    """Replace frozen layers in place by faster ones that compute the same function."""
     for module_name, module in list(model.named_modules()):
-        # Both LoRAs stay as they are, so that the frozen one rounds as the trained one does.
+        # Both LoRAs stay as they are, so that the frozen one rounds in the same way as the trained one.
         frozen = type(module) is nn.Linear and "lora_" not in module_name
-        # A call costs more than MKL's; the small world's layers, of 65,536 weights at most, are slower by a quarter.
+        # A call has more overhead than MKL's: layers of 65,536 weights would be slower by a quarter.
         if frozen and module.weight.numel() > 2**18 and torch.backends.mkldnn.is_available():
             module.__class__ = FrozenLinear
         for name, child in module.named_children():
@@ -1706,49 +1706,47 @@ def use_fast_layers(model: nn.Module) -> None:
 
 
 def load_model(kind, name: str, device: torch.device, **kwargs):
-    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence."""
-    # On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over. Elsewhere None
-    # leaves the choice to transformers, which knows the models that have no fused one.
+    """Load a model. A missing weight is a ValueError: transformers would initialize it at random."""
+    # On CPUs plain attention is faster than PyTorch's fused kernel: four times in bfloat16 with gradients. On other
+    # devices None lets transformers choose, because some models have no fused kernel.
     kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
     model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-    if hasattr(model, "peft_config"):  # transformers loads it unasked
-        raise ValueError(
-            "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
-        )
+    if hasattr(model, "peft_config"):  # transformers has loaded the adapter too
+        raise ValueError("its directory also has an adapter_config.json: move that adapter, and set --adapter_name")
     wrong = [f"{key[0]} has another shape" for key in info["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in info["missing_keys"]]
     wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if wrong:
-        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
+        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} invalid tensors)")
     return model
 
 
 def load_tokenizer(name: str, model, *needed: str):
-    """Load a model's tokenizer. Where a directory has none, transformers makes one up, which knows no word."""
+    """Load a model's tokenizer and check it: from a directory without one, transformers returns an empty tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if missing := [token for token in needed if getattr(tokenizer, token) is None]:
         raise ValueError(f"its tokenizer has no {missing[0]}")
-    if not re.search(r"\w", tokenizer.decode(tokenizer(build_prompt("Hello!")).input_ids, skip_special_tokens=True)):
-        raise ValueError("its tokenizer knows no word: its files (tokenizer.json or the like) are not there")
-    words, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
-    if words > rows:
-        raise ValueError(f"its tokenizer knows {words} words and its model {rows}: it is another model's tokenizer")
+    ids = tokenizer(build_prompt("Hello!")).input_ids
+    if not re.search(r"\w", tokenizer.decode(ids, skip_special_tokens=True)):
+        raise ValueError("its tokenizer has no vocabulary: files such as tokenizer.json are missing")
+    size, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if size > rows:
+        raise ValueError(f"its tokenizer has {size} tokens and the model {rows}: it belongs to another model")
     return tokenizer
 
 
 def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
-    itself adds them.
+    """Tokenize texts into a dict of lists (input_ids and others) per text, without special tokens from the texts.
 
-    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
-    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
+    A dialogue that contains "</s>" must not end the prompt. split_special_tokens is not enough for T5's tokenizers,
+    where "</s>" is also an ordinary piece of the vocabulary.
     """
     encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     rows = []
     for row, mask in enumerate(encoded.pop("special_tokens_mask")):
-        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
-        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+        selectors = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], selectors)) for name, column in encoded.items()})
     return rows
 
 
@@ -1790,30 +1788,32 @@ def load_base(name: str, device: torch.device, dtype: torch.dtype):
 
 
 def load_classifier(name: str, device: torch.device):
-    """Load a classifier, frozen, and its tokenizer; also returns the most tokens that it reads."""
+    """Load a frozen classifier; returns model, tokenizer and the maximum length of a text in tokens."""
     model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
     model.to(device).eval().requires_grad_(False)
     tokenizer = load_tokenizer(name, model, "pad_token")
     settings = model.config
-    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
-    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 has it here
+    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 needs it to locate the end of a text
+    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 reads it here
     if settings.problem_type == "regression":
         raise ValueError("it is a regression model, without probabilities of labels")
     # Relative positions have no limit, but the attention has to fit in memory.
     max_length = min(tokenizer.model_max_length, positions_of(model), 4096)
     if max_length < 16:
-        raise ValueError(f"it reads only {max_length} tokens")
+        raise ValueError(f"it is limited to {max_length} tokens")
     return model, tokenizer, max_length
 
 
 @torch.no_grad()
 def choose_padding(classifier: ToxicityClassifier) -> None:
     """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
-    short = "I like you."
-    alone = classifier.tokenizer(short, return_tensors="pt").to(classifier.model.device)
-    expected = classifier.model(**{k: v for k, v in alone.items() if k in classifier.inputs}).logits[0].float().cpu()
-    own_side = classifier.tokenizer.padding_side
-    for classifier.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+    short, tokenizer = "I like you.", classifier.tokenizer
+    unpadded = tokenizer(short, return_tensors="pt").to(classifier.model.device)
+    inputs = {name: tensor for name, tensor in unpadded.items() if name in classifier.inputs}
+    expected = classifier.model(**inputs).logits[0].float().cpu()
+    default_side = tokenizer.padding_side
+    for side in (default_side, "left" if default_side == "right" else "right"):
+        tokenizer.padding_side = side
         padded = classifier.logits([short, " ".join([short] * 5)])[0]
         if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
             return
@@ -1822,21 +1822,20 @@ def choose_padding(classifier: ToxicityClassifier) -> None:
 
 
 def label_index(classifier: ToxicityClassifier, option_name: str, config: DetoxConfig) -> int:
-    """The index of the label that an option gives."""
-    label, way = getattr(config, option_name), ""
+    """The index of an option's label; a UserError if the classifier does not have it."""
+    label = getattr(config, option_name)
     if label not in classifier.labels:
-        if option_name == "reward_label":
-            way = "; with None the score is minus the logit of toxic_label"
-        name, known = classifier.model.name_or_path, ", ".join(classifier.labels)
-        raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {known}{way}")
+        hint = "; with None the score is minus the logit of toxic_label" if option_name == "reward_label" else ""
+        name, labels = classifier.model.name_or_path, ", ".join(classifier.labels)
+        raise UserError(f"--{option_name} {label!r} is not a label of {name}: it has {labels}{hint}")
     return classifier.labels.index(label)
 
 
 class Toxicity(evaluate.Measurement):
     """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
 
-    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
-    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    `evaluate.load("toxicity")` would download and run code, and load the classifier again. The interface is the same:
+    compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
     """
 
     def __init__(self, classifier: ToxicityClassifier):
@@ -1848,67 +1847,82 @@ class Toxicity(evaluate.Measurement):
         return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
 
     def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
-        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
-            if given not in known:
-                raise ValueError(f"{given!r} is not one of {known}")
+        for value, allowed in (
+            (toxic_label, self.classifier.labels),
+            (aggregation, ["all", "maximum", "ratio", None]),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{value!r} is not one of {allowed}")
         toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
         if aggregation == "ratio":
             return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
-        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
+        if aggregation == "maximum":
+            return {"max_toxicity": max(toxicity)}
+        return {"toxicity": toxicity}
 
 
 def print_examples(classifier: ToxicityClassifier) -> None:
     """Score the two example sentences of the published notebooks, for a check by eye."""
+    labels = ", ".join(classifier.labels)
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
         logits = classifier.logits([text])
+        raw = ", ".join(f"{logit:.4f}" for logit in logits[0].tolist())
         probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
-        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
-        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
-        print(f", reward {classifier.score(logits).item():.4f}")
+        score = classifier.score(logits).item()
+        print(f'"{text}"')
+        print(f"  logits [{raw}] ({labels}), probabilities [{probabilities}], reward {score:.4f}")
 
 
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
+    """An adapter's tensors by their names in PEFT's files, without the embeddings: PEFT would ask the hub for them."""
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only."""
     lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
-    # The reference shares the base: biases, whole layers and a start such as PiSSA's would change it too.
-    plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
-    starts = [True, False, "gaussian", "eva", "orthogonal"]
-    for key, known in (plain | {"init_lora_weights": starts}).items():
-        if (value := getattr(lora, key)) not in known:
-            raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
-    if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{wrong[0]} is not finite")
-    if Path(was := lora.base_model_name_or_path or base_name).name != Path(base_name).name:
-        print(f"warning: --adapter_name {name} was trained on {was}, not on {base_name}")
-    # PEFT falls back to the hub for an adapter's base unless told which it is. Its weights replace any start.
-    lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
+    # The reference shares the base, so an adapter must not change biases, entire layers, or the base as PiSSA does.
+    supported = {
+        "peft_type": ["LORA"],
+        "bias": ["none"],
+        "modules_to_save": [None, []],
+        "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"],
+    }
+    for key, allowed in supported.items():
+        if (value := getattr(lora, key)) not in allowed:
+            raise ValueError(f"expected a LORA that leaves the base unchanged, found {key} {value!r}")
+    for key, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} is not finite")
+    trained_on = lora.base_model_name_or_path or base_name
+    if Path(trained_on).name != Path(base_name).name:
+        print(f"warning: --adapter_name {name} was trained on {trained_on}, not on {base_name}")
+    lora.base_model_name_or_path = base_name  # else PEFT falls back to the hub for the adapter's base
+    lora.inference_mode = False
+    lora.init_lora_weights = True  # the saved weights replace the initial ones
     try:
         model = peft.get_peft_model(base, lora)
-        # PEFT also writes the embeddings that an adapter is on, as they are in the base.
-        of_base = model.state_dict()
+        # PEFT also writes embeddings that an adapter targets; those that equal the base's are not the adapter's.
+        base_weights = model.state_dict()
         weights = {
             key: tensor
             for key, tensor in weights.items()
-            if key not in of_base or not torch.equal(tensor.to(of_base[key]), of_base[key])
+            if key not in base_weights or not torch.equal(tensor.to(base_weights[key]), base_weights[key])
         }
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
-            fault = "unknown" if wrong[0] in weights else "missing"
-            fault = "not that of the base" if wrong[0] in of_base else fault
-            raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
+            problem = "unknown" if wrong[0] in weights else "missing"
+            if wrong[0] in base_weights:
+                problem = "not that of the base"
+            raise ValueError(f"{wrong[0]} is {problem} ({len(wrong)} invalid tensors)")
         peft.set_peft_model_state_dict(model, weights)
-    except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
+    except Exception as error:  # PEFT has many: no such target modules, another shape, an ill-typed value
         raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
-    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)", end="")
     return model
 
 
 def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    if config.lora_r > (size := base.config.get_text_config().hidden_size):
+    size = base.config.get_text_config().hidden_size
+    if config.lora_r > size:
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
     targets = config.lora_target_modules
     lora = peft.LoraConfig(
@@ -1919,54 +1933,58 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
         target_modules=targets,
         base_model_name_or_path=config.model_name,
     )
-    with as_user_error(" ".join(targets) if isinstance(targets, list) else str(targets), "lora_target_modules"):
+    names = targets if isinstance(targets, list) else []  # a string is a pattern
+    with as_user_error(" ".join(names) or str(targets), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
         adapted = {name.split(".")[-1] for name in model.targeted_module_names}
-        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
-            raise ValueError(f"{unknown[0]} is no layer of the model")
-    print("adapter: a new LoRA, which starts as the identity", end="")
+        for name in names:
+            if name.split(".")[-1] not in adapted:
+                raise ValueError(f"{name} is not a layer of the model")
     return model
 
 
 def starting_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    """Put the adapter that adapter_name gives, or a new one, on the base; print the layers that it adapts."""
+    """Put the adapter of adapter_name, or a new one, on the base; print the layers that it adapts."""
     if config.adapter_name:
         with as_user_error(config.adapter_name, "adapter_name"):
             model = load_adapter(base, config.adapter_name, config.model_name)
+        lora = model.peft_config["default"]
+        origin = f"{config.adapter_name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)"
     else:
         model = new_adapter(base, config)
+        origin = "a new LoRA, which starts as the identity"
     layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
-    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    print(f"adapter: {origin}, on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
     return model
 
 
 def idle_layers(policy: Policy) -> list[str]:
-    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
-    learning = {}
+    """Names of trainable layers that get no gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
+    learns = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             layer, _, lora = name.partition(".lora_")
             has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
-            learning[layer] = learning.get(layer, False) or has_gradient
-    return [layer for layer, learns in learning.items() if not learns]
+            learns[layer] = learns.get(layer, False) or has_gradient
+    return [layer for layer in learns if not learns[layer]]
 
 
 def check_policy(policy: Policy, tokenizer, config: DetoxConfig) -> None:
-    """Raise a UserError if nothing would be trained, some layer would learn nothing, or some dropout stays on."""
+    """Raise a UserError if nothing is trainable, a layer gets no gradient, or train mode changes the logits."""
     if not any(parameter.requires_grad for parameter in policy.model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with as_user_error(config.model_name, "model_name"):  # does this family of models compute its logits as others do?
-        (ids,), device = token_ids(tokenizer, ["Hello! How are you?"]), policy.device
+    with as_user_error(config.model_name, "model_name"):
+        device, ids = policy.device, token_ids(tokenizer, ["Hello! How are you?"])[0]
         probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
         expected, _ = policy.logprobs_and_values(probe)
         with policy.learning(dropout=False):
             logprobs, values = policy(probe)
             (logprobs + values).sum().backward()
         if (change := (logprobs - expected).abs().max()) > 1e-3:
-            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
+            raise ValueError(f"train mode changes its log-probabilities by {change:.2g} nats: dropout is still active")
     if idle := idle_layers(policy):
         source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
-        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
+        raise UserError(f"--{source}: {idle[0]} gets no gradient: the model does not use it")
     policy.zero_grad()
 
 
@@ -1974,14 +1992,14 @@ def check_finite(table: pd.DataFrame, policy: Policy, config: DetoxConfig) -> No
     """Raise a UserError if an evaluation's KL or rewards are not finite."""
     for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
         if column in table and not np.isfinite(table[column]).all():
-            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
-            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
+            hint = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training diverged"
+            raise UserError(f"{source}: the logits are not finite. {hint}.")
 
 
 def cpu_quota() -> float:
-    """How many CPUs a container may use at a time, by version 2 or 1 of Linux's cgroups; infinity without a limit."""
+    """A container's limit in CPUs, from version 2 or 1 of Linux's cgroups; infinity without a limit."""
     groups = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # not there, or "max"
+    with suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = (groups / "cpu.max").read_text().split()
         return int(quota) / int(period)
     with suppress(OSError, ValueError):
@@ -1993,39 +2011,43 @@ def cpu_quota() -> float:
 def set_threads(policy: Policy) -> None:
     """Set PyTorch's number of threads, unless OMP_NUM_THREADS does, and print it.
 
-    PyTorch takes the machine's cores for the container's.
+    PyTorch counts the machine's cores, even in a container with fewer.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, int(min(torch.get_num_threads(), cpu_quota())))
         if policy.device.type == "cpu" and policy.base.num_parameters() < 2e7:
-            threads = 1  # a second one gains a model of this size nothing, and waits for it at full speed
+            threads = 1  # with a model of this size a second thread only busy-waits
         torch.set_num_threads(threads)
-    print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
+    print(f"CPU threads: {torch.get_num_threads()} (change with OMP_NUM_THREADS)")
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Name the option to lower where the longest prompt or response that it allows has more tokens than a model takes.
+    """Raise a UserError with the option to lower if it allows more tokens than a model takes.
 
-    T5's positions are relative, so it has no limit, whatever its tokenizer says (model_max_length 512).
+    T5 has no limit, despite its tokenizer's model_max_length of 512, because its positions are relative.
     """
-    base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
+    base = policy.base.config
+    responses = ["output_max_length", "eval_max_new_tokens"]
+    longest = {name: getattr(config, name) for name in responses}
+    if config.sft_steps:
+        longest["sft_max_target_length"] = config.sft_max_target_length
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
         settings = getattr(base, part, base).get_text_config()
-        of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
-        positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
-        positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
-        limits = {}
-        if math.isfinite(positions):  # T5's are relative
-            limits[f"the {part} of {config.model_name}"] = positions // 16 * 16
+        positions = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(settings, f"max_{part}_position_embeddings", positions)
+        if part == "decoder":
+            positions -= len(policy.decoder_start) - 1
+        if math.isfinite(positions):
+            positions = positions // 16 * 16  # padded_width rounds up to a multiple of 16
+        limits = {f"the {part} of {config.model_name}": positions}
         if name in responses:
             limits[config.reward_model_name] = classifier_length
-        least = min(limits, key=limits.get, default=None)
-        if least and tokens > limits[least]:
-            cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
-            raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
+        model, limit = min(limits.items(), key=lambda item: item[1])
+        if tokens > limit:
+            length = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
+            raise UserError(f"{length}, but {model} takes {limit:,.0f}; lower it")
 
 
 def check_summaries(classifier, train, config: DetoxConfig) -> None:
@@ -2034,36 +2056,40 @@ def check_summaries(classifier, train, config: DetoxConfig) -> None:
     for start in range(0, len(texts), config.batch_size):
         if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
             return
-    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
-    hint = "Set it to 0, or give other dialogues with --dataset_name"
+    problem = f"{config.reward_model_name} rates all of them as toxic" if texts else "there are none"
+    hint = "Set it to 0, or use another --dataset_name"
     raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
 
 
 def positions_of(model) -> float:
-    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
+    """The maximum number of tokens that a model reads: its learned positions, or infinity if they are relative."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # an MPT's
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # the latter: MPT
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # a RoBERTa counts from there
-    return positions if positions > 0 else math.inf  # an XLNet's -1
+            return positions - module.padding_idx - 1  # RoBERTa's first position follows padding_idx
+    return positions if positions > 0 else math.inf  # XLNet has -1
 
 
 def print_parameters(policy: Policy) -> None:
-    """Print trainable and all parameters of policy, policy with value head, and reference."""
+    """Print the numbers of trainable and of all parameters: policy, policy with value head, and reference."""
     print(policy.value_head)
     head = sum(parameter.numel() for parameter in policy.value_head.parameters())
-    trained, both = policy.model.get_nb_trainable_parameters()
-    total = both - sum(tensor.numel() for tensor in lora_weights(policy.model, "reference").values())
+    trainable, with_reference = policy.model.get_nb_trainable_parameters()
+    total = with_reference - sum(tensor.numel() for tensor in lora_weights(policy.model, "reference").values())
     with policy.as_adapter("reference"):
-        frozen, _ = policy.model.get_nb_trainable_parameters()
-    counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
-    for name, (part, whole) in (counts | {"reference": (frozen, total + head)}).items():
+        trainable_in_reference, _ = policy.model.get_nb_trainable_parameters()
+    counts = {
+        "policy": (trainable, total),
+        "policy with value head": (trainable + head, total + head),
+        "reference": (trainable_in_reference, total + head),
+    }
+    for name, (part, whole) in counts.items():
         print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
 
 
 def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:
-    """Write an adapter in PEFT's format, and beside the trained one the value head under TRL's key names."""
+    """Write an adapter in PEFT's format; next to the trained one also the value head, with TRL's key names."""
     directory.mkdir(parents=True, exist_ok=True)
     lora = copy.copy(policy.model.peft_config[adapter])
     lora.inference_mode = True
@@ -2071,14 +2097,15 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
         lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
     lora.save_pretrained(directory)
     files = {"adapter_model": lora_weights(policy.model, adapter)}
-    files |= {"value_head": policy.value_head.state_dict(prefix="v_head.")} if adapter == "default" else {}
+    if adapter == "default":
+        files["value_head"] = policy.value_head.state_dict(prefix="v_head.")
     for name, weights in files.items():
         weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
 def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
-    """Load what a run needs, the quickest to fail first.
+    """Load what a run needs: first what fails the fastest.
 
     Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
     """
@@ -2086,20 +2113,19 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     print(yaml.safe_dump(changed, sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
     trained_on = trains or not config.eval_dataset_name
-    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
-    commits = {name: contents_of(getattr(config, name), name) for name in named}
-    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
-    evaluated, held_out = None, config.eval_dataset_name
-    if held_out:
-        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, parts))
+    sources = {name: getattr(config, name) for name in FROM_HUB if trained_on or name != "dataset_name"}
+    commits = {name: contents_of(source, name) for name, source in sources.items() if source}
+    evaluated = None
+    if config.eval_dataset_name:
+        for split in ("test", "validation", "train"):  # the first that exists
+            evaluated = evaluated or load_dialogues(config.eval_dataset_name, config, "eval_dataset_name", split)
     elif os.path.isdir(config.dataset_name):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
-    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
+    has_summaries = any(text for part in (rows, evaluated) if part for text in part["summary"])
     if not has_summaries and config.summary_column != DetoxConfig.summary_column:
         names = " ".join(config.summary_columns)
-        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
+        raise UserError(f"--summary_column {names}: no row has a summary there; use a column that has some")
     policy, tokenizer = load_policy(config, device, dtype)
     set_threads(policy)
     print_parameters(policy)
@@ -2110,10 +2136,11 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     if config.ptx_coef and config.max_ppo_steps:
         check_summaries(classifier, splits["train"], config)
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
-    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
+    texts += [several for split in ("train", "test") for several in splits[split]["references"] if len(several) > 1]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    count = len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    evaluated = splits["test"]
+    if config.eval_samples > 0:
+        evaluated = evaluated.select(range(min(len(evaluated), config.eval_samples)))
     origin = {"commits": commits, "dataset_fingerprint": fingerprint}
     return policy, tokenizer, classifier, splits["train"], evaluated, origin
 

@@ -277,7 +277,7 @@ def test_a_column_of_summaries_that_is_nowhere(ran, dialogues, tmp_path, capsys)
     names = {"summary_column": "tldr", "dataset_name": dialogues, "eval_dataset_name": tmp_path / "a.txt"}
     with pytest.raises(SystemExit):
         ran(max_ppo_steps=1, **names)
-    assert "--summary_column tldr: no row has such a summary" in capsys.readouterr().err
+    assert "--summary_column tldr: no row has a summary there" in capsys.readouterr().err
 
 
 def test_prompt(small_config, small, tmp_path):
