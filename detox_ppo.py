@@ -2157,41 +2157,48 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def padded_width(lengths: Iterable[int]) -> int:
-    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
+    """The maximum of the lengths, rounded up to a multiple of 16: oneDNN generates and caches code for every width."""
     return -(-max(map(int, lengths)) // 16) * 16
 
 
 def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
     """Split rows into groups of similar length (tokens), one forward pass each.
 
-    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
+    Similar lengths need little padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
     those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
     and on a GPU, which needs large groups.
     """
-    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
-    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    if model.device.type != "cpu":
+        bound, logits_bound = 2**27, 2**31  # bytes
+    elif torch.is_grad_enabled():
+        bound, logits_bound = 3 * 2**18, 2**28
+    else:
+        bound, logits_bound = 3 * 2**19, 2**29
+    max_tokens = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
     logits = logits or [0] * len(lengths)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
-        group = [*groups[-1], row] if groups else []
-        most_logits = max((logits[i] for i in group), default=0)
-        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
-            groups.append([])
-        groups[-1].append(row)
+        group = [*groups[-1], row] if groups else [row]
+        max_logits = max(logits[i] for i in group)
+        fits = len(group) * lengths[row] <= max_tokens and len(group) * max_logits <= logits_bound
+        if groups and fits:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
     return groups
 
 
 def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
-    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
-    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
-    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
-    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
-    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
+    """How many prompts to decode at once: large batches are faster, but their keys and values must fit in memory."""
+    settings = policy.base.config.get_text_config(decoder=True)
+    token_bytes = settings.num_hidden_layers * 2 * settings.hidden_size * policy.base.dtype.itemsize
+    row_bytes = token_bytes * (padded_width([longest]) + config.eval_max_new_tokens)
+    cache_bytes = 2**29 if policy.device.type == "cpu" else 2**32
+    return max(config.batch_size, cache_bytes // row_bytes)
 
 
 def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
+    """This process's share of the rows: every num_processes-th by length, so that all processes have equal work."""
     state = PartialState()
     return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
 
@@ -2203,21 +2210,24 @@ def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
 
 
 def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
-    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
+    """The toxicity of each text: every process computes its share, and all processes return the complete list."""
     rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
-    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
-    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
+    values = toxicity([texts[row] for row in rows]) if rows else []
+    by_row = {}
+    for part in gather_object([dict(zip(rows, values, strict=True))]):
+        by_row |= part
     return [by_row[row] for row in range(len(texts))]
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
-    """Add up the gradients of all processes in place; returns the sum of their stats."""
-    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """Sum the gradients of all processes in place; returns the sum of their stats."""
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no rows, or it is the value head during SFT
+            parameter.grad = torch.zeros_like(parameter)
     if PartialState().num_processes == 1:
         return stats
     gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # in a single message
     nn.utils.vector_to_parameters(summed, gradients)
     total = Counter()
     for part in gather_object([stats]):
@@ -2228,18 +2238,18 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counte
 # --- Words and characters of any language ----------------------------------------------------------------------------
 
 
-# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
+# A character, with its marks, of a script without spaces between words; Line_Break=SA: Thai, Khmer and others.
 UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
 
 
 def split_words(text: str) -> list[str]:
-    """The words between spaces, lower-case; in a script without spaces each character is a word."""
-    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
+    """The lower-case words between spaces; in a script without spaces each character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()  # the form that sentencepiece, and so most policies, writes
     return UNSPACED.sub(r" \g<0> ", text).split()
 
 
 class RougeTokenizer:
-    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
+    """Stemmed words of any language; on ASCII text those of rouge_score's own tokenizer, which drops other letters."""
 
     stem = staticmethod(PorterStemmer().stem)
 
@@ -2248,17 +2258,17 @@ class RougeTokenizer:
         return [self.stem(word) if len(word) > 3 else word for word in words]
 
 
-def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
+def character_counts(texts: list[str], buckets: int = 2**15) -> np.ndarray:
     """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
     counts = np.zeros((len(texts), buckets), dtype=np.float32)
     for row, text in enumerate(texts):
         codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
         grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
-        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
+        # A polynomial hash modulo 2^64, then Knuth's multiplicative hash, whose upper bits are mixed best.
         hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
         hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
-        found, times = np.unique(hashed, return_counts=True)
-        counts[row, found] = 1 + np.log(times)
+        columns, repeats = np.unique(hashed, return_counts=True)
+        counts[row, columns] = 1 + np.log(repeats)
     return counts
 
 
