@@ -1428,10 +1428,7 @@ CELLS_AS_TEXT = {"header": None, "dtype": str, "keep_default_na": False}  # pand
 
 
 def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
-    """Read a table without converting its cells. A .txt file is one dialogue, in the given column.
-
-    A ValueError gives the line that is invalid.
-    """
+    """Read a table without converting its cells; a .txt file is one dialogue, in this column. Errors give the line."""
     kind = (TABLE_AS_TEXT.search(path.name) or TABLE.search(path.name))[1].lower()  # table.csv.txt is a csv
     with get_handle(path, "rb", compression="infer", is_text=False) as file:
         content = file.handle.read()
@@ -1455,10 +1452,7 @@ def first_row_as_header(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_csv(text: str) -> pd.DataFrame:
-    """Parse a csv. A first line such as sep=; sets the separator.
-
-    Without one it is the most frequent of comma, semicolon, tab and pipe in the header.
-    """
+    """Parse a csv. Its separator is the most frequent one in the header, or that of a first line such as sep=;."""
     declared = re.match(r"sep=(.)\r?\n", text)
     separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
     try:
@@ -1504,10 +1498,7 @@ def is_empty(cell) -> bool:
 
 
 def join_turns(dialogue):
-    """Join a list of texts, {"speaker", "text"} or {"role", "content"} to one text, a line per turn.
-
-    Any other value is returned as it is.
-    """
+    """Join texts, {"speaker", "text"} or {"role", "content"} of a list, a line each; any other value is unchanged."""
     turns = dialogue.tolist() if isinstance(dialogue, np.ndarray) else dialogue
     if not isinstance(turns, list):
         return dialogue
@@ -1532,14 +1523,11 @@ def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def check_texts(table: pd.DataFrame, column: str, key: str) -> None:
-    """Raise a ValueError unless the table has this column once, with text or nothing in each row.
-
-    key is "dialogue" or "summary": the option {key}_column gives the column.
-    """
+    """Raise a ValueError unless this column, of option {key}_column, exists once and its cells are text or empty."""
     names = list(table.columns)
     if names.count(column) != 1:
         how_many = "more than one" if column in names else "no"
-        raise ValueError(f"{how_many} column {column!r}, found {list_names(names)}. Name it with --{key}_column")
+        raise ValueError(f"{how_many} column {column!r}, found {list_names(names)}. Set it with --{key}_column")
     turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
     for row, text in enumerate(table[column].fillna(""), start=1):
         if not isinstance(text, str):
@@ -1553,8 +1541,8 @@ def list_names(names: list[str]) -> str:
 
 
 def print_unused_splits(name: str, parts: Iterable[str]) -> None:
-    """Print the splits or files of a dataset that are not read. A directory's test split is read for evaluation."""
-    used = ("train", "test") if Path(name).exists() else ("train",)
+    """Print the splits or files of a dataset that are not read."""
+    used = ("train", "test") if Path(name).exists() else ("train",)  # a local test split is for evaluation
     unused = [part for part in parts if not part.startswith(used)]
     if unused:
         print(f"data: not used from {name}: {', '.join(unused)}")
@@ -1604,7 +1592,7 @@ def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd
         splits = {"train": splits}
     if split == "train":
         if split not in splits:
-            hint = "save the one to train on with to_csv, and give the path of that file"
+            hint = "save the one to train on with to_csv, and use that file"
             raise ValueError(f"it has no split train, found {', '.join(splits)}; {hint}")
         print_unused_splits(name, splits)
     return splits[split].to_pandas() if split in splits else None
@@ -1687,7 +1675,7 @@ class FrozenLinear(nn.Linear):
         if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             return OneDnnLinear.apply(x, self.weight, self.bias)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
-            # (W x^T)^T: oneDNN reorders the second factor at each call, which for W takes as long as the product.
+            # (W x^T)^T: oneDNN reorders the second factor at each call; for W that would double the time.
             return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
         return super().forward(x)
 
@@ -1847,12 +1835,9 @@ class Toxicity(evaluate.Measurement):
         return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
 
     def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
-        for value, allowed in (
-            (toxic_label, self.classifier.labels),
-            (aggregation, ["all", "maximum", "ratio", None]),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{value!r} is not one of {allowed}")
+        for value, valid in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
+            if value not in valid:
+                raise ValueError(f"{value!r} is not one of {valid}")
         toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
         if aggregation == "ratio":
             return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
@@ -2022,7 +2007,7 @@ def set_threads(policy: Policy) -> None:
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Raise a UserError with the option to lower if it allows more tokens than a model takes.
+    """Raise a UserError with the option to lower if it allows more tokens than a model can process.
 
     T5 has no limit, despite its tokenizer's model_max_length of 512, because its positions are relative.
     """
@@ -2047,7 +2032,7 @@ def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxC
         model, limit = min(limits.items(), key=lambda item: item[1])
         if tokens > limit:
             length = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
-            raise UserError(f"{length}, but {model} takes {limit:,.0f}; lower it")
+            raise UserError(f"{length}, but {model} is limited to {limit:,.0f}; lower it")
 
 
 def check_summaries(classifier, train, config: DetoxConfig) -> None:
@@ -2084,8 +2069,8 @@ def print_parameters(policy: Policy) -> None:
         "policy with value head": (trainable + head, total + head),
         "reference": (trainable_in_reference, total + head),
     }
-    for name, (part, whole) in counts.items():
-        print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
+    for name, (trainable, total) in counts.items():
+        print(f"{name}: trainable {trainable:,} of {total:,} = {trainable / total:.2%}")
 
 
 def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:

@@ -208,7 +208,7 @@ def test_other_columns(tmp_path):
     table.to_csv(tmp_path / "rows.csv", index=False)
     config = DetoxConfig(dialogue_column="text", summary_column="tl;dr")
     assert load_dialogues(str(tmp_path / "rows.csv"), config).to_list() == EXPECTED
-    with pytest.raises(UserError, match="no column 'dialogue', found id, text, tl;dr. Name it with --dialogue_column"):
+    with pytest.raises(UserError, match="no column 'dialogue', found id, text, tl;dr. Set it with --dialogue_column"):
         load_dialogues(str(tmp_path / "rows.csv"))
 
 
@@ -252,7 +252,7 @@ def test_several_columns_of_summaries(tmp_path, capsys):
     assert found["references"] == [["a1", "a2", "a3"], ["b2", "b3"], []]
     assert found["summary"] == ["a1", "b2", ""]
     assert "no human summaries" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="no column 'summary1', found id, dialogue, summary. Name it with --summary_c"):
+    with pytest.raises(UserError, match="no column 'summary1', found id, dialogue, summary. Set it with --summary_c"):
         load_dialogues(str(tmp_path), DetoxConfig(summary_column=names[1:], sft_steps=1))
 
 
