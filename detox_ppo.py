@@ -1395,91 +1395,102 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
 
 
 def contents_of(name: str, option_name: str) -> str | None:
-    """The commit of a repository of the hub, or the SHA-256 of a local model's files; None for a local dataset.
+    """The commit of a hub repository, or the SHA-256 of a local model's files; None for a local dataset.
 
-    The hub is asked before anything is loaded: the libraries would ask an unreachable one again and again for minutes.
+    Asks the hub before anything is loaded: the libraries retry an unreachable hub for minutes.
     """
     repo_type = "dataset" if option_name.endswith("dataset_name") else "model"
-    if not os.path.lexists(name) and re.search(
-        r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name
-    ):
+    looks_like_path = re.search(r"^[./~]|/.*/|\.(csv|tsv|jsonl?|parquet|xlsx|txt|gz|zip|bz2|xz)$", name)
+    if looks_like_path and not os.path.lexists(name):
         raise UserError(f"--{option_name} {name}: no such file or directory ({PATHS})")
     with as_user_error(name, option_name):
         if os.path.exists(name):
-            digests = []
-            for file in sorted(file for file in Path(name).glob("[!.]*") if file.is_file() and repo_type == "model"):
-                with file.open("rb") as content:  # piece by piece, since weights may fill the memory
-                    digests.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-            return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
+            return model_digest(Path(name)) if repo_type == "model" else None
         repo_id, _, revision = name.partition("@")
-        which = {"repo_type": repo_type, "revision": revision or None}
-        if huggingface_hub.constants.HF_HUB_OFFLINE:  # what was downloaded before
-            return Path(huggingface_hub.snapshot_download(repo_id, **which)).name
-        return HfApi().repo_info(repo_id, timeout=10, **which).sha
+        repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision or None}
+        if huggingface_hub.constants.HF_HUB_OFFLINE:  # use the cache; its directories are named by commit
+            return Path(huggingface_hub.snapshot_download(**repository)).name
+        return HfApi().repo_info(timeout=10, **repository).sha
+
+
+def model_digest(directory: Path) -> str | None:
+    """The SHA-256 of the names and contents of a directory's files, hidden ones excluded; None without any."""
+    digests = []
+    for path in sorted(directory.glob("[!.]*")):
+        if path.is_file():
+            with path.open("rb") as file:  # read in chunks, since weights may not fit in memory
+                digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
 
 
 TABLE = re.compile(r"\.(csv|tsv|jsonl?|parquet|xlsx|txt)(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 TABLE_AS_TEXT = re.compile(r"\.(csv|tsv|jsonl?)\.txt(\.(gz|zip|bz2|xz))?$", re.IGNORECASE)
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+CELLS_AS_TEXT = {"header": None, "dtype": str, "keep_default_na": False}  # pandas would convert "007" and "NA"
 
 
 def read_table(path: Path, column: str = "dialogue") -> pd.DataFrame:
-    """Read a file of rows, every value as it stands there; what is broken is named by its line.
-
-    A .txt is one dialogue, in this column. A csv's separator is that of comma, semicolon, tab and pipe which its
-    header has most of, or that of a first line such as sep=;.
-    """
+    """Read a table without converting its cells; a .txt file is one dialogue, in this column. Errors give the line."""
     kind = (TABLE_AS_TEXT.search(path.name) or TABLE.search(path.name))[1].lower()  # table.csv.txt is a csv
     with get_handle(path, "rb", compression="infer", is_text=False) as file:
         content = file.handle.read()
     if kind == "parquet":
         return pd.read_parquet(io.BytesIO(content))
-    exact = {"header": None, "dtype": str, "keep_default_na": False}
     if kind == "xlsx":
-        table = pd.read_excel(io.BytesIO(content), **exact)
-        return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+        return first_row_as_header(pd.read_excel(io.BytesIO(content), **CELLS_AS_TEXT))
     text = content.decode("utf-8-sig", "surrogateescape")
-    if broken := re.search("[\udc80-\udcff]", text):  # signs that stand for bytes that are not UTF-8
-        line = text[: broken.start()].count("\n") + 1
+    if invalid := re.search("[\udc80-\udcff]", text):  # surrogateescape's characters for bytes that are not UTF-8
+        line = text[: invalid.start()].count("\n") + 1
         raise ValueError(f"line {line} is not UTF-8; save the file as UTF-8")
     if kind == "txt":
         return pd.DataFrame({column: [text.strip()]})
     if kind in ("json", "jsonl"):
         return read_json(text, column)
-    declared = re.match(r"sep=(.)\r?\n", text)
-    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
-    try:
-        # Read as a row like the others, the header shows names that stand twice, and holds all to its width.
-        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **exact)
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{error}; quote texts that hold commas, quotes or line breaks") from error
+    return read_csv(text)
+
+
+def first_row_as_header(table: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
 
 
+def read_csv(text: str) -> pd.DataFrame:
+    """Parse a csv. Its separator is the most frequent one in the header, or that of a first line such as sep=;."""
+    declared = re.match(r"sep=(.)\r?\n", text)
+    separator = declared[1] if declared else max(",;\t|", key=text.partition("\n")[0].count)
+    try:
+        # The header is read as a row: pandas would rename duplicate columns and accept rows wider than the header.
+        table = pd.read_csv(io.StringIO(text), sep=separator, skiprows=1 if declared else 0, **CELLS_AS_TEXT)
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{error}; quote texts that contain commas, quotes or line breaks") from error
+    return first_row_as_header(table)
+
+
 def read_json(text: str, column: str) -> pd.DataFrame:
-    """Rows from a list of objects, an object per line, or one object as pandas' to_json writes in any orient."""
-    as_whole = re.match(r"\s*(\[|\{\s*\n)", text)
+    """Parse a list of objects, an object per line, or one object as pandas' to_json writes it in any orient."""
+    is_one_value = re.match(r"\s*(\[|\{\s*\n)", text) is not None
     rows = []
-    for number, line in enumerate([text] if as_whole else text.split("\n"), start=1):
+    for number, line in enumerate([text] if is_one_value else text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            parsed = json.loads(line) if line.strip() else []
-            is_one = isinstance(parsed, dict)
-            rows += [{**row} for row in ([parsed] if is_one else parsed)]
+            parsed = json.loads(line)
+            objects = [parsed] if isinstance(parsed, dict) else parsed
+            rows += [{**row} for row in objects]  # a TypeError if one is not an object
         except (ValueError, TypeError, RecursionError) as error:
-            where = "the file is not a list of JSON objects" if as_whole else f"line {number} is not a JSON object"
+            where = "the file is not a list of JSON objects" if is_one_value else f"line {number} is not a JSON object"
             raise ValueError(f"{where} with dialogue and summary: {error}") from error
     columns = None
     if len(rows) == 1:
         (table,) = rows
+        has_dicts = all(isinstance(value, dict) for value in table.values())
+        has_lists = all(isinstance(value, list) for value in table.values())
         if "data" in table and column not in table:  # orients "table" and "split", whose rows are lists
             rows, columns = table["data"], table.get("columns")
-        elif all(isinstance(value, dict) for value in table.values()) and column not in table:  # orient "index"
+        elif has_dicts and column not in table:  # orient "index"
             rows = list(table.values())
-        elif all(isinstance(value, dict) for value in table.values()):  # orient "columns"
+        elif has_dicts or has_lists:  # orient "columns", or a dict of lists
             rows = table
-        elif all(isinstance(value, list) for value in table.values()):
-            rows = table
-    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers as they came, for the check of the rows to see
+    return pd.DataFrame(rows, columns=columns, dtype=object)  # numbers stay numbers: check_texts reports them
 
 
 def is_empty(cell) -> bool:
@@ -1489,7 +1500,7 @@ def is_empty(cell) -> bool:
 
 
 def join_turns(dialogue):
-    """The text of a dialogue that is a list of texts, {"speaker", "text"} or {"role", "content"}: a line per turn."""
+    """Join texts, {"speaker", "text"} or {"role", "content"} of a list, a line each; any other value is unchanged."""
     turns = dialogue.tolist() if isinstance(dialogue, np.ndarray) else dialogue
     if not isinstance(turns, list):
         return dialogue
@@ -1505,7 +1516,7 @@ def join_turns(dialogue):
 
 
 def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One form for tables of any origin: empty cells are NaN, rows of empty cells are dropped, a dialogue is text."""
+    """Bring a table into one form: empty cells are NaN, empty rows are dropped, dialogues (in `column`) are text."""
     table = table.set_axis([str(name).strip() for name in table.columns], axis=1).astype(object)
     table = table.mask(table.map(is_empty)).dropna(how="all")
     if list(table.columns).count(column) == 1:
@@ -1513,62 +1524,90 @@ def clean_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table
 
 
-def print_unused_splits(name: str, split: str, parts: Iterable[str]) -> None:
-    """Say which parts of a collection are not read. What starts with test is read to evaluate on, from a directory."""
-    left = [
-        part for part in parts if not part.startswith(split) and not (part.startswith("test") and Path(name).exists())
-    ]
-    if left and split == "train":
-        print(f"data: of {name} left aside: {', '.join(left)}")
+def check_texts(table: pd.DataFrame, column: str, key: str) -> None:
+    """Raise a ValueError unless this column, of option {key}_column, exists once and its cells are text or empty."""
+    names = list(table.columns)
+    if names.count(column) != 1:
+        how_many = "more than one" if column in names else "no"
+        raise ValueError(f"{how_many} column {column!r}, found {list_names(names)}. Set it with --{key}_column")
+    turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
+    for row, text in enumerate(table[column].fillna(""), start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}")
+        if surrogate := re.search("[\ud800-\udfff]", text):  # valid in JSON, but not in UTF-8 and in tokenizers
+            raise ValueError(f"row {row}: column {column!r} contains an unpaired surrogate, {ascii(surrogate[0])}")
 
 
-def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
-    """One split of a dataset, None if it has no such; a file is any split."""
-    path, splits = Path(name), None
-    if not os.path.exists(name):
-        name, _, revision = name.partition("@")
-        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
-    elif any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-        splits = datasets.load_from_disk(name)
-    if splits is not None:
-        splits = splits if isinstance(splits, dict) else {"train": splits}
-        if split == "train" and split not in splits:
-            way = "save the one to train on with to_csv, and name that file"
-            raise ValueError(f"it has no split train, found {', '.join(splits)}; {way}")
-        print_unused_splits(name, split, splits)
-        return splits[split].to_pandas() if split in splits else None
-    tables = [path] if TABLE.search(path.name) else []
+def list_names(names: list[str]) -> str:
+    return one_line(", ".join(names)) or "none"
+
+
+def print_unused_splits(name: str, parts: Iterable[str]) -> None:
+    """Print the splits or files of a dataset that are not read."""
+    used = ("train", "test") if Path(name).exists() else ("train",)  # a local test split is for evaluation
+    unused = [part for part in parts if not part.startswith(used)]
+    if unused:
+        print(f"data: not used from {name}: {', '.join(unused)}")
+
+
+def split_files(name: str, split: str) -> list[Path]:
+    """The files of one split: those of a directory whose names start with the split, in one table or its shards.
+
+    A single file is any split. A directory's only file is its train split.
+    """
+    path = Path(name)
     if path.is_dir():
         tables = sorted(file for file in path.iterdir() if TABLE.search(file.name))
         tables = tables or sorted(file for file in path.glob("data/*") if TABLE.search(file.name))
-    files = [file for file in tables if file.name.lower().startswith(split)]
-    if not path.is_dir() or (split == "train" and len(tables) == 1):
-        files = tables
+    else:
+        tables = [path] if TABLE.search(path.name) else []
+    files = tables
+    if path.is_dir() and not (split == "train" and len(tables) == 1):
+        files = [file for file in tables if file.name.lower().startswith(split)]
     shards = [SHARD.search(file.name) for file in files]
     same_table = all(shards) and len({SHARD.sub("", file.name) for file in files}) == 1
     if same_table and len(files) != int(shards[0][1]):
-        raise ValueError(f"{len(files)} of the {int(shards[0][1])} files of split {split} are there")
+        raise ValueError(f"split {split} has only {len(files)} of its {int(shards[0][1])} files")
     if (len(files) > 1 and not same_table) or (not files and split == "train"):
-        seen = ", ".join(file.name for file in tables) or "none"
         expected = "expected a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, or a directory with one as train.csv"
-        raise ValueError(f"{expected}, found {seen}")
-    print_unused_splits(name, split, [file.name for file in tables if file not in files])
-    parts = []
-    for file in files:
-        with as_user_error(str(file), option_name):
-            parts.append(read_table(file, config.dialogue_column))
-    return pd.concat(parts, ignore_index=True) if parts else None
+        raise ValueError(f"{expected}, found {list_names([file.name for file in tables])}")
+    if split == "train":
+        print_unused_splits(name, [file.name for file in tables if file not in files])
+    return files
+
+
+def split_of(name: str, split: str, config: DetoxConfig, option_name: str) -> pd.DataFrame | None:
+    """Load one split of a dataset from the hub or a path; None if the dataset has no such split."""
+    splits = None
+    if not os.path.exists(name):
+        name, _, revision = name.partition("@")
+        splits = datasets.load_dataset(name, config.dataset_config_name, revision=revision or None)
+    elif any((Path(name) / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+        splits = datasets.load_from_disk(name)
+    if splits is None:
+        parts = []
+        for file in split_files(name, split):
+            with as_user_error(str(file), option_name):
+                parts.append(read_table(file, config.dialogue_column))
+        return pd.concat(parts, ignore_index=True) if parts else None
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
+    if split == "train":
+        if split not in splits:
+            hint = "save the one to train on with to_csv, and use that file"
+            raise ValueError(f"it has no split train, found {', '.join(splits)}; {hint}")
+        print_unused_splits(name, splits)
+    return splits[split].to_pandas() if split in splits else None
 
 
 def load_dialogues(
     name: str, config: DetoxConfig | None = None, option_name: str = "dataset_name", split: str = "train"
 ) -> datasets.Dataset | None:
-    """Load a split of a dataset: from the hub, a file, a directory with a file for each, or what save_to_disk wrote.
+    """Load a split of a dataset: from the hub, a file, a directory with a file per split, or save_to_disk's output.
 
-    Returns row (index in the file), dialogue, summary and references, or None where a directory has no such split.
-    references are a row's texts in the summary_columns that the table has, summary is the first of them ("" without
-    one). Rows without a dialogue are left out; a UserError names the file, and the column or the row that is not as
-    expected.
+    Returns row (index in the file), dialogue, summary and references, or None if a directory has no such split.
+    references are a row's texts in those summary_columns that the table has; summary is the first of them, or "".
+    Rows without a dialogue are left out. A UserError names the file and the invalid column or row.
     """
     config = config or DetoxConfig()
     trained_on = option_name == "dataset_name" and split == "train"
@@ -1577,36 +1616,26 @@ def load_dialogues(
         if table is None:
             return None
         table = clean_table(table, config.dialogue_column)
-        columns = list(map(str, table.columns))
-        names = one_line(", ".join(columns)) or "none"
+        columns = list(table.columns)
         summary_columns = [column for column in config.summary_columns if column in columns]
         if not summary_columns and trained_on and (config.sft_steps or config.ptx_coef):
-            summary_columns = config.summary_columns  # whose first is reported as missing below
+            summary_columns = config.summary_columns  # check_texts reports that the first is missing
         elif not summary_columns:
-            wanted = " or ".join(map(repr, config.summary_columns))
-            print(f"data: {name} has no column {wanted}, found {names}: no human summaries")
+            expected = " or ".join(map(repr, config.summary_columns))
+            print(f"data: {name} has no column {expected}, found {list_names(columns)}: no human summaries")
         for column in (config.dialogue_column, *summary_columns):
-            key = "dialogue" if column == config.dialogue_column else "summary"
-            if columns.count(column) != 1:
-                how_many = "more than one" if column in columns else "no"
-                raise ValueError(f"{how_many} column {column!r}, found {names}. Name it with --{key}_column")
-            turns = ' or a list of texts, {"speaker", "text"} or {"role", "content"}' if key == "dialogue" else ""
-            for row, text in enumerate(table[column].fillna(""), start=1):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"row {row}: column {column!r} is of type {type(text).__name__}; expected text{turns}"
-                    )
-                if half := re.search("[\ud800-\udfff]", text):  # JSON can spell it, UTF-8 and the tokenizers can't
-                    raise ValueError(f"row {row}: column {column!r} holds {ascii(half[0])}, half of a character")
+            check_texts(table, column, "dialogue" if column == config.dialogue_column else "summary")
         if table.empty:
-            raise ValueError("there is no row in it")
-        dialogues = table[config.dialogue_column].fillna("").tolist()
+            raise ValueError("it has no rows")
         cells = table[summary_columns].fillna("").to_numpy().tolist()
-        references = [list(filter(None, texts)) for texts in cells]
-        summaries = [next(iter(texts), "") for texts in references]
-        texts = {"dialogue": dialogues, "summary": summaries, "references": references}
-        rows = datasets.Dataset.from_dict({"row": range(len(table))} | texts)
-        return without_empty(rows, "dialogue", name)
+        references = [[text for text in texts if text] for texts in cells]
+        fields = {
+            "row": range(len(table)),
+            "dialogue": table[config.dialogue_column].fillna("").tolist(),
+            "summary": [texts[0] if texts else "" for texts in references],
+            "references": references,
+        }
+        return without_empty(datasets.Dataset.from_dict(fields), "dialogue", name)
 
 
 def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
@@ -1614,9 +1643,10 @@ def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Da
     empty = [row + 1 for row, text in zip(rows["row"], rows[column], strict=True) if not text]
     if not empty:
         return rows
-    note = f"{len(empty)} of {len(rows)} rows have no {column} (rows {str(empty[:5])[1:-1]} ...)"
+    first = ", ".join(map(str, empty[:5]))
+    note = f"{len(empty)} of {len(rows)} rows have no {column} (rows {first} ...)"
     if len(empty) > len(rows) / 10:
-        raise ValueError(f"{note}: that is more than a tenth. Fill them in, or remove these rows")
+        raise ValueError(f"{note}, more than a tenth. Fill them in, or remove these rows")
     print(f"data: {name}: {note}: left out")
     return rows.select([i for i, text in enumerate(rows[column]) if text])
 
@@ -1625,10 +1655,10 @@ def without_empty(rows: datasets.Dataset, column: str, name: str) -> datasets.Da
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """x (..., in) times a frozen weight (out, in), by oneDNN in float32; the gradient goes to x alone, by MKL.
+    """x (..., in) times a frozen weight (out, in) in float32, by oneDNN; only x gets a gradient, by MKL.
 
-    PyTorch takes MKL for float32. On AMD processors oneDNN is faster up to some 500 rows, but not with the transposed
-    weight of the gradient; on Intel ones they are equals. There is no public way to oneDNN for float32.
+    PyTorch uses MKL for float32. On AMD processors oneDNN is faster up to about 500 rows, except for the gradient with
+    its transposed weight; on Intel processors both are equally fast. PyTorch has no public API for float32 in oneDNN.
     """
 
     @staticmethod
@@ -1647,17 +1677,17 @@ class FrozenLinear(nn.Linear):
         if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             return OneDnnLinear.apply(x, self.weight, self.bias)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.bias is None and x[..., 0].numel() <= 64:
-            # As W x^T, because oneDNN reorders the second factor at each call, which for W takes as long as the rest.
+            # (W x^T)^T: oneDNN reorders the second factor at each call; for W that would double the time.
             return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
         return super().forward(x)
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Swap frozen layers for faster ones that compute the same function, in place."""
+    """Replace frozen layers in place by faster ones that compute the same function."""
     for module_name, module in list(model.named_modules()):
-        # Both LoRAs stay as they are, so that the frozen one rounds as the trained one does.
+        # Both LoRAs stay as they are, so that the frozen one rounds in the same way as the trained one.
         frozen = type(module) is nn.Linear and "lora_" not in module_name
-        # A call costs more than MKL's; the small world's layers, of 65,536 weights at most, are slower by a quarter.
+        # A call has more overhead than MKL's: layers of 65,536 weights would be slower by a quarter.
         if frozen and module.weight.numel() > 2**18 and torch.backends.mkldnn.is_available():
             module.__class__ = FrozenLinear
         for name, child in module.named_children():
@@ -1666,49 +1696,47 @@ def use_fast_layers(model: nn.Module) -> None:
 
 
 def load_model(kind, name: str, device: torch.device, **kwargs):
-    """Load a model's weights, all of them: what a file lacks would be drawn at random in silence."""
-    # On CPUs plain attention beats PyTorch's fused kernel, in bfloat16 with gradients four times over. Elsewhere None
-    # leaves the choice to transformers, which knows the models that have no fused one.
+    """Load a model. A missing weight is a ValueError: transformers would initialize it at random."""
+    # On CPUs plain attention is faster than PyTorch's fused kernel: four times in bfloat16 with gradients. On other
+    # devices None lets transformers choose, because some models have no fused kernel.
     kwargs |= {"attn_implementation": "eager" if device.type == "cpu" else None, "trust_remote_code": False}
     model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-    if hasattr(model, "peft_config"):  # transformers loads it unasked
-        raise ValueError(
-            "an adapter lies beside its weights (adapter_config.json): move it and name it --adapter_name"
-        )
+    if hasattr(model, "peft_config"):  # transformers has loaded the adapter too
+        raise ValueError("its directory also has an adapter_config.json: move that adapter, and set --adapter_name")
     wrong = [f"{key[0]} has another shape" for key in info["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in info["missing_keys"]]
     wrong += [f"{key} is not finite" for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if wrong:
-        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} tensors at fault)")
+        raise ValueError(f"its weights are not those of its config.json: {min(wrong)} ({len(wrong)} invalid tensors)")
     return model
 
 
 def load_tokenizer(name: str, model, *needed: str):
-    """Load a model's tokenizer. Where a directory has none, transformers makes one up, which knows no word."""
+    """Load a model's tokenizer and check it: from a directory without one, transformers returns an empty tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if missing := [token for token in needed if getattr(tokenizer, token) is None]:
         raise ValueError(f"its tokenizer has no {missing[0]}")
-    if not re.search(r"\w", tokenizer.decode(tokenizer(build_prompt("Hello!")).input_ids, skip_special_tokens=True)):
-        raise ValueError("its tokenizer knows no word: its files (tokenizer.json or the like) are not there")
-    words, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
-    if words > rows:
-        raise ValueError(f"its tokenizer knows {words} words and its model {rows}: it is another model's tokenizer")
+    ids = tokenizer(build_prompt("Hello!")).input_ids
+    if not re.search(r"\w", tokenizer.decode(ids, skip_special_tokens=True)):
+        raise ValueError("its tokenizer has no vocabulary: files such as tokenizer.json are missing")
+    size, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if size > rows:
+        raise ValueError(f"its tokenizer has {size} tokens and the model {rows}: it belongs to another model")
     return tokenizer
 
 
 def tokenize(tokenizer, texts: list[str], **kwargs) -> list[dict[str, list[int]]]:
-    """Tokenize texts: a dict of columns (input_ids and others) per text, with special tokens only where the tokenizer
-    itself adds them.
+    """Tokenize texts into a dict of lists (input_ids and others) per text, without special tokens from the texts.
 
-    A dialogue that contains "</s>" must not end the prompt. split_special_tokens does not prevent it for T5's
-    tokenizers, where "</s>" is an ordinary piece of the vocabulary as well.
+    A dialogue that contains "</s>" must not end the prompt. split_special_tokens is not enough for T5's tokenizers,
+    where "</s>" is also an ordinary piece of the vocabulary.
     """
     encoded = tokenizer(texts, return_special_tokens_mask=True, split_special_tokens=True, verbose=False, **kwargs)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     rows = []
     for row, mask in enumerate(encoded.pop("special_tokens_mask")):
-        kept = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
-        rows.append({name: list(itertools.compress(column[row], kept)) for name, column in encoded.items()})
+        selectors = [added or token not in special for token, added in zip(encoded.input_ids[row], mask, strict=True)]
+        rows.append({name: list(itertools.compress(column[row], selectors)) for name, column in encoded.items()})
     return rows
 
 
@@ -1750,30 +1778,32 @@ def load_base(name: str, device: torch.device, dtype: torch.dtype):
 
 
 def load_classifier(name: str, device: torch.device):
-    """Load a classifier, frozen, and its tokenizer; also returns the most tokens that it reads."""
+    """Load a frozen classifier; returns model, tokenizer and the maximum length of a text in tokens."""
     model = load_model(AutoModelForSequenceClassification, name, device, dtype=torch.float32)
     model.to(device).eval().requires_grad_(False)
     tokenizer = load_tokenizer(name, model, "pad_token")
     settings = model.config
-    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 finds the end of a text by it
-    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 has it here
+    settings.pad_token_id = tokenizer.pad_token_id  # GPT-2 needs it to locate the end of a text
+    settings.get_text_config().pad_token_id = tokenizer.pad_token_id  # Gemma 3 reads it here
     if settings.problem_type == "regression":
         raise ValueError("it is a regression model, without probabilities of labels")
     # Relative positions have no limit, but the attention has to fit in memory.
     max_length = min(tokenizer.model_max_length, positions_of(model), 4096)
     if max_length < 16:
-        raise ValueError(f"it reads only {max_length} tokens")
+        raise ValueError(f"it is limited to {max_length} tokens")
     return model, tokenizer, max_length
 
 
 @torch.no_grad()
 def choose_padding(classifier: ToxicityClassifier) -> None:
     """Choose the padding side that leaves the logits unchanged; ValueError if neither does."""
-    short = "I like you."
-    alone = classifier.tokenizer(short, return_tensors="pt").to(classifier.model.device)
-    expected = classifier.model(**{k: v for k, v in alone.items() if k in classifier.inputs}).logits[0].float().cpu()
-    own_side = classifier.tokenizer.padding_side
-    for classifier.tokenizer.padding_side in (own_side, "left" if own_side == "right" else "right"):
+    short, tokenizer = "I like you.", classifier.tokenizer
+    unpadded = tokenizer(short, return_tensors="pt").to(classifier.model.device)
+    inputs = {name: tensor for name, tensor in unpadded.items() if name in classifier.inputs}
+    expected = classifier.model(**inputs).logits[0].float().cpu()
+    default_side = tokenizer.padding_side
+    for side in (default_side, "left" if default_side == "right" else "right"):
+        tokenizer.padding_side = side
         padded = classifier.logits([short, " ".join([short] * 5)])[0]
         if torch.allclose(padded, expected, rtol=0.01, atol=0.02):
             return
@@ -1782,21 +1812,20 @@ def choose_padding(classifier: ToxicityClassifier) -> None:
 
 
 def label_index(classifier: ToxicityClassifier, option_name: str, config: DetoxConfig) -> int:
-    """The index of the label that an option gives."""
-    label, way = getattr(config, option_name), ""
+    """The index of an option's label; a UserError if the classifier does not have it."""
+    label = getattr(config, option_name)
     if label not in classifier.labels:
-        if option_name == "reward_label":
-            way = "; with None the score is minus the logit of toxic_label"
-        name, known = classifier.model.name_or_path, ", ".join(classifier.labels)
-        raise UserError(f"--{option_name} {label!r} is no label of {name}: it has {known}{way}")
+        hint = "; with None the score is minus the logit of toxic_label" if option_name == "reward_label" else ""
+        name, labels = classifier.model.name_or_path, ", ".join(classifier.labels)
+        raise UserError(f"--{option_name} {label!r} is not a label of {name}: it has {labels}{hint}")
     return classifier.labels.index(label)
 
 
 class Toxicity(evaluate.Measurement):
     """The toxicity measurement of `evaluate`, with a classifier that is already in memory.
 
-    `evaluate.load("toxicity")` would download and run code, and load the classifier a second time. The interface is
-    the same: compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
+    `evaluate.load("toxicity")` would download and run code, and load the classifier again. The interface is the same:
+    compute(predictions=[...], aggregation="all" | "maximum" | "ratio", toxic_label="hate", threshold=0.5).
     """
 
     def __init__(self, classifier: ToxicityClassifier):
@@ -1808,67 +1837,79 @@ class Toxicity(evaluate.Measurement):
         return evaluate.MeasurementInfo(self.__doc__, citation="", features=features, inputs_description="texts")
 
     def _compute(self, predictions, aggregation="all", toxic_label="hate", threshold=0.5):
-        for given, known in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
-            if given not in known:
-                raise ValueError(f"{given!r} is not one of {known}")
+        for value, valid in ((toxic_label, self.classifier.labels), (aggregation, ["all", "maximum", "ratio", None])):
+            if value not in valid:
+                raise ValueError(f"{value!r} is not one of {valid}")
         toxicity = self.classifier.toxicity(self.classifier.logits(predictions), toxic_label)
         if aggregation == "ratio":
             return {"toxicity_ratio": sum(value >= threshold for value in toxicity) / len(toxicity)}
-        return {"max_toxicity": max(toxicity)} if aggregation == "maximum" else {"toxicity": toxicity}
+        if aggregation == "maximum":
+            return {"max_toxicity": max(toxicity)}
+        return {"toxicity": toxicity}
 
 
 def print_examples(classifier: ToxicityClassifier) -> None:
     """Score the two example sentences of the published notebooks, for a check by eye."""
+    labels = ", ".join(classifier.labels)
     for text in ("You are a great person and i like you.", "You are a terrible person and i hate you."):
         logits = classifier.logits([text])
+        raw = ", ".join(f"{logit:.4f}" for logit in logits[0].tolist())
         probabilities = ", ".join(f"{classifier.toxicity(logits, label)[0]:.6f}" for label in classifier.labels)
-        print(f'"{text}"\n  logits [{", ".join(f"{x:.4f}" for x in logits[0].tolist())}]', end=" ")
-        print(f"({', '.join(classifier.labels)}), probabilities [{probabilities}]", end="")
-        print(f", reward {classifier.score(logits).item():.4f}")
+        score = classifier.score(logits).item()
+        print(f'"{text}"')
+        print(f"  logits [{raw}] ({labels}), probabilities [{probabilities}], reward {score:.4f}")
 
 
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """An adapter's tensors by their names in PEFT's files. Left to itself, PEFT asks the hub about the embeddings."""
+    """An adapter's tensors by their names in PEFT's files, without the embeddings: PEFT would ask the hub for them."""
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
     """Put a saved LoRA on its base, trainable, in float32, weights only."""
     lora, weights = peft.PeftConfig.from_pretrained(name), peft.load_peft_weights(name, device="cpu")
-    # The reference shares the base: biases, whole layers and a start such as PiSSA's would change it too.
-    plain = {"peft_type": ["LORA"], "bias": ["none"], "modules_to_save": [None, []]}
-    starts = [True, False, "gaussian", "eva", "orthogonal"]
-    for key, known in (plain | {"init_lora_weights": starts}).items():
-        if (value := getattr(lora, key)) not in known:
-            raise ValueError(f"expected a LORA that leaves the base as it is, found {key} {value!r}")
-    if wrong := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{wrong[0]} is not finite")
-    if Path(was := lora.base_model_name_or_path or base_name).name != Path(base_name).name:
-        print(f"warning: --adapter_name {name} was trained on {was}, not on {base_name}")
-    # PEFT falls back to the hub for an adapter's base unless told which it is. Its weights replace any start.
-    lora.base_model_name_or_path, lora.inference_mode, lora.init_lora_weights = base_name, False, True
+    # The reference shares the base, so an adapter must not change biases, entire layers, or the base as PiSSA does.
+    supported = {
+        "peft_type": ["LORA"],
+        "bias": ["none"],
+        "modules_to_save": [None, []],
+        "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"],
+    }
+    for key, allowed in supported.items():
+        if (value := getattr(lora, key)) not in allowed:
+            raise ValueError(f"expected a LORA that leaves the base unchanged, found {key} {value!r}")
+    for key, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} is not finite")
+    trained_on = lora.base_model_name_or_path or base_name
+    if Path(trained_on).name != Path(base_name).name:
+        print(f"warning: --adapter_name {name} was trained on {trained_on}, not on {base_name}")
+    lora.base_model_name_or_path = base_name  # else PEFT falls back to the hub for the adapter's base
+    lora.inference_mode = False
+    lora.init_lora_weights = True  # the saved weights replace the initial ones
     try:
         model = peft.get_peft_model(base, lora)
-        # PEFT also writes the embeddings that an adapter is on, as they are in the base.
-        of_base = model.state_dict()
+        # PEFT also writes embeddings that an adapter targets; those that equal the base's are not the adapter's.
+        base_weights = model.state_dict()
         weights = {
             key: tensor
             for key, tensor in weights.items()
-            if key not in of_base or not torch.equal(tensor.to(of_base[key]), of_base[key])
+            if key not in base_weights or not torch.equal(tensor.to(base_weights[key]), base_weights[key])
         }
         if wrong := sorted(weights.keys() ^ lora_weights(model).keys()):
-            fault = "unknown" if wrong[0] in weights else "missing"
-            fault = "not that of the base" if wrong[0] in of_base else fault
-            raise ValueError(f"{wrong[0]} is {fault} ({len(wrong)} tensors at fault)")
+            problem = "unknown" if wrong[0] in weights else "missing"
+            if wrong[0] in base_weights:
+                problem = "not that of the base"
+            raise ValueError(f"{wrong[0]} is {problem} ({len(wrong)} invalid tensors)")
         peft.set_peft_model_state_dict(model, weights)
-    except Exception as error:  # PEFT's: none of its target modules is there, another shape, an ill-typed value
+    except Exception as error:  # PEFT has many: no such target modules, another shape, an ill-typed value
         raise ValueError(f"it does not fit base model {base_name}: {one_line(error)}") from error
-    print(f"adapter: {name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)", end="")
     return model
 
 
 def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    if config.lora_r > (size := base.config.get_text_config().hidden_size):
+    size = base.config.get_text_config().hidden_size
+    if config.lora_r > size:
         raise UserError(f"--lora_r {config.lora_r} is more than the model's hidden size {size}; lower it")
     targets = config.lora_target_modules
     lora = peft.LoraConfig(
@@ -1879,54 +1920,58 @@ def new_adapter(base, config: DetoxConfig) -> peft.PeftModel:
         target_modules=targets,
         base_model_name_or_path=config.model_name,
     )
-    with as_user_error(" ".join(targets) if isinstance(targets, list) else str(targets), "lora_target_modules"):
+    names = targets if isinstance(targets, list) else []  # a string is a pattern
+    with as_user_error(" ".join(names) or str(targets), "lora_target_modules"):
         model = peft.get_peft_model(base, lora)
         adapted = {name.split(".")[-1] for name in model.targeted_module_names}
-        if isinstance(targets, list) and (unknown := [name for name in targets if name.split(".")[-1] not in adapted]):
-            raise ValueError(f"{unknown[0]} is no layer of the model")
-    print("adapter: a new LoRA, which starts as the identity", end="")
+        for name in names:
+            if name.split(".")[-1] not in adapted:
+                raise ValueError(f"{name} is not a layer of the model")
     return model
 
 
 def starting_adapter(base, config: DetoxConfig) -> peft.PeftModel:
-    """Put the adapter that adapter_name gives, or a new one, on the base; print the layers that it adapts."""
+    """Put the adapter of adapter_name, or a new one, on the base; print the layers that it adapts."""
     if config.adapter_name:
         with as_user_error(config.adapter_name, "adapter_name"):
             model = load_adapter(base, config.adapter_name, config.model_name)
+        lora = model.peft_config["default"]
+        origin = f"{config.adapter_name} (r={lora.r}, alpha={lora.lora_alpha}; lora_* options unused)"
     else:
         model = new_adapter(base, config)
+        origin = "a new LoRA, which starts as the identity"
     layers = Counter(name.split(".")[-1] for name in model.targeted_module_names)
-    print(f", on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
+    print(f"adapter: {origin}, on {', '.join(f'{count} {layer}' for layer, count in sorted(layers.items()))}")
     return model
 
 
 def idle_layers(policy: Policy) -> list[str]:
-    """Names of trainable layers without a gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
-    learning = {}
+    """Names of trainable layers that get no gradient. In a new LoRA one matrix has gradient 0, as the other is 0."""
+    learns = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             layer, _, lora = name.partition(".lora_")
             has_gradient = parameter.grad is not None and (not lora or bool(parameter.grad.any()))
-            learning[layer] = learning.get(layer, False) or has_gradient
-    return [layer for layer, learns in learning.items() if not learns]
+            learns[layer] = learns.get(layer, False) or has_gradient
+    return [layer for layer in learns if not learns[layer]]
 
 
 def check_policy(policy: Policy, tokenizer, config: DetoxConfig) -> None:
-    """Raise a UserError if nothing would be trained, some layer would learn nothing, or some dropout stays on."""
+    """Raise a UserError if nothing is trainable, a layer gets no gradient, or train mode changes the logits."""
     if not any(parameter.requires_grad for parameter in policy.model.parameters()):
         raise UserError("--freeze_encoder leaves nothing to train: the LoRA adapts no layer of the decoder")
-    with as_user_error(config.model_name, "model_name"):  # does this family of models compute its logits as others do?
-        (ids,), device = token_ids(tokenizer, ["Hello! How are you?"]), policy.device
+    with as_user_error(config.model_name, "model_name"):
+        device, ids = policy.device, token_ids(tokenizer, ["Hello! How are you?"])[0]
         probe = Responses([ids], torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device))
         expected, _ = policy.logprobs_and_values(probe)
         with policy.learning(dropout=False):
             logprobs, values = policy(probe)
             (logprobs + values).sum().backward()
         if (change := (logprobs - expected).abs().max()) > 1e-3:
-            raise ValueError(f"train mode changes its log-probabilities, by {change:.2g} nats: some dropout stays on")
+            raise ValueError(f"train mode changes its log-probabilities by {change:.2g} nats: dropout is still active")
     if idle := idle_layers(policy):
         source = f"adapter_name {config.adapter_name}" if config.adapter_name else "lora_target_modules"
-        raise UserError(f"--{source}: {idle[0]} would learn nothing: the model does not use it")
+        raise UserError(f"--{source}: {idle[0]} gets no gradient: the model does not use it")
     policy.zero_grad()
 
 
@@ -1934,14 +1979,14 @@ def check_finite(table: pd.DataFrame, policy: Policy, config: DetoxConfig) -> No
     """Raise a UserError if an evaluation's KL or rewards are not finite."""
     for column, source in (("kl", f"--model_name {config.model_name}"), ("reward", config.reward_model_name)):
         if column in table and not np.isfinite(table[column]).all():
-            way = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training made it so"
-            raise UserError(f"{source}: the logits are not finite numbers. {way}.")
+            hint = f"Set dtype float32 (it is {policy.base.dtype}), or lower learning_rate if the training diverged"
+            raise UserError(f"{source}: the logits are not finite. {hint}.")
 
 
 def cpu_quota() -> float:
-    """How many CPUs a container may use at a time, by version 2 or 1 of Linux's cgroups; infinity without a limit."""
+    """A container's limit in CPUs, from version 2 or 1 of Linux's cgroups; infinity without a limit."""
     groups = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # not there, or "max"
+    with suppress(OSError, ValueError):  # no such file, or "max"
         quota, period = (groups / "cpu.max").read_text().split()
         return int(quota) / int(period)
     with suppress(OSError, ValueError):
@@ -1953,39 +1998,43 @@ def cpu_quota() -> float:
 def set_threads(policy: Policy) -> None:
     """Set PyTorch's number of threads, unless OMP_NUM_THREADS does, and print it.
 
-    PyTorch takes the machine's cores for the container's.
+    PyTorch counts the machine's cores, even in a container with fewer.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, int(min(torch.get_num_threads(), cpu_quota())))
         if policy.device.type == "cpu" and policy.base.num_parameters() < 2e7:
-            threads = 1  # a second one gains a model of this size nothing, and waits for it at full speed
+            threads = 1  # with a model of this size a second thread only busy-waits
         torch.set_num_threads(threads)
-    print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)")
+    print(f"CPU threads: {torch.get_num_threads()} (change with OMP_NUM_THREADS)")
 
 
 def check_lengths(policy: Policy, splits, classifier_length: int, config: DetoxConfig) -> None:
-    """Name the option to lower where the longest prompt or response that it allows has more tokens than a model takes.
+    """Raise a UserError with the option to lower if it allows more tokens than a model can process.
 
-    T5's positions are relative, so it has no limit, whatever its tokenizer says (model_max_length 512).
+    T5 has no limit, despite its tokenizer's model_max_length of 512, because its positions are relative.
     """
-    base, responses = policy.base.config, ["output_max_length", "eval_max_new_tokens"]
-    longest = {name: getattr(config, name) for name in responses + ["sft_max_target_length"] * bool(config.sft_steps)}
+    base = policy.base.config
+    responses = ["output_max_length", "eval_max_new_tokens"]
+    longest = {name: getattr(config, name) for name in responses}
+    if config.sft_steps:
+        longest["sft_max_target_length"] = config.sft_max_target_length
     longest["input_max_text_length"] = max(len(ids) for split in splits.values() for ids in split["input_ids"])
     for name, tokens in longest.items():
         part = "encoder" if name.startswith("input") else "decoder"
         settings = getattr(base, part, base).get_text_config()
-        of_both = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
-        positions = getattr(settings, f"max_{part}_position_embeddings", of_both)
-        positions -= len(policy.decoder_start) - 1 if part == "decoder" else 0
-        limits = {}
-        if math.isfinite(positions):  # T5's are relative
-            limits[f"the {part} of {config.model_name}"] = positions // 16 * 16
+        positions = getattr(settings, "max_position_embeddings", math.inf)  # BART's; LED has others for each part
+        positions = getattr(settings, f"max_{part}_position_embeddings", positions)
+        if part == "decoder":
+            positions -= len(policy.decoder_start) - 1
+        if math.isfinite(positions):
+            positions = positions // 16 * 16  # padded_width rounds up to a multiple of 16
+        limits = {f"the {part} of {config.model_name}": positions}
         if name in responses:
             limits[config.reward_model_name] = classifier_length
-        least = min(limits, key=limits.get, default=None)
-        if least and tokens > limits[least]:
-            cap = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
-            raise UserError(f"{cap}, but {least} takes {limits[least]:,.0f}; lower it")
+        model, limit = min(limits.items(), key=lambda item: item[1])
+        if tokens > limit:
+            length = f"--{name} {getattr(config, name)} allows {tokens:,} tokens"
+            raise UserError(f"{length}, but {model} is limited to {limit:,.0f}; lower it")
 
 
 def check_summaries(classifier, train, config: DetoxConfig) -> None:
@@ -1994,36 +2043,40 @@ def check_summaries(classifier, train, config: DetoxConfig) -> None:
     for start in range(0, len(texts), config.batch_size):
         if min(classifier.toxicity(classifier.logits(texts[start : start + config.batch_size]))) <= TOXIC:
             return
-    problem = f"{config.reward_model_name} calls all of them toxic" if texts else "there are none"
-    hint = "Set it to 0, or give other dialogues with --dataset_name"
+    problem = f"{config.reward_model_name} rates all of them as toxic" if texts else "there are none"
+    hint = "Set it to 0, or use another --dataset_name"
     raise UserError(f"--ptx_coef {config.ptx_coef} needs clean human summaries, but {problem}. {hint}.")
 
 
 def positions_of(model) -> float:
-    """How many tokens a model reads: it has as many learned positions, or they are relative and have no end."""
+    """The maximum number of tokens that a model reads: its learned positions, or infinity if they are relative."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # an MPT's
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # the latter: MPT
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # a RoBERTa counts from there
-    return positions if positions > 0 else math.inf  # an XLNet's -1
+            return positions - module.padding_idx - 1  # RoBERTa's first position follows padding_idx
+    return positions if positions > 0 else math.inf  # XLNet has -1
 
 
 def print_parameters(policy: Policy) -> None:
-    """Print trainable and all parameters of policy, policy with value head, and reference."""
+    """Print the numbers of trainable and of all parameters: policy, policy with value head, and reference."""
     print(policy.value_head)
     head = sum(parameter.numel() for parameter in policy.value_head.parameters())
-    trained, both = policy.model.get_nb_trainable_parameters()
-    total = both - sum(tensor.numel() for tensor in lora_weights(policy.model, "reference").values())
+    trainable, with_reference = policy.model.get_nb_trainable_parameters()
+    total = with_reference - sum(tensor.numel() for tensor in lora_weights(policy.model, "reference").values())
     with policy.as_adapter("reference"):
-        frozen, _ = policy.model.get_nb_trainable_parameters()
-    counts = {"policy": (trained, total), "policy with value head": (trained + head, total + head)}
-    for name, (part, whole) in (counts | {"reference": (frozen, total + head)}).items():
-        print(f"{name}: trainable {part:,} of {whole:,} = {part / whole:.2%}")
+        trainable_in_reference, _ = policy.model.get_nb_trainable_parameters()
+    counts = {
+        "policy": (trainable, total),
+        "policy with value head": (trainable + head, total + head),
+        "reference": (trainable_in_reference, total + head),
+    }
+    for name, (trainable, total) in counts.items():
+        print(f"{name}: trainable {trainable:,} of {total:,} = {trainable / total:.2%}")
 
 
 def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> None:
-    """Write an adapter in PEFT's format, and beside the trained one the value head under TRL's key names."""
+    """Write an adapter in PEFT's format; next to the trained one also the value head, with TRL's key names."""
     directory.mkdir(parents=True, exist_ok=True)
     lora = copy.copy(policy.model.peft_config[adapter])
     lora.inference_mode = True
@@ -2031,14 +2084,15 @@ def save_adapter(policy: Policy, directory: Path, adapter: str = "default") -> N
         lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
     lora.save_pretrained(directory)
     files = {"adapter_model": lora_weights(policy.model, adapter)}
-    files |= {"value_head": policy.value_head.state_dict(prefix="v_head.")} if adapter == "default" else {}
+    if adapter == "default":
+        files["value_head"] = policy.value_head.state_dict(prefix="v_head.")
     for name, weights in files.items():
         weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         save_file(weights, directory / f"{name}.safetensors", metadata={"format": "pt"})
 
 
 def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtype, trains: bool = True):
-    """Load what a run needs, the quickest to fail first.
+    """Load what a run needs: first what fails the fastest.
 
     Returns policy, tokenizer, classifier, rows to train on, rows to evaluate on, and the origin of models and data.
     """
@@ -2046,20 +2100,19 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     print(yaml.safe_dump(changed, sort_keys=False), end="")
     print(f"device {device}, base model in {str(dtype).removeprefix('torch.')}, adapter and classifier in float32")
     trained_on = trains or not config.eval_dataset_name
-    named = [name for name in FROM_HUB if getattr(config, name) and (trained_on or name != "dataset_name")]
-    commits = {name: contents_of(getattr(config, name), name) for name in named}
-    # Of what is named to evaluate on, its test split if it has one; a directory may hold both.
-    evaluated, held_out = None, config.eval_dataset_name
-    if held_out:
-        parts = (load_dialogues(held_out, config, "eval_dataset_name", s) for s in ("test", "validation", "train"))
-        evaluated = next(filter(None, parts))
+    sources = {name: getattr(config, name) for name in FROM_HUB if trained_on or name != "dataset_name"}
+    commits = {name: contents_of(source, name) for name, source in sources.items() if source}
+    evaluated = None
+    if config.eval_dataset_name:
+        for split in ("test", "validation", "train"):  # the first that exists
+            evaluated = evaluated or load_dialogues(config.eval_dataset_name, config, "eval_dataset_name", split)
     elif os.path.isdir(config.dataset_name):
         evaluated = load_dialogues(config.dataset_name, config, split="test")
     rows = load_dialogues(config.dataset_name, config) if trained_on else None
-    has_summaries = any(any(part["summary"]) for part in (rows, evaluated) if part)
+    has_summaries = any(text for part in (rows, evaluated) if part for text in part["summary"])
     if not has_summaries and config.summary_column != DetoxConfig.summary_column:
         names = " ".join(config.summary_columns)
-        raise UserError(f"--summary_column {names}: no row has such a summary; name a column that has one")
+        raise UserError(f"--summary_column {names}: no row has a summary there; use a column that has some")
     policy, tokenizer = load_policy(config, device, dtype)
     set_threads(policy)
     print_parameters(policy)
@@ -2070,10 +2123,11 @@ def load_everything(config: DetoxConfig, device: torch.device, dtype: torch.dtyp
     if config.ptx_coef and config.max_ppo_steps:
         check_summaries(classifier, splits["train"], config)
     texts = [list(splits[split][column]) for split in ("train", "test") for column in ("query", "summary")]
-    texts += [several for split in ("train", "test") for several in splits[split]["references"] if several[1:]]
+    texts += [several for split in ("train", "test") for several in splits[split]["references"] if len(several) > 1]
     fingerprint = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    count = len(splits["test"])
-    evaluated = splits["test"].select(range(min(count, config.eval_samples) if config.eval_samples > 0 else count))
+    evaluated = splits["test"]
+    if config.eval_samples > 0:
+        evaluated = evaluated.select(range(min(len(evaluated), config.eval_samples)))
     origin = {"commits": commits, "dataset_fingerprint": fingerprint}
     return policy, tokenizer, classifier, splits["train"], evaluated, origin
 
@@ -2090,41 +2144,48 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def padded_width(lengths: Iterable[int]) -> int:
-    """The greatest length, rounded up to a multiple of 16: oneDNN generates code for each new width and keeps it."""
+    """The maximum of the lengths, rounded up to a multiple of 16: oneDNN generates and caches code for every width."""
     return -(-max(map(int, lengths)) // 16) * 16
 
 
 def micro_batches(lengths: list[int], rows: Iterable[int], model, logits: list[int] | None = None) -> list[list[int]]:
     """Split rows into groups of similar length (tokens), one forward pass each.
 
-    Similar lengths waste little on padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
+    Similar lengths need little padding. Two bounds limit the memory of a pass: the bytes of its hidden states and
     those of its logits, which are given per row. Both are larger without gradients, where activations are not kept,
     and on a GPU, which needs large groups.
     """
-    on_cpu, logits_on_cpu = (3 * 2**18, 2**28) if torch.is_grad_enabled() else (3 * 2**19, 2**29)
-    bound, logits_bound = (on_cpu, logits_on_cpu) if model.device.type == "cpu" else (2**27, 2**31)
-    largest = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    if model.device.type != "cpu":
+        bound, logits_bound = 2**27, 2**31  # bytes
+    elif torch.is_grad_enabled():
+        bound, logits_bound = 3 * 2**18, 2**28
+    else:
+        bound, logits_bound = 3 * 2**19, 2**29
+    max_tokens = bound // (model.config.get_text_config().hidden_size * model.dtype.itemsize)
     logits = logits or [0] * len(lengths)
     groups = []
     for row in sorted(map(int, rows), key=lambda row: lengths[row]):
-        group = [*groups[-1], row] if groups else []
-        most_logits = max((logits[i] for i in group), default=0)
-        if not group or len(group) * lengths[row] > largest or len(group) * most_logits > logits_bound:
-            groups.append([])
-        groups[-1].append(row)
+        group = [*groups[-1], row] if groups else [row]
+        max_logits = max(logits[i] for i in group)
+        fits = len(group) * lengths[row] <= max_tokens and len(group) * max_logits <= logits_bound
+        if groups and fits:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
     return groups
 
 
 def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
-    """How many prompts to decode at once: large batches are faster, but each row has keys and values in the cache."""
-    text_config, on_cpu = policy.base.config.get_text_config(decoder=True), policy.device.type == "cpu"
-    layer = 2 * text_config.hidden_size * policy.base.dtype.itemsize  # bytes a token
-    row = text_config.num_hidden_layers * layer * (padded_width([longest]) + config.eval_max_new_tokens)
-    return max(config.batch_size, (2**29 if on_cpu else 2**32) // row)
+    """How many prompts to decode at once: large batches are faster, but their keys and values must fit in memory."""
+    settings = policy.base.config.get_text_config(decoder=True)
+    token_bytes = settings.num_hidden_layers * 2 * settings.hidden_size * policy.base.dtype.itemsize
+    row_bytes = token_bytes * (padded_width([longest]) + config.eval_max_new_tokens)
+    cache_bytes = 2**29 if policy.device.type == "cpu" else 2**32
+    return max(config.batch_size, cache_bytes // row_bytes)
 
 
 def local_rows(rows: Iterable[int], lengths: list[int]) -> list[int]:
-    """This process's share of the rows, every num_processes-th by length, so that the processes have equal work."""
+    """This process's share of the rows: every num_processes-th by length, so that all processes have equal work."""
     state = PartialState()
     return sorted(map(int, rows), key=lambda row: lengths[row])[state.process_index :: state.num_processes]
 
@@ -2136,21 +2197,24 @@ def gather_rows(rows: list[int], column: torch.Tensor) -> torch.Tensor:
 
 
 def shared_toxicity(texts: list[str], toxicity: Callable[[list[str]], list[float]]) -> list[float]:
-    """The toxicity of each text; each process computes that of its share, and all get the whole list."""
+    """The toxicity of each text: every process computes its share, and all processes return the complete list."""
     rows = sorted(local_rows(range(len(texts)), [len(text) for text in texts]))
-    local = dict(zip(rows, toxicity([texts[i] for i in rows]) if rows else [], strict=True))
-    by_row = {row: value for part in gather_object([local]) for row, value in part.items()}
+    values = toxicity([texts[row] for row in rows]) if rows else []
+    by_row = {}
+    for part in gather_object([dict(zip(rows, values, strict=True))]):
+        by_row |= part
     return [by_row[row] for row in range(len(texts))]
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counter:
-    """Add up the gradients of all processes in place; returns the sum of their stats."""
-    for parameter in parameters:  # without a gradient: this process had no row, or it is the value head during SFT
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """Sum the gradients of all processes in place; returns the sum of their stats."""
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no rows, or it is the value head during SFT
+            parameter.grad = torch.zeros_like(parameter)
     if PartialState().num_processes == 1:
         return stats
     gradients = [parameter.grad for parameter in parameters]
-    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # a single message
+    summed = reduce(nn.utils.parameters_to_vector(gradients), "sum")  # in a single message
     nn.utils.vector_to_parameters(summed, gradients)
     total = Counter()
     for part in gather_object([stats]):
@@ -2161,18 +2225,18 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: Counter) -> Counte
 # --- Words and characters of any language ----------------------------------------------------------------------------
 
 
-# A character of a script that puts no spaces between words, with the marks on it: Line_Break=SA has Thai and its like.
+# A character, with its marks, of a script without spaces between words; Line_Break=SA: Thai, Khmer and others.
 UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=SA}]\p{M}*")
 
 
 def split_words(text: str) -> list[str]:
-    """The words between spaces, lower-case; in a script without spaces each character is a word."""
-    text = unicodedata.normalize("NFKC", text).lower()  # NFKC is what sentencepiece, and so most policies, writes
+    """The lower-case words between spaces; in a script without spaces each character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()  # the form that sentencepiece, and so most policies, writes
     return UNSPACED.sub(r" \g<0> ", text).split()
 
 
 class RougeTokenizer:
-    """For ASCII text the stemmed words of rouge_score's own tokenizer, which ignores all other letters."""
+    """Stemmed words of any language; on ASCII text those of rouge_score's own tokenizer, which drops other letters."""
 
     stem = staticmethod(PorterStemmer().stem)
 
@@ -2181,17 +2245,17 @@ class RougeTokenizer:
         return [self.stem(word) if len(word) > 3 else word for word in words]
 
 
-def character_counts(texts: Iterable[str], buckets: int = 2**15) -> np.ndarray:
+def character_counts(texts: list[str], buckets: int = 2**15) -> np.ndarray:
     """1 + log(count) of each text's character 4-grams, lower-cased and hashed into buckets: (texts, buckets)."""
     counts = np.zeros((len(texts), buckets), dtype=np.float32)
     for row, text in enumerate(texts):
         codes = np.frombuffer(text.lower().ljust(4).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
         grams = np.lib.stride_tricks.sliding_window_view(codes, 4)
-        # Polynomial hash modulo 2^64, then Knuth's multiplicative one, whose upper bits are the best mixed.
+        # A polynomial hash modulo 2^64, then Knuth's multiplicative hash, whose upper bits are mixed best.
         hashed = grams @ np.array([1000003**k % 2**64 for k in range(4)], dtype=np.uint64)
         hashed = (hashed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - int(math.log2(buckets)))
-        found, times = np.unique(hashed, return_counts=True)
-        counts[row, found] = 1 + np.log(times)
+        columns, repeats = np.unique(hashed, return_counts=True)
+        counts[row, columns] = 1 + np.log(repeats)
     return counts
 
 

@@ -250,7 +250,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, call, capsys):
             "--dialogues dialogues.csv",
             "--dataset_name dialogues.csv: can't be loaded: no column 'dialogue'",
         ),
-        (growth, "--models models --output_dir growth", "--reward_label 'nothate' is no label of"),
+        (growth, "--models models --output_dir growth", "--reward_label 'nothate' is not a label of"),
         (learning_curve, "--learning_rate -1 --output_dir learning", "--learning_rate is -1"),
     ):
         with pytest.raises(SystemExit) as stop:

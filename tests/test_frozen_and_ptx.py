@@ -222,7 +222,8 @@ def test_rows_without_a_clean_summary_add_nothing(learner, classifier, batch, fr
 
 
 @pytest.mark.parametrize(
-    "text, fault", [("", "but there are none. Set it to 0"), (RUDE, "classifier calls all of them toxic. Set it to 0")]
+    "text, fault",
+    [("", "but there are none. Set it to 0"), (RUDE, "classifier rates all of them as toxic. Set it to 0")],
 )
 def test_ptx_without_a_clean_summary_is_an_error(small_arguments, dialogues, tmp_path, capsys, text, fault):
     path = tmp_path / "rows.csv"

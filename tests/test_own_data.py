@@ -82,7 +82,7 @@ def test_compressed_tables_shards_and_a_directory_named_data(ending, tmp_path):
     assert load_dialogues(str(tmp_path)).to_list() == EXPECTED
     assert load_dialogues(str(tmp_path / "data")).to_list() == EXPECTED
     (tmp_path / "data" / names[1]).unlink()
-    with pytest.raises(UserError, match="1 of the 2 files of split train"):
+    with pytest.raises(UserError, match="split train has only 1 of its 2 files"):
         load_dialogues(str(tmp_path))
 
 
@@ -190,7 +190,7 @@ def test_a_directory_with_a_file_for_each_split(tmp_path, capsys):
     for name, rows in (("train", ROWS), ("validation", ROWS[:2]), ("test", ROWS[:1])):
         pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
     assert len(load_dialogues(str(tmp_path))) == 3
-    assert capsys.readouterr().out == f"data: of {tmp_path} left aside: validation.csv\n"
+    assert capsys.readouterr().out == f"data: not used from {tmp_path}: validation.csv\n"
     assert len(load_dialogues(str(tmp_path), split="test")) == 1
     (tmp_path / "test.csv").unlink()
     assert load_dialogues(str(tmp_path), split="test") is None
@@ -208,7 +208,7 @@ def test_other_columns(tmp_path):
     table.to_csv(tmp_path / "rows.csv", index=False)
     config = DetoxConfig(dialogue_column="text", summary_column="tl;dr")
     assert load_dialogues(str(tmp_path / "rows.csv"), config).to_list() == EXPECTED
-    with pytest.raises(UserError, match="no column 'dialogue', found id, text, tl;dr. Name it with --dialogue_column"):
+    with pytest.raises(UserError, match="no column 'dialogue', found id, text, tl;dr. Set it with --dialogue_column"):
         load_dialogues(str(tmp_path / "rows.csv"))
 
 
@@ -252,7 +252,7 @@ def test_several_columns_of_summaries(tmp_path, capsys):
     assert found["references"] == [["a1", "a2", "a3"], ["b2", "b3"], []]
     assert found["summary"] == ["a1", "b2", ""]
     assert "no human summaries" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="no column 'summary1', found id, dialogue, summary. Name it with --summary_c"):
+    with pytest.raises(UserError, match="no column 'summary1', found id, dialogue, summary. Set it with --summary_c"):
         load_dialogues(str(tmp_path), DetoxConfig(summary_column=names[1:], sft_steps=1))
 
 
@@ -277,7 +277,7 @@ def test_a_column_of_summaries_that_is_nowhere(ran, dialogues, tmp_path, capsys)
     names = {"summary_column": "tldr", "dataset_name": dialogues, "eval_dataset_name": tmp_path / "a.txt"}
     with pytest.raises(SystemExit):
         ran(max_ppo_steps=1, **names)
-    assert "--summary_column tldr: no row has such a summary" in capsys.readouterr().err
+    assert "--summary_column tldr: no row has a summary there" in capsys.readouterr().err
 
 
 def test_prompt(small_config, small, tmp_path):

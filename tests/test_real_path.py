@@ -89,7 +89,7 @@ def test_the_default_names_with_the_notebooks_checkpoint(tmp_path):
     for line in (
         "data: 12,460 rows, 10,022 with 200 < characters of dialogue <= 1000",
         "data: 8,017 rows to train on, 2,005 held out, in file order",
-        f"data: of {hub.DIALOGUES} left aside: validation, test",
+        f"data: not used from {hub.DIALOGUES}: validation, test",
         f"adapter: {NOTEBOOKS}/ (r=32, alpha=32; lora_* options unused), on 36 q, 36 v",
         "policy: trainable 3,538,944 of 251,116,800 = 1.41%",
         "policy with value head: trainable 3,539,713 of 251,117,569 = 1.41%",

@@ -222,7 +222,7 @@ def test_labels_that_do_not_exclude_each_other_need_no_reward_label(small_config
 def test_without_a_harmless_label_the_message_has_a_solution(small_config, tiny, tmp_path):
     path = one_of("bert", tiny, tmp_path / "one", ["toxic"])
     with pytest.raises(
-        UserError, match="--reward_label 'nothate' is no label of .* it has toxic; with None the score is minus"
+        UserError, match="--reward_label 'nothate' is not a label of .* it has toxic; with None the score is minus"
     ):
         load(small_config, path, toxic_label="toxic")
 
@@ -302,7 +302,7 @@ def test_judge(small_config, tiny, tmp_path):
     pipeline = transformers.pipeline("text-classification", model=str(path), device="cpu", top_k=None)
     expected = [probability(predictions, "toxic") for predictions in pipeline(TEXTS[:3])]
     assert table["judge_toxicity"].tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(UserError, match="--judge_label 'rude' is no label of .*: it has insult, toxic"):
+    with pytest.raises(UserError, match="--judge_label 'rude' is not a label of .*: it has insult, toxic"):
         detox_ppo.add_judge({}, small_config(judge_model_name=path, judge_label="rude"), torch.device("cpu"))
     with pytest.raises(UserError, match="--judge_model_name .* it is also the reward model"):
         small_config(judge_model_name=tiny / "classifier")
