@@ -2883,10 +2883,9 @@ def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:
     }
 
 
-# --- Checkpoints: a run goes on from one as if it had never stopped --------------------------------------------------
+# --- Checkpoints: a resumed run gives the same output as an uninterrupted one ----------------------------------------
 
-# What a resumed run may change; another difference would make it another run. Of models and data the contents are
-# compared, not the names.
+# Options that may differ when a run is resumed. Models and data are compared by their contents, not by their names.
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
     report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
 MAY_CHANGE += FROM_HUB
@@ -2894,47 +2893,52 @@ MAY_CHANGE += FROM_HUB
 
 @dataclasses.dataclass
 class RunState:
-    """All that the next step depends on, but for the weights and the optimizer."""
+    """Everything that the next step depends on, except the weights and the optimizer state."""
 
     config: dict
     origin: dict  # of models and data: commits, dataset_fingerprint
-    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
+    phase: str = "start"  # then "sft" if there are SFT steps, then "ppo"
     sft_step: int = 0
     step: int = 0  # of PPO
     kl_coef: float = 0.0
     skipped_in_row: int = 0
-    history: list = field(default_factory=list)  # a dict of metrics a PPO step
-    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
-    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
-    warnings: dict = field(default_factory=dict)
-    timings: dict = field(default_factory=dict)  # seconds of each part
+    history: list = field(default_factory=list)  # one dict of metrics per PPO step
+    evaluations: dict = field(default_factory=dict)  # when ("base", "before", "after") -> decoding -> columns
+    overlap: dict = field(default_factory=dict)  # counts of overlap()
+    warnings: dict = field(default_factory=dict)  # kind -> text
+    timings: dict = field(default_factory=dict)  # part of the run -> seconds
 
 
 class Stopped(BaseException):
-    """SIGTERM, SIGHUP or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
+    """Raised on SIGTERM, SIGHUP or Ctrl-C. Not an Exception, so that no library handles it as an error."""
 
 
 class StopSignals:
-    """Handler of SIGTERM, SIGHUP and Ctrl-C: stops the run at once, but a step in hand only when asked twice."""
+    """Handler of SIGTERM, SIGHUP and Ctrl-C. It stops the run at once, or after the current step if one is running.
+
+    A second signal stops the run during a step, too.
+    """
 
     in_step, received = False, None
 
     def __call__(self, number, frame):
-        again, self.received = self.received, number
-        if again or not self.in_step:
+        is_second = self.received is not None
+        self.received = number
+        if is_second or not self.in_step:
             raise Stopped
-        print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: stopping after the current step", file=sys.stderr)
 
     def agreed(self) -> bool:
-        """Whether any process got a signal, so that all stop after the same step."""
-        received = next(filter(None, gather_object([self.received])), None)
-        self.received = self.received or received  # a signal may just have come here, for the next time to tell
-        return received is not None
+        """Whether any process received a signal, so that all processes stop after the same step."""
+        received = [number for number in gather_object([self.received]) if number is not None]
+        if received:
+            self.received = self.received or received[0]
+        return bool(received)  # a signal that arrives during the gather counts at the next call
 
 
 @contextmanager
 def own_settings():
-    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    """Set the torch defaults that a run needs; afterwards restore the caller's, and its logging handlers."""
     dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
     torch.set_default_dtype(torch.float32)
     try:
@@ -2948,140 +2952,157 @@ def own_settings():
     finally:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
-        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
+        logging.root.handlers[:] = handlers  # rouge_score adds one, which would disable the caller's basicConfig
 
 
 def steps_of(desc: str, done: int, last: int, stop: StopSignals):
-    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
+    """Yield (step, progress bar) for each remaining step. A signal takes effect at the end of a step."""
     stop.in_step = True
     bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
     for step in bar:
         yield step, bar
-    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    agreed = stop.agreed()
+    stop.in_step = False  # what follows may be stopped at any point
     if agreed:
         raise Stopped
 
 
 def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
-    """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
+    """The state of a new run, or that of a checkpoint, whose weights are loaded into the policy.
+
+    Raises UserError if models or data differ from those of the checkpoint or between processes.
+    """
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
     state = RunState(options, origin, kl_coef=config.init_kl_coef)
     if checkpoint:
         state = dataclasses.replace(checkpoint["state"], config=options)
-        was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
-        names = sorted((was.keys() | now.keys()) - {"commits"})
-        if changed := [name for name in names if was.get(name) != now.get(name)]:
-            raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
+        old, new = state.origin["commits"] | state.origin, origin["commits"] | origin
+        names = sorted((old.keys() | new.keys()) - {"commits"})
+        changed = [name for name in names if old.get(name) != new.get(name)]
+        if changed:
+            restore = "restore the contents, or start a new run in another --output_dir"
+            raise UserError(f"--resume: {', '.join(changed)} changed since the run started; {restore}")
         policy.load_state_dict(checkpoint["weights"], strict=False)
-    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
-        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
+    by_process = gather_object([[origin, state.sft_step, state.step]])
+    if any(other != by_process[0] for other in by_process):
+        raise UserError("models, data or checkpoints differ between processes; give all the same options and files")
     return state
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip with nothing behind it.
+    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip file without a checksum.
 
-    A checkpoint of this script has its SHA-256 behind the zip. One that is cut or has other bytes is corrupt.
+    A checkpoint of this script is a zip file followed by its SHA-256; if truncated or altered, it is corrupt.
     """
     if not path.is_file():
         return False
     with path.open("rb") as file:
         first = file.read(1)
-        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip
+        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip file
         end = file.read(4)
     return first == b"\x80" or end == b"PK\x05\x06"
 
 
 class Checkpoints:
-    """The checkpoints of a run, a file each: checkpoint-<n>.pt after n steps, those of SFT and of PPO together.
+    """The checkpoints of a run: checkpoint-<n>.pt is written after n steps of SFT and PPO together.
 
-    The one before PPO's first step replaces the last one of SFT: it holds the measured start.
-    Every random number and every batch is a function of the seed and the step, so there is no random state to keep.
-    A file is what torch.save writes and, behind it, its SHA-256, which shows a damage.
+    The one before the first PPO step replaces the last one of SFT: it contains the evaluation before PPO.
+    A checkpoint has no random state, because all random numbers and batches are functions of the seed and the step.
+    A file is the output of torch.save followed by its SHA-256, which detects corruption.
     """
 
     def __init__(self, directory: Path, limit: int):
-        self.directory, self.limit, self.damaged = directory, limit, []
+        self.directory, self.limit, self.unusable = directory, limit, []
 
     def paths(self) -> list[Path]:
-        """The newest first; files of other programs are left out."""
-        files = {re.fullmatch(r"checkpoint-(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
-        files.pop(None, None)
-        newest_first = sorted(files, key=lambda name: int(name[1]), reverse=True)
-        return [files[name] for name in newest_first if not is_foreign(files[name])]
+        """The run's checkpoints, newest first, without files of other programs."""
+        numbered = []
+        for path in self.directory.glob("*.pt"):
+            match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
+            if match and not is_foreign(path):
+                numbered.append((int(match[1]), path))
+        return [path for _, path in sorted(numbered, reverse=True)]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
+        """Write a checkpoint and delete those beyond the limit."""
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-        torch.save(content, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
         with atomic_write(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
             path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         self.prune(self.limit)
 
     def prune(self, limit: int) -> None:
-        """Delete all but the newest, those that were found damaged, and what a killed run had half written."""
-        whole = [path for path in self.paths() if path not in self.damaged]
-        for path in [*whole[limit:], *self.damaged, *self.directory.glob(".checkpoint-*.partial")]:
+        """Delete all but the newest `limit` checkpoints, those that load() skipped, and partly written files."""
+        usable = [path for path in self.paths() if path not in self.unusable]
+        for path in [*usable[limit:], *self.unusable, *self.directory.glob(".checkpoint-*.partial")]:
             path.unlink()
-        self.damaged = []
+        self.unusable = []
 
     def load(self) -> dict | None:
-        """The newest valid one. Each that is corrupt or of another version of the script is reported and skipped."""
+        """The newest valid checkpoint. Those that are corrupt or of another version are reported and skipped.
+
+        None if there is no valid one. That is not an error: the first upload of a spot job may be incomplete.
+        """
         for path in self.paths():
-            with as_user_error(str(path), "resume"):  # a disk that fails may come back: that is no damage
-                content, fault = path.read_bytes(), "it is damaged"
+            with as_user_error(str(path), "resume"):  # a read error may be temporary, so it is not corruption
+                content, problem = path.read_bytes(), "it is corrupt"
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
                     checkpoint = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
                     if checkpoint["state"].keys() == {entry.name for entry in dataclasses.fields(RunState)}:
-                        print(f"going on from {path}")
+                        print(f"resuming from {path}")
                         return checkpoint | {"state": RunState(**checkpoint["state"])}
-                    fault = "another version of this script wrote it"
-            self.damaged.append(path)
-            print(f"warning: {path} is not used: {fault}")
-        # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
-        print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
+                    problem = "another version of this script wrote it"
+            self.unusable.append(path)
+            print(f"warning: {path} is not used: {problem}")
+        print(f"--resume: no valid checkpoint in {self.directory}, starting from scratch")
         return None
 
     def check(self, checkpoint: dict | None, config: DetoxConfig) -> None:
-        """Refuse to go on with another run's checkpoint, and to overwrite an unfinished run."""
+        """Raise UserError if the checkpoint is of another run, or if a new run would overwrite an unfinished one."""
         if checkpoint:
-            # An older script's checkpoint lacks the options that came later; its run had what are their defaults.
-            was, step = vars(DetoxConfig()) | checkpoint["state"].config, checkpoint["state"].step
-            kept = [name for name in OPTIONS if name not in MAY_CHANGE and getattr(config, name) != was[name]]
-            if changed := [f"{name} was {was[name]!r} and is {getattr(config, name)!r}" for name in kept]:
-                raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
+            # The checkpoint of an older script lacks newer options; their defaults are what its run did.
+            old, step = vars(DetoxConfig()) | checkpoint["state"].config, checkpoint["state"].step
+            fixed = [name for name in OPTIONS if name not in MAY_CHANGE]
+            changed = [name for name in fixed if getattr(config, name) != old[name]]
+            if changed:
+                values = [f"{name} was {old[name]!r} and is {getattr(config, name)!r}" for name in changed]
+                raise UserError(f"--resume needs the checkpoint's options: {', '.join(values)}")
             if step > config.max_ppo_steps:
-                raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
+                limit = f"--max_ppo_steps {config.max_ppo_steps} is below it; raise it to at least {step}"
+                raise UserError(f"--resume: the checkpoint is at step {step}, {limit}")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
-            begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
-            raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
+            fix = "use --resume to continue it, choose another directory, or delete this one"
+            raise UserError(f"--output_dir: {self.directory} holds an unfinished run ({self.paths()[0].name}); {fix}")
 
 
-WRITTEN = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png")
+OUTPUT_FILES = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png")
 
 
-def refuse_foreign_files(directory: Path, option_name: str) -> None:
-    """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
+def check_foreign_files(directory: Path, option_name: str) -> None:
+    """Raise UserError if a run would overwrite files in a directory that no run has written to."""
     if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
         return
-    theirs = [name for name in (*WRITTEN, "adapter") if os.path.lexists(directory / name)]
-    theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
-    if theirs:
-        holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
-        raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+    foreign = [name for name in (*OUTPUT_FILES, "adapter") if os.path.lexists(directory / name)]
+    foreign += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
+    if foreign:
+        overwritten = f"a run would overwrite files of another program: {', '.join(foreign)}"
+        raise UserError(f"--{option_name} {directory}: {overwritten}; choose another directory")
 
 
 def check_writable(directory: Path, option_name: str) -> None:
-    """An error at the start where a run could not write one of its files at the end."""
+    """Raise UserError at the start if a run could not write one of its files at the end."""
     folders = [directory, *(directory / name for name in ("adapter", "sft_adapter", "start_adapter"))]
-    names = (*WRITTEN, "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
-    for path in [*folders, *(folder / name for folder in folders for name in names)]:
-        kind, fits = ("directory", path.is_dir()) if path in folders else ("file", path.is_file())
-        if path.exists() and not (fits and os.access(path, os.W_OK)):
-            raise UserError(f"--{option_name} {directory}: can't be written: {path} is not a writable {kind}")
+    names = (*OUTPUT_FILES, "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors")
+    files = [folder / name for folder in folders for name in (*names, "value_head.safetensors")]
+    for kind, paths, is_kind in (("directory", folders, Path.is_dir), ("file", files, Path.is_file)):
+        for path in paths:
+            if path.exists() and not (is_kind(path) and os.access(path, os.W_OK)):
+                raise UserError(f"--{option_name} {directory}: can't be written: {path} is not a writable {kind}")
 
 
 def trained_in(output_dir: Path) -> bool:
-    """Whether the finished run whose results lie in a directory trained: an evaluation alone may not replace them."""
+    """Whether the results in a directory are those of a training run, which an evaluation must not replace."""
     results = output_dir / "results.json"
     config = json.loads(results.read_text(encoding="utf-8"))["config"] if results.exists() else {}
     return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
@@ -3089,11 +3110,11 @@ def trained_in(output_dir: Path) -> bool:
 
 @contextmanager
 def lock_directories(config: DetoxConfig):
-    """Make and lock the run's directories, in one process for all. What nothing is written to is removed again."""
+    """Create and lock the run's directories in the main process. Unused directories are removed at the end."""
     names = ("checkpoint_dir", "model_dir", "output_dir") if PartialState().is_main_process else ()
     directories = {Path(getattr(config, name) or config.output_dir): name for name in names}
     for directory, name in directories.items():
-        refuse_foreign_files(directory, name)
+        check_foreign_files(directory, name)
     with ExitStack() as at_end:
         for directory, name in directories.items():
             new = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -3102,7 +3123,7 @@ def lock_directories(config: DetoxConfig):
                 directory.mkdir(parents=True, exist_ok=True)
                 at_end.enter_context(FileLock(directory / ".lock").acquire(timeout=0))
             except Timeout as error:
-                raise UserError(f"--{name} {directory}: another run is writing there; choose another") from error
+                raise UserError(f"--{name} {directory}: another run is using it; choose another directory") from error
             except OSError as error:
                 raise UserError(f"--{name} {directory}: can't be written: {error.strerror}") from error
             at_end.callback(remove_unused, directory, before, new)
@@ -3111,7 +3132,7 @@ def lock_directories(config: DetoxConfig):
 
 
 def remove_unused(directory: Path, before: set[Path], new: list[Path]) -> None:
-    """Remove a directory's lock if it is all that is not as before, then new directories that are empty."""
+    """Remove the lock file if nothing else was written to a directory, then the new directories that are empty."""
     with suppress(OSError):
         if set(directory.glob("*")) - before == {directory / ".lock"}:
             (directory / ".lock").unlink()

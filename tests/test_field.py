@@ -412,7 +412,7 @@ def test_a_project_that_was_moved_is_resumed(undisturbed, forked, tiny, tmp_path
     moved = {"--model_name": "./moved", "--dataset_name": str(tmp_path / "data")}
     args = [part for pair in (given | moved).items() for part in pair]
     resumed = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-" in resumed.output
+    assert resumed.code == 0 and "resuming from run/checkpoint-" in resumed.output
     changed = differences(undisturbed.left, left(tmp_path / "run"))
     assert set(changed) <= {"results.json", "README.md", *(name for name in changed if name.endswith((".pt", "json")))}
     assert "comparison.csv" not in changed and "metrics.jsonl" not in changed
@@ -426,7 +426,7 @@ def test_another_model_at_the_same_path_is_not(undisturbed, forked, tiny, tmp_pa
     settings = tmp_path / "model" / "generation_config.json"
     settings.write_text(settings.read_text() + "\n")
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "--resume: model_name: the contents are others than when the run began" in run.error
+    assert run.code == 2 and "--resume: model_name changed since the run started" in run.error
 
 
 # The comparison that was edited by hand
