@@ -3140,110 +3140,110 @@ def remove_unused(directory: Path, before: set[Path], new: list[Path]) -> None:
             path.rmdir()
 
 
-# --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
+# --- Errors: a user error is one line and exit code 2, without a stack trace -----------------------------------------
 
-# user:password of a URL, telling parameters of its query, and the hub's tokens: hf_ and 34 letters and digits
+# user:password in a URL, secret parameters of its query, and tokens of the hub: hf_ and 34 letters and digits
 SECRET_PARAM = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
 SECRETS = re.compile(
     rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{SECRET_PARAM})[^&\s]+|\bhf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9])"
 )
-RESUME_HINT = "When that is mended, --resume goes on from the newest checkpoint"
-KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, and the way out
-    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
-    "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
-    r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
+RESUME_HINT = "Fix that and use --resume to continue from the newest checkpoint"
+KNOWN_ERRORS = {  # pattern in the message of an error that is not a bug of this script -> what to do
+    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Out of memory: "
+    "lower --mini_batch_size for the update, or --batch_size, --output_max_length or --input_max_text_length for "
+    "sampling",
+    r"Dist\w*Error|gloo": "Another process of this run has ended: see its error, then use --resume to continue",
 }
-
-
-PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
-
-
+PATHS = "relative paths start at the current directory; in a --config file also at its directory and the script's"
 TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
 class UserError(Exception):
-    """What the user can mend. It may quote anything: secrets are masked, signs that move the cursor spelt out."""
+    """A failure that the user can fix. The message is one line, with secrets masked and control characters escaped."""
 
     def __init__(self, message: str):
         text = SECRETS.sub("***", " ".join(message.split()))
-        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
+        chars = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
+        super().__init__("".join(chars))
 
 
-def one_line(what: Exception | str) -> str:
-    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}".removesuffix(": ")
+def one_line(text: Exception | str) -> str:
+    """A text, or the type and message of an error, in one line of at most 400 characters."""
+    if isinstance(text, Exception):
+        text = f"{type(text).__name__}: {text}".removesuffix(": ")
     return " ".join(text.split())[:400]
 
 
 def explain(error: Exception) -> str | None:
-    """A failure that the user can mend, in one line; None for a defect of the script."""
+    """The message of a failure that the user can fix, in one line; None for a bug of this script."""
     if isinstance(error, UserError):
         return str(error)
     if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
         return None
-    ways = (way for words, way in KNOWN_ERRORS.items() if re.search(words, one_line(error), re.IGNORECASE))
-    way = next(ways, RESUME_HINT if isinstance(error, OSError | SafetensorError) else None)
-    return way and str(UserError(f"{one_line(error)}. {way}."))
+    message = one_line(error)
+    hints = [hint for pattern, hint in KNOWN_ERRORS.items() if re.search(pattern, message, re.IGNORECASE)]
+    if isinstance(error, OSError | SafetensorError):
+        hints.append(RESUME_HINT)
+    return str(UserError(f"{message}. {hints[0]}.")) if hints else None
 
 
 @contextmanager
 def as_user_error(name: str, option_name: str):
-    """Whatever goes wrong while `name` is loaded becomes one line that says which option named it, and the cause."""
+    """Turn an error while `name` is loaded into a UserError with the option, the name and the cause."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of a dozen types, some of libraries behind those that are called here
+    except Exception as error:  # libraries raise a dozen types
         innermost = traceback.extract_tb(error.__traceback__)[-1]
-        defects = AttributeError | NameError | TypeError | KeyError | AssertionError
-        if isinstance(error, defects) and innermost.filename == __file__:
-            raise  # a defect of this script
+        bugs = AttributeError | NameError | TypeError | KeyError | AssertionError
+        if isinstance(error, bugs) and innermost.filename == __file__:
+            raise  # a bug of this script
+        reason = str(error) if type(error) is ValueError else one_line(error)
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(error) if type(error) is ValueError else one_line(error)
-        reason += "" if cause is error else f" (because of {one_line(cause)})"
+        if cause is not error:
+            reason += f" (because of {one_line(cause)})"
         if isinstance(error, pickle.UnpicklingError):
-            reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
-        elif (
-            isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower()
-        ):  # one that no weights were for
-            reason = "its weights have another shape than its config.json says"
-        elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
-            asked = (
-                f"No such file or directory ({PATHS}), so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
-            )
-            ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
-            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {TOY_EXAMPLE}"
+            reason = "its weights are a pickle of more than tensors, which could run code; use a safetensors file"
+        elif isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower():  # no weights fit
+            reason = "the shapes of its weights differ from those in its config.json"
+        elif option_name in FROM_HUB and not os.path.lexists(name):  # Path.exists rejects long names
+            hub = f"the hub at {huggingface_hub.constants.ENDPOINT} was queried"
+            hints = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use earlier downloads"
+            hints = f"{hints}, or run the bundled toy example: {TOY_EXAMPLE}"
+            reason = f"{reason.rstrip('.')}. No such file or directory ({PATHS}), so {hub}: {hints}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
-            reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
+            reason = "a file that it needs is missing"  # so the library looked for the path on the hub
         raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
 
 
 @contextmanager
 def atomic_write(path: Path):
-    """Write a file under another name; it takes its own when all of it is on the disk. Till then the old one stays."""
+    """Yield a temporary path, and rename it to `path` once it is on the disk. Until then the old file stays."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # Python's and torch's for a full disk
-        partial.unlink(missing_ok=True)  # half a file would keep the disk full
+    except (OSError, RuntimeError) as error:  # Python's and torch's errors for a full disk
+        partial.unlink(missing_ok=True)  # it would keep the disk full
         raise UserError(f"{path}: can't be written: {one_line(error)}. {RESUME_HINT}.") from error
 
 
 def print_wrapped(text: str) -> None:
-    """Print a line above the progress bar, broken at 100 columns."""
+    """Print a text above the progress bar, wrapped at 100 columns."""
     tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
 
 
 class SafeStream:
-    """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
+    """A stream that discards output once its reader is gone or its disk is full: printing must not end a run."""
 
     def __init__(self, stream):
         self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # what can't be shown is replaced; a line is out when it ends
+        if isinstance(stream, io.TextIOWrapper):  # replace unencodable characters, flush every line
             stream.reconfigure(line_buffering=True, errors="replace")
 
     def __getattr__(self, name):

@@ -406,7 +406,7 @@ DAMAGE = {
     "adapter of an unknown kind": (ADAPTER, edited("adapter_config.json", peft_type="NEW"), ["NEW"]),
     "adapter of no kind": (ADAPTER, written("adapter_config.json", b'{"r": 4}'), []),
     "adapter config that is no JSON": (ADAPTER, written("adapter_config.json", b"{"), []),
-    "adapter without weights": (ADAPTER, removed(LORA), ["not there"]),
+    "adapter without weights": (ADAPTER, removed(LORA), ["is missing"]),
     "adapter cut off": (ADAPTER, cut(LORA), ["incomplete"]),
     "adapter that is not finite": (ADAPTER, not_finite(LORA, "lora_A"), ["lora_A", "not finite"]),
     "adapter that is an empty pickle": (ADAPTER, as_pickle(b""), []),

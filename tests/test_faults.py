@@ -66,7 +66,7 @@ def test_a_full_disk_while_saving(undisturbed, forked, disk, tmp_path):
     args = [*undisturbed.args, "--output_dir", str(home / "run")]
     run = forked.run(args, tmp_path, [FAST])
     assert run.code == 2 and "Traceback" not in run.output
-    assert re.search(r"run/checkpoint-2.pt: can't be written: .*When that is mended, --resume goes on", run.error)
+    assert re.search(r"run/checkpoint-2.pt: can't be written: .*Fix that and use --resume to continue", run.error)
     assert checkpoints_of(home / "run") == ["checkpoint-1.pt"]
     assert not list((home / "run").glob(".*.partial"))  # a partial file would keep the disk full
     disk(home, "size=4950k")
@@ -190,7 +190,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_out_of_memory_names_the_options_to_lower(undisturbed, forked, tmp_path):
     run = forked.run([*undisturbed.args, "--sft_steps", "0"], tmp_path, [FAST, ["forks:short_of_memory", {}]])
     assert run.code == 2 and "Traceback" not in run.output
-    assert "Memory ran out: lower mini_batch_size" in run.error and "output_max_length" in run.error
+    assert "Out of memory: lower --mini_batch_size" in run.error and "output_max_length" in run.error
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray])
@@ -198,7 +198,7 @@ def test_every_kind_of_out_of_memory(allocate):
     with pytest.raises((RuntimeError, MemoryError)) as error:
         allocate(2**58)
     for failure in (error.value, torch.OutOfMemoryError("CUDA out of memory.")):
-        assert "Memory ran out: lower mini_batch_size" in detox_ppo.explain(failure)
+        assert "Out of memory: lower --mini_batch_size" in detox_ppo.explain(failure)
 
 
 def test_bugs_are_not_explained_as_user_errors():
