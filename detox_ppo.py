@@ -3259,13 +3259,13 @@ class SafeStream:
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-# The headings of --help, by the first option under each.
+# First option of a group in --help -> heading of the group.
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "SFT", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
 
 def converted(kind, text: str):
-    """A flag's value; one that is empty or of another type stays text, which the option's own type reports."""
+    """The value of a flag. An empty or ill-typed one stays text, which DetoxConfig reports as an error."""
     try:
         return kind(text) if text else text
     except ValueError:
@@ -3273,18 +3273,18 @@ def converted(kind, text: str):
 
 
 class OptionParser(trl.TrlParser):
-    """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
+    """TrlParser with headings in its help, and with one-line errors instead of the usage of every option."""
 
     heading = None
 
     def add_argument(self, *flags, **kwargs):
         name = flags[0].removeprefix("--")
-        if title := HEADINGS.get(name):
-            self.heading = self.add_argument_group(title)
+        if name in HEADINGS:
+            self.heading = self.add_argument_group(HEADINGS[name])
         if name in OPTIONS:  # HfArgumentParser gives a list no default
             kwargs.setdefault("default", getattr(DetoxConfig, name))
-        if kind := kwargs.get("type"):
-            kwargs["type"] = functools.wraps(kind)(functools.partial(converted, kind))
+        if "type" in kwargs:
+            kwargs["type"] = functools.partial(converted, kwargs["type"])
         return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
 
     def error(self, message):
@@ -3292,31 +3292,33 @@ class OptionParser(trl.TrlParser):
 
 
 def read_options(path: str) -> dict:
-    """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
+    """The options of a YAML file. TrlParser's own reader would let it set environment variables with an `env` key."""
     with as_user_error(path, "config"):
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError("expected a YAML mapping, a line `option: value` for each option")
-        nodes = yaml.compose(text).value
-        keys = Counter(str(key.value) for key, _ in nodes)
-        if twice := [name for name, count in keys.items() if count > 1]:  # YAML takes the second in silence
-            raise ValueError(f"{twice[0]} stands twice")
-        for key, node in nodes:
+        names = set()
+        for key, node in yaml.compose(text).value:
+            if key.value in names:  # YAML would silently use the last one
+                raise ValueError(f"{key.value} is given twice")
+            names.add(key.value)
             if node.tag.endswith(":int") and re.match(r"[-+]?0\d|.*:", node.value):  # YAML 1.1: 016 is 14
                 raise ValueError(f"{key.value}: {node.value} is octal or base 60 in YAML; write a decimal number")
-    if unknown := [str(name) for name in options if name not in OPTIONS]:
+    unknown = [str(name) for name in options if name not in OPTIONS]
+    if unknown:
         raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
     folders = ("", Path(path).expanduser().parent, Path(__file__).parent)
     for name in FROM_HUB:
-        if (value := options.get(name)) and isinstance(value, str):
+        value = options.get(name)
+        if value and isinstance(value, str):
             paths = (os.path.join(folder, value) for folder in folders)
             options[name] = next(filter(os.path.exists, paths), value)
     return options
 
 
 def unknown_option(given: str) -> str:
-    """The complaint about what is no option, with the option that is meant or most like it."""
+    """The error message for an unknown option, with the option that it resembles most."""
     name = given.split("=")[0].strip("-").replace("-", "_")
     close = difflib.get_close_matches(name, OPTIONS, n=1)
     if name.startswith("no_") and isinstance(getattr(DetoxConfig, name[3:], None), bool):
@@ -3330,13 +3332,13 @@ def unknown_option(given: str) -> str:
 SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 
 
-def options_of_the_job() -> dict:
-    """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
-    places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
-    options = {name: os.environ[variable] for name, variable in places.items() if variable in os.environ}
+def sagemaker_options() -> dict:
+    """Options from the environment of a SageMaker job. It restarts with the same command, so it always resumes."""
+    variables = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
+    options = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
     channels = [name for name in sorted(os.environ) if name.startswith("SM_CHANNEL_")]
     if channels and channels not in (["SM_CHANNEL_TRAIN"], ["SM_CHANNEL_TRAINING"]):
-        raise UserError(f"{', '.join(channels)}: a job has one channel here, train or training, with the dialogues")
+        raise UserError(f"{', '.join(channels)}: use one channel, train or training, with the dialogues")
     if channels:
         options["dataset_name"] = os.environ[channels[0]]
     if "model_dir" in options:
@@ -3346,21 +3348,19 @@ def options_of_the_job() -> dict:
 
 
 def check_options(config: DetoxConfig) -> None:
-    """Check combinations of options."""
+    """Raise UserError for options that do not fit together."""
     if config.eval_samples == 0:
         raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
     if config.toxic_label == config.reward_label:
-        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from reward_label")
+        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from --reward_label")
     if config.prompt.count("{dialogue}") != 1:
         raise UserError(f"--prompt {config.prompt!r}: it should contain {{dialogue}} once")
     if config.judge_model_name == config.reward_model_name:
-        raise UserError(
-            f"--judge_model_name {config.judge_model_name}: it is also the reward model; give another classifier"
-        )
+        judge = f"--judge_model_name {config.judge_model_name}"
+        raise UserError(f"{judge}: it is also the reward model; use another classifier")
     if config.hub_model_id and "/" not in config.hub_model_id:
         raise UserError(f"--hub_model_id {config.hub_model_id}: it should be OWNER/NAME")
-    for kind in ("input_{}_text_length", "output_{}_length"):
-        low, high = kind.format("min"), kind.format("max")
+    for low, high in (("input_min_text_length", "input_max_text_length"), ("output_min_length", "output_max_length")):
         if getattr(config, low) >= getattr(config, high):
             raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
     if config.batch_size % config.mini_batch_size:
@@ -3371,38 +3371,40 @@ def check_options(config: DetoxConfig) -> None:
 def parse_config(args: list[str]) -> DetoxConfig:
     """Parse flags and `--config FILE.yaml` into a checked configuration.
 
-    What a SageMaker job says of its places wins over the file; a flag wins over both. A UserError names the first
-    option that is unknown, ill-typed or out of range, and what was expected.
+    The directories of a SageMaker job override the file; flags override both. Raises UserError, which names the first
+    option that is unknown, ill-typed or out of range and what was expected.
     """
     parser = OptionParser(DetoxConfig, prog="detox_ppo.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE.yaml", action="append", help="YAML file of these options.")
     files = parser.parse_known_args(args)[0].config or []
     if len(files) > 1:
-        raise UserError("--config takes one file, once: --config FILE.yaml")
-    parser.set_defaults_with_config(**(read_options(files[0]) if files else {}) | options_of_the_job())
-    given, unknown = parser.parse_known_args(args)
+        raise UserError("--config is given more than once; use a single --config FILE.yaml")
+    defaults = read_options(files[0]) if files else {}
+    parser.set_defaults_with_config(**defaults | sagemaker_options())
+    values, unknown = parser.parse_known_args(args)
     if unknown:
         raise UserError(unknown_option(unknown[0]))
     try:
-        return DetoxConfig(**{name: getattr(given, name) for name in OPTIONS})
+        return DetoxConfig(**{name: getattr(values, name) for name in OPTIONS})
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
         name = problem["loc"][0]
-        help = DetoxConfig.__dataclass_fields__[name].metadata["help"]
-        raise UserError(f"--{name} is {one_line(repr(problem['input']))}: {expected}. {help}") from error
+        meaning = DetoxConfig.__dataclass_fields__[name].metadata["help"]
+        raise UserError(f"--{name} is {one_line(repr(problem['input']))}: {expected}. {meaning}") from error
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
-    """The device of this process and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
+    """The device of this process and the dtype of the frozen weights. `auto` depends on what the hardware supports."""
     processes, name = PartialState(), config.device
+    count = processes.num_processes
     for size in ("batch_size", "sft_batch_size"):
-        if getattr(config, size) % processes.num_processes:
-            raise UserError(f"--{size} {getattr(config, size)} is no multiple of {processes.num_processes} processes")
-    if processes.num_processes > 1 and name not in ("auto", processes.device.type):
-        raise UserError(f"--device {name}: each of several processes takes its own {processes.device.type}")
-    if name == "auto" or processes.num_processes > 1:
-        # accelerate numbers even the CPU, which safetensors refuses.
+        if getattr(config, size) % count:
+            raise UserError(f"--{size} {getattr(config, size)} is not a multiple of the number of processes, {count}")
+    if count > 1 and name not in ("auto", processes.device.type):
+        raise UserError(f"--device {name}: each of several processes uses its own {processes.device.type}; use auto")
+    if name == "auto" or count > 1:
+        # accelerate numbers even the CPU, which safetensors rejects.
         name = "cpu" if processes.device.type == "cpu" else str(processes.device)
     with as_user_error(name, "device"):
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -3417,45 +3419,53 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
+def check_accelerate() -> None:
+    """Raise UserError for settings of `accelerate launch` that this script does not support."""
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
+            raise UserError(f"ACCELERATE_USE_{plugin} is not supported because every process holds the whole model; unset it")
+    for setting, fix in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
+        value = os.environ.get(f"ACCELERATE_{setting}", "no")
+        if value.lower() not in ("", "no"):
+            raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {fix}")
+
+
 def first_to_exit() -> bool:
-    """Whether this process is the first of the run to end early: the others need not tell why as well."""
+    """Whether this process is the first of the run to end early; only that one prints the reason."""
     if not torch.distributed.is_initialized():
         return True
     try:
         store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return store.add("ended", 1) == 1
-    except torch.distributed.DistError:  # the process that kept the store is gone
+    except torch.distributed.DistError:  # the process with the store has ended
         return True
 
 
 def main(args: list[str] | None = None) -> None:
     """Parse the options and run.
 
-    Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM or SIGHUP and 130
-    after Ctrl-C, when all up to the step in hand is saved.
+    Exit codes: 2 after a user error, which is one line on stderr; 0 after SIGTERM or SIGHUP and 130 after Ctrl-C, when
+    a checkpoint has been written.
     """
-    # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
+    # Hide notices that the libraries address to developers, such as T5's about tied weights.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     stop, handlers, streams = StopSignals(), {}, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = map(SafeStream, streams)
-    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere none can be handled
     try:
-        for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-            if parse_flag_from_env(f"ACCELERATE_USE_{way}"):
-                raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
-        for setting, way in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
-            if (value := os.environ.get(f"ACCELERATE_{setting}", "no")).lower() not in ("", "no"):
-                raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {way}")
-        # What is ignored stays so, as nohup has it with a hangup, and a shell with Ctrl-C for what runs behind it.
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if in_main_thread else ()
-        handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
-        if signal.SIGINT in handlers:  # Python would not hear Ctrl-C while PyTorch waits for the other processes
+        check_accelerate()
+        if threading.current_thread() is threading.main_thread():  # other threads cannot handle signals
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's background job Ctrl-C
+                    handlers[number] = handler
+        if signal.SIGINT in handlers:  # Python's handler would not run while PyTorch waits for the other processes
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if (count := os.environ.get("WORLD_SIZE", "1")) != "1" and os.environ.get("RANK") == "0":
-            print(f"waiting for all of the {count} processes that WORLD_SIZE promises", file=sys.stderr)
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1" and os.environ.get("RANK") == "0":
+            print(f"waiting for all {count} processes (WORLD_SIZE)", file=sys.stderr)
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-        if not processes.is_main_process:  # one process speaks, but for the last words below
+        if not processes.is_main_process:  # only the main process prints, except for the last message below
             sys.stdout = sys.stderr = open(os.devnull, "w")
         for number in handlers:
             signal.signal(number, stop)
@@ -3464,17 +3474,17 @@ def main(args: list[str] | None = None) -> None:
     except Stopped:
         if first_to_exit():
             stopped = f"stopped by {signal.Signals(stop.received).name}"
-            print(f"{stopped}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
+            print(f"{stopped}; the same command with --resume continues from the newest checkpoint", file=streams[1])
         sys.exit(130 if stop.received == signal.SIGINT else 0)
     except Exception as error:
         if first_to_exit():
-            reason = explain(error)
-            with suppress(OSError):  # no directory, or a full disk
-                (SAGEMAKER / "output" / "failure").write_text(reason or SECRETS.sub("***", traceback.format_exc()))
+            reason, trace = explain(error), SECRETS.sub("***", traceback.format_exc())
+            with suppress(OSError):  # no such directory, or a full disk
+                (SAGEMAKER / "output" / "failure").write_text(reason or trace)
             if not reason:
                 raise
             if os.environ.get("DETOX_DEBUG") == "1":
-                print(SECRETS.sub("***", traceback.format_exc()), file=streams[1])
+                print(trace, file=streams[1])
             print(f"detox_ppo.py: error: {reason}", file=streams[1])
         sys.exit(2)
     finally:

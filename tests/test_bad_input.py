@@ -112,7 +112,7 @@ FILES = {
     "the name of the file option": ("config: other.yaml\n", "config"),
     "help": ("help: true\n", "help"),
     "environment variables": ("env:\n  DETOX_PPO_TEST: 1\n", "env"),
-    "an option twice": ("seed: 1\nseed: 2\n", "seed stands twice"),
+    "an option twice": ("seed: 1\nseed: 2\n", "seed is given twice"),
     "no mapping": ("- batch_size\n", "mapping"),
     "nothing": ("", "mapping"),
     "a number as an option": ("1: 2\n", "1"),

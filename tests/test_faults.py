@@ -386,7 +386,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_current_step(point, code, newest, u
     args = [*undisturbed.args, "--save_steps", "100"]
     stopped = forked.run(args, tmp_path, [strike(*point)])
     assert stopped.code == code and "Traceback" not in stopped.output
-    assert stopped.error.startswith(f"stopped by {point[2]}; the same command with --resume goes on")
+    assert stopped.error.startswith(f"stopped by {point[2]}; the same command with --resume continues")
     assert checkpoints_of(tmp_path / "run")[0] == newest
     resumed = forked.run([*args, "--resume"], tmp_path, [FAST])
     assert resumed.code == 0 and f"resuming from run/{newest}" in resumed.output

@@ -218,7 +218,7 @@ def test_sft_of_a_family_without_decoder_inputs_from_labels(small_config, tiny, 
 # Environment of a job and the machine
 
 
-def test_both_channels_that_jobs_name_are_read_and_others_refused(small_arguments, few, tiny, monkeypatch):
+def test_both_channels_that_jobs_name_are_read_and_others_are_errors(small_arguments, few, tiny, monkeypatch):
     arguments = small_arguments()
     place = arguments.index("--dataset_name")
     without = arguments[:place] + arguments[place + 2 :]
@@ -228,7 +228,7 @@ def test_both_channels_that_jobs_name_are_read_and_others_refused(small_argument
         for flag in ("--dataset_name", "--dataset-name"):
             assert parse_config([*without, flag, "other"]).dataset_name == "other"
         monkeypatch.setenv("SM_CHANNEL_EXTRA", "/somewhere")
-        with pytest.raises(UserError, match=f"SM_CHANNEL_EXTRA, {name}: a job has one channel"):
+        with pytest.raises(UserError, match=f"SM_CHANNEL_EXTRA, {name}: use one channel"):
             parse_config(without)
         monkeypatch.delenv("SM_CHANNEL_EXTRA")
         monkeypatch.delenv(name)
@@ -264,7 +264,7 @@ def test_waiting_for_missing_processes_is_reported_and_can_be_interrupted(small_
     command = [sys.executable, str(Path(detox_ppo.__file__)), *small_arguments(output_dir=tmp_path / "run")]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=env | {"MASTER_PORT": "0"}, **options)
-    assert process.stderr.readline() == "waiting for all of the 2 processes that WORLD_SIZE promises\n"
+    assert process.stderr.readline() == "waiting for all 2 processes (WORLD_SIZE)\n"
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(number)

@@ -245,8 +245,8 @@ def test_a_repeated_sft_run_counts_as_unfinished(undisturbed, forked, tmp_path):
     args = [*undisturbed.args, "--max_ppo_steps", "0", "--eval_samples", "1"]
     assert forked.run(args, tmp_path, [FAST]).code == 0
     assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
-    refused = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
-    assert refused.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
+    second = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
+    assert second.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
 
 
 # Retention
