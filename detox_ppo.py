@@ -3423,7 +3423,7 @@ def check_accelerate() -> None:
     """Raise UserError for settings of `accelerate launch` that this script does not support."""
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
-            raise UserError(f"ACCELERATE_USE_{plugin} is not supported because every process holds the whole model; unset it")
+            raise UserError(f"ACCELERATE_USE_{plugin} is not supported: every process holds the whole model; unset it")
     for setting, fix in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
         value = os.environ.get(f"ACCELERATE_{setting}", "no")
         if value.lower() not in ("", "no"):

@@ -246,7 +246,7 @@ def test_a_repeated_sft_run_counts_as_unfinished(undisturbed, forked, tmp_path):
     assert forked.run(args, tmp_path, [FAST]).code == 0
     assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
     second = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
-    assert second.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
+    assert second.code == 2 and "run holds an unfinished run (checkpoint-" in second.error
 
 
 # Retention
