@@ -2947,10 +2947,9 @@ def environment(config: DetoxConfig, policy: Policy, origin: dict) -> dict:
     }
 
 
-# --- Checkpoints: a run goes on from one as if it had never stopped --------------------------------------------------
+# --- Checkpoints: a resumed run gives the same output as an uninterrupted one ----------------------------------------
 
-# What a resumed run may change; another difference would make it another run. Of models and data the contents are
-# compared, not the names.
+# Options that may differ when a run is resumed. Models and data are compared by their contents, not by their names.
 MAY_CHANGE = """resume output_dir model_dir checkpoint_dir save_steps save_total_limit max_ppo_steps logging_steps
     report_to hub_model_id dynamodb_table gradient_checkpointing""".split()
 MAY_CHANGE += FROM_HUB
@@ -2958,47 +2957,52 @@ MAY_CHANGE += FROM_HUB
 
 @dataclasses.dataclass
 class RunState:
-    """All that the next step depends on, but for the weights and the optimizer."""
+    """Everything that the next step depends on, except the weights and the optimizer state."""
 
     config: dict
     origin: dict  # of models and data: commits, dataset_fingerprint
-    phase: str = "start"  # then "sft", where there are SFT steps, and "ppo"
+    phase: str = "start"  # then "sft" if there are SFT steps, then "ppo"
     sft_step: int = 0
     step: int = 0  # of PPO
     kl_coef: float = 0.0
     skipped_in_row: int = 0
-    history: list = field(default_factory=list)  # a dict of metrics a PPO step
-    evaluations: dict = field(default_factory=dict)  # by when: the columns of evaluate_policy
-    overlap: dict = field(default_factory=dict)  # of the dialogues: overlap's counts
-    warnings: dict = field(default_factory=dict)
-    timings: dict = field(default_factory=dict)  # seconds of each part
+    history: list = field(default_factory=list)  # one dict of metrics per PPO step
+    evaluations: dict = field(default_factory=dict)  # when ("base", "before", "after") -> decoding -> columns
+    overlap: dict = field(default_factory=dict)  # counts of overlap()
+    warnings: dict = field(default_factory=dict)  # kind -> text
+    timings: dict = field(default_factory=dict)  # part of the run -> seconds
 
 
 class Stopped(BaseException):
-    """SIGTERM, SIGHUP or Ctrl-C came. No Exception, so that no library takes it for an error of its own."""
+    """Raised on SIGTERM, SIGHUP or Ctrl-C. Not an Exception, so that no library handles it as an error."""
 
 
 class StopSignals:
-    """Handler of SIGTERM, SIGHUP and Ctrl-C: stops the run at once, but a step in hand only when asked twice."""
+    """Handler of SIGTERM, SIGHUP and Ctrl-C. It stops the run at once, or after the current step if one is running.
+
+    A second signal stops the run during a step, too.
+    """
 
     in_step, received = False, None
 
     def __call__(self, number, frame):
-        again, self.received = self.received, number
-        if again or not self.in_step:
+        is_second = self.received is not None
+        self.received = number
+        if is_second or not self.in_step:
             raise Stopped
-        print(f"{signal.Signals(number).name}: stopping after the step in hand", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: stopping after the current step", file=sys.stderr)
 
     def agreed(self) -> bool:
-        """Whether any process got a signal, so that all stop after the same step."""
-        received = next(filter(None, gather_object([self.received])), None)
-        self.received = self.received or received  # a signal may just have come here, for the next time to tell
-        return received is not None
+        """Whether any process received a signal, so that all processes stop after the same step."""
+        received = [number for number in gather_object([self.received]) if number is not None]
+        if received:
+            self.received = self.received or received[0]
+        return bool(received)  # a signal that arrives during the gather counts at the next call
 
 
 @contextmanager
 def own_settings():
-    """The settings of torch that a run needs, whatever the caller's are; afterwards those and its logging are back."""
+    """Set the torch defaults that a run needs; afterwards restore the caller's, and its logging handlers."""
     dtype, threads, handlers = torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers)
     torch.set_default_dtype(torch.float32)
     try:
@@ -3012,140 +3016,157 @@ def own_settings():
     finally:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
-        logging.root.handlers[:] = handlers  # rouge_score adds one, with which the caller's basicConfig does nothing
+        logging.root.handlers[:] = handlers  # rouge_score adds one, which would disable the caller's basicConfig
 
 
 def steps_of(desc: str, done: int, last: int, stop: StopSignals):
-    """The steps that are still to be done, each with the progress bar; a signal waits for the end of a step."""
+    """Yield (step, progress bar) for each remaining step. A signal takes effect at the end of a step."""
     stop.in_step = True
     bar = tqdm(range(done + 1, last + 1), desc=desc, unit="step", initial=done, total=last, disable=NO_BAR)
     for step in bar:
         yield step, bar
-    agreed, stop.in_step = stop.agreed(), False  # what comes next may be stopped at any point
+    agreed = stop.agreed()
+    stop.in_step = False  # what follows may be stopped at any point
     if agreed:
         raise Stopped
 
 
 def init_or_restore(checkpoint: dict | None, config: DetoxConfig, origin: dict, policy: Policy) -> RunState:
-    """The state of a run that begins, or a checkpoint's with its weights; its models and data have to be the same."""
+    """The state of a new run, or that of a checkpoint, whose weights are loaded into the policy.
+
+    Raises UserError if models or data differ from those of the checkpoint or between processes.
+    """
     options = {name: getattr(config, name) for name in OPTIONS if name != "resume"}
     state = RunState(options, origin, kl_coef=config.init_kl_coef)
     if checkpoint:
         state = dataclasses.replace(checkpoint["state"], config=options)
-        was, now = state.origin["commits"] | state.origin, origin["commits"] | origin
-        names = sorted((was.keys() | now.keys()) - {"commits"})
-        if changed := [name for name in names if was.get(name) != now.get(name)]:
-            raise UserError(f"--resume: {', '.join(changed)}: the contents are others than when the run began")
+        old, new = state.origin["commits"] | state.origin, origin["commits"] | origin
+        names = sorted((old.keys() | new.keys()) - {"commits"})
+        changed = [name for name in names if old.get(name) != new.get(name)]
+        if changed:
+            restore = "restore the contents, or start a new run in another --output_dir"
+            raise UserError(f"--resume: {', '.join(changed)} changed since the run started; {restore}")
         policy.load_state_dict(checkpoint["weights"], strict=False)
-    if len(set(map(json.dumps, gather_object([[origin, state.sft_step, state.step]])))) > 1:
-        raise UserError("the processes differ in models, data or checkpoints: all need the same command and files")
+    by_process = gather_object([[origin, state.sft_step, state.step]])
+    if any(other != by_process[0] for other in by_process):
+        raise UserError("models, data or checkpoints differ between processes; give all the same options and files")
     return state
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip with nothing behind it.
+    """Whether another program wrote a file with a checkpoint's name: a pickle, or a zip file without a checksum.
 
-    A checkpoint of this script has its SHA-256 behind the zip. One that is cut or has other bytes is corrupt.
+    A checkpoint of this script is a zip file followed by its SHA-256; if truncated or altered, it is corrupt.
     """
     if not path.is_file():
         return False
     with path.open("rb") as file:
         first = file.read(1)
-        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip
+        file.seek(max(0, path.stat().st_size - 22))  # the end record of a zip file
         end = file.read(4)
     return first == b"\x80" or end == b"PK\x05\x06"
 
 
 class Checkpoints:
-    """The checkpoints of a run, a file each: checkpoint-<n>.pt after n steps, those of SFT and of PPO together.
+    """The checkpoints of a run: checkpoint-<n>.pt is written after n steps of SFT and PPO together.
 
-    The one before PPO's first step replaces the last one of SFT: it holds the measured start.
-    Every random number and every batch is a function of the seed and the step, so there is no random state to keep.
-    A file is what torch.save writes and, behind it, its SHA-256, which shows a damage.
+    The one before the first PPO step replaces the last one of SFT: it contains the evaluation before PPO.
+    A checkpoint has no random state, because all random numbers and batches are functions of the seed and the step.
+    A file is the output of torch.save followed by its SHA-256, which detects corruption.
     """
 
     def __init__(self, directory: Path, limit: int):
-        self.directory, self.limit, self.damaged = directory, limit, []
+        self.directory, self.limit, self.unusable = directory, limit, []
 
     def paths(self) -> list[Path]:
-        """The newest first; files of other programs are left out."""
-        files = {re.fullmatch(r"checkpoint-(\d+)\.pt", path.name): path for path in self.directory.glob("*.pt")}
-        files.pop(None, None)
-        newest_first = sorted(files, key=lambda name: int(name[1]), reverse=True)
-        return [files[name] for name in newest_first if not is_foreign(files[name])]
+        """The run's checkpoints, newest first, without files of other programs."""
+        numbered = []
+        for path in self.directory.glob("*.pt"):
+            match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
+            if match and not is_foreign(path):
+                numbered.append((int(match[1]), path))
+        return [path for _, path in sorted(numbered, reverse=True)]
 
     def save(self, policy: Policy, optimizer, state: RunState) -> None:
+        """Write a checkpoint and delete those beyond the limit."""
         content = {"weights": policy.adapters(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-        torch.save(content, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
         with atomic_write(self.directory / f"checkpoint-{state.sft_step + state.step}.pt") as path:
             path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         self.prune(self.limit)
 
     def prune(self, limit: int) -> None:
-        """Delete all but the newest, those that were found damaged, and what a killed run had half written."""
-        whole = [path for path in self.paths() if path not in self.damaged]
-        for path in [*whole[limit:], *self.damaged, *self.directory.glob(".checkpoint-*.partial")]:
+        """Delete all but the newest `limit` checkpoints, those that load() skipped, and partly written files."""
+        usable = [path for path in self.paths() if path not in self.unusable]
+        for path in [*usable[limit:], *self.unusable, *self.directory.glob(".checkpoint-*.partial")]:
             path.unlink()
-        self.damaged = []
+        self.unusable = []
 
     def load(self) -> dict | None:
-        """The newest valid one. Each that is corrupt or of another version of the script is reported and skipped."""
+        """The newest valid checkpoint. Those that are corrupt or of another version are reported and skipped.
+
+        None if there is no valid one. That is not an error: the first upload of a spot job may be incomplete.
+        """
         for path in self.paths():
-            with as_user_error(str(path), "resume"):  # a disk that fails may come back: that is no damage
-                content, fault = path.read_bytes(), "it is damaged"
+            with as_user_error(str(path), "resume"):  # a read error may be temporary, so it is not corruption
+                content, problem = path.read_bytes(), "it is corrupt"
                 if hashlib.sha256(content[:-32]).digest() == content[-32:]:
                     checkpoint = torch.load(io.BytesIO(content[:-32]), "cpu", weights_only=True)
                     if checkpoint["state"].keys() == {entry.name for entry in dataclasses.fields(RunState)}:
-                        print(f"going on from {path}")
+                        print(f"resuming from {path}")
                         return checkpoint | {"state": RunState(**checkpoint["state"])}
-                    fault = "another version of this script wrote it"
-            self.damaged.append(path)
-            print(f"warning: {path} is not used: {fault}")
-        # Not an error even if all are damaged: a spot job whose first one was cut off on its way has to start again.
-        print(f"--resume: no whole checkpoint in {self.directory}, starting from the beginning")
+                    problem = "another version of this script wrote it"
+            self.unusable.append(path)
+            print(f"warning: {path} is not used: {problem}")
+        print(f"--resume: no valid checkpoint in {self.directory}, starting from scratch")
         return None
 
     def check(self, checkpoint: dict | None, config: DetoxConfig) -> None:
-        """Refuse to go on with another run's checkpoint, and to overwrite an unfinished run."""
+        """Raise UserError if the checkpoint is of another run, or if a new run would overwrite an unfinished one."""
         if checkpoint:
-            # An older script's checkpoint lacks the options that came later; its run had what are their defaults.
-            was, step = vars(DetoxConfig()) | checkpoint["state"].config, checkpoint["state"].step
-            kept = [name for name in OPTIONS if name not in MAY_CHANGE and getattr(config, name) != was[name]]
-            if changed := [f"{name} was {was[name]!r} and is {getattr(config, name)!r}" for name in kept]:
-                raise UserError(f"--resume: the checkpoint is of a run with other options: {', '.join(changed)}")
+            # The checkpoint of an older script lacks newer options; their defaults are what its run did.
+            old, step = vars(DetoxConfig()) | checkpoint["state"].config, checkpoint["state"].step
+            fixed = [name for name in OPTIONS if name not in MAY_CHANGE]
+            changed = [name for name in fixed if getattr(config, name) != old[name]]
+            if changed:
+                values = [f"{name} was {old[name]!r} and is {getattr(config, name)!r}" for name in changed]
+                raise UserError(f"--resume needs the checkpoint's options: {', '.join(values)}")
             if step > config.max_ppo_steps:
-                raise UserError(f"--resume: step {step} is beyond --max_ppo_steps {config.max_ppo_steps}")
+                limit = f"--max_ppo_steps {config.max_ppo_steps} is below it; raise it to at least {step}"
+                raise UserError(f"--resume: the checkpoint is at step {step}, {limit}")
         elif self.paths() and not config.resume and not (Path(config.output_dir) / "results.json").exists():
-            begun = f"{self.directory} holds an unfinished run ({self.paths()[0].name})"
-            raise UserError(f"--output_dir: {begun}: --resume goes on with it; or choose another, or delete that one")
+            fix = "use --resume to continue it, choose another directory, or delete this one"
+            raise UserError(f"--output_dir: {self.directory} holds an unfinished run ({self.paths()[0].name}); {fix}")
 
 
-WRITTEN = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png")
+OUTPUT_FILES = ("README.md", "results.json", "comparison.csv", "training.png", "toxicity.png")
 
 
-def refuse_foreign_files(directory: Path, option_name: str) -> None:
-    """An error where a run would overwrite files of others: they lie there, but no file that only a run leaves."""
+def check_foreign_files(directory: Path, option_name: str) -> None:
+    """Raise UserError if a run would overwrite files in a directory that no run has written to."""
     if (directory / ".lock").exists() or (directory / "metrics.jsonl").exists() or Checkpoints(directory, 1).paths():
         return
-    theirs = [name for name in (*WRITTEN, "adapter") if os.path.lexists(directory / name)]
-    theirs += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
-    if theirs:
-        holds = f"it holds {', '.join(theirs)}, but no run of this script, and a run would overwrite files"
-        raise UserError(f"--{option_name} {directory}: {holds}; choose another directory")
+    foreign = [name for name in (*OUTPUT_FILES, "adapter") if os.path.lexists(directory / name)]
+    foreign += [path.name for path in directory.glob("checkpoint-*.pt") if is_foreign(path)]
+    if foreign:
+        overwritten = f"a run would overwrite files of another program: {', '.join(foreign)}"
+        raise UserError(f"--{option_name} {directory}: {overwritten}; choose another directory")
 
 
 def check_writable(directory: Path, option_name: str) -> None:
-    """An error at the start where a run could not write one of its files at the end."""
+    """Raise UserError at the start if a run could not write one of its files at the end."""
     folders = [directory, *(directory / name for name in ("adapter", "sft_adapter", "start_adapter"))]
-    names = (*WRITTEN, "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
-    for path in [*folders, *(folder / name for folder in folders for name in names)]:
-        kind, fits = ("directory", path.is_dir()) if path in folders else ("file", path.is_file())
-        if path.exists() and not (fits and os.access(path, os.W_OK)):
-            raise UserError(f"--{option_name} {directory}: can't be written: {path} is not a writable {kind}")
+    names = (*OUTPUT_FILES, "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors")
+    files = [folder / name for folder in folders for name in (*names, "value_head.safetensors")]
+    for kind, paths, is_kind in (("directory", folders, Path.is_dir), ("file", files, Path.is_file)):
+        for path in paths:
+            if path.exists() and not (is_kind(path) and os.access(path, os.W_OK)):
+                raise UserError(f"--{option_name} {directory}: can't be written: {path} is not a writable {kind}")
 
 
 def trained_in(output_dir: Path) -> bool:
-    """Whether the finished run whose results lie in a directory trained: an evaluation alone may not replace them."""
+    """Whether the results in a directory are those of a training run, which an evaluation must not replace."""
     results = output_dir / "results.json"
     config = json.loads(results.read_text(encoding="utf-8"))["config"] if results.exists() else {}
     return bool(config.get("sft_steps") or config.get("max_ppo_steps"))
@@ -3153,11 +3174,11 @@ def trained_in(output_dir: Path) -> bool:
 
 @contextmanager
 def lock_directories(config: DetoxConfig):
-    """Make and lock the run's directories, in one process for all. What nothing is written to is removed again."""
+    """Create and lock the run's directories in the main process. Unused directories are removed at the end."""
     names = ("checkpoint_dir", "model_dir", "output_dir") if PartialState().is_main_process else ()
     directories = {Path(getattr(config, name) or config.output_dir): name for name in names}
     for directory, name in directories.items():
-        refuse_foreign_files(directory, name)
+        check_foreign_files(directory, name)
     with ExitStack() as at_end:
         for directory, name in directories.items():
             new = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -3166,7 +3187,7 @@ def lock_directories(config: DetoxConfig):
                 directory.mkdir(parents=True, exist_ok=True)
                 at_end.enter_context(FileLock(directory / ".lock").acquire(timeout=0))
             except Timeout as error:
-                raise UserError(f"--{name} {directory}: another run is writing there; choose another") from error
+                raise UserError(f"--{name} {directory}: another run is using it; choose another directory") from error
             except OSError as error:
                 raise UserError(f"--{name} {directory}: can't be written: {error.strerror}") from error
             at_end.callback(remove_unused, directory, before, new)
@@ -3175,7 +3196,7 @@ def lock_directories(config: DetoxConfig):
 
 
 def remove_unused(directory: Path, before: set[Path], new: list[Path]) -> None:
-    """Remove a directory's lock if it is all that is not as before, then new directories that are empty."""
+    """Remove the lock file if nothing else was written to a directory, then the new directories that are empty."""
     with suppress(OSError):
         if set(directory.glob("*")) - before == {directory / ".lock"}:
             (directory / ".lock").unlink()
@@ -3183,110 +3204,110 @@ def remove_unused(directory: Path, before: set[Path], new: list[Path]) -> None:
             path.rmdir()
 
 
-# --- Errors: what the user can mend is one line and exit code 2, without a stack trace -------------------------------
+# --- Errors: a user error is one line and exit code 2, without a stack trace -----------------------------------------
 
-# user:password of a URL, telling parameters of its query, and the hub's tokens: hf_ and 34 letters and digits
+# user:password in a URL, secret parameters of its query, and tokens of the hub: hf_ and 34 letters and digits
 SECRET_PARAM = r"[\w-]*(token|signature|credential|key|secret|password)[\w-]*="
 SECRETS = re.compile(
     rf"(?<=://)[^/\s]+(?=@)|(?<=[?&])(?i:{SECRET_PARAM})[^&\s]+|\bhf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9])"
 )
-RESUME_HINT = "When that is mended, --resume goes on from the newest checkpoint"
-KNOWN_ERRORS = {  # what libraries say of faults that are none of the script's, and the way out
-    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Memory ran out: "
-    "lower mini_batch_size for the update; batch_size, output_max_length or input_max_text_length for sampling",
-    r"Dist\w*Error|gloo": "Another process of this run has ended; accelerate or torchrun names it. --resume goes on",
+RESUME_HINT = "Fix that and use --resume to continue from the newest checkpoint"
+KNOWN_ERRORS = {  # pattern in the message of an error that is not a bug of this script -> what to do
+    "MemoryError|can't allocate memory|could not (create|execute) a (primitive|memory)|bad_alloc": "Out of memory: "
+    "lower --mini_batch_size for the update, or --batch_size, --output_max_length or --input_max_text_length for "
+    "sampling",
+    r"Dist\w*Error|gloo": "Another process of this run has ended: see its error, then use --resume to continue",
 }
-
-
-PATHS = "relative paths start at the current directory, those of a --config file also at its own and the script's"
-
-
+PATHS = "relative paths start at the current directory; in a --config file also at its directory and the script's"
 TOY_EXAMPLE = "python detox_ppo.py --config checkpoints/tiny/config.yaml"
 
 
 class UserError(Exception):
-    """What the user can mend. It may quote anything: secrets are masked, signs that move the cursor spelt out."""
+    """A failure that the user can fix. The message is one line, with secrets masked and control characters escaped."""
 
     def __init__(self, message: str):
         text = SECRETS.sub("***", " ".join(message.split()))
-        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text))
+        chars = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
+        super().__init__("".join(chars))
 
 
-def one_line(what: Exception | str) -> str:
-    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}".removesuffix(": ")
+def one_line(text: Exception | str) -> str:
+    """A text, or the type and message of an error, in one line of at most 400 characters."""
+    if isinstance(text, Exception):
+        text = f"{type(text).__name__}: {text}".removesuffix(": ")
     return " ".join(text.split())[:400]
 
 
 def explain(error: Exception) -> str | None:
-    """A failure that the user can mend, in one line; None for a defect of the script."""
+    """The message of a failure that the user can fix, in one line; None for a bug of this script."""
     if isinstance(error, UserError):
         return str(error)
     if not isinstance(error, OSError | RuntimeError | MemoryError | SafetensorError):
         return None
-    ways = (way for words, way in KNOWN_ERRORS.items() if re.search(words, one_line(error), re.IGNORECASE))
-    way = next(ways, RESUME_HINT if isinstance(error, OSError | SafetensorError) else None)
-    return way and str(UserError(f"{one_line(error)}. {way}."))
+    message = one_line(error)
+    hints = [hint for pattern, hint in KNOWN_ERRORS.items() if re.search(pattern, message, re.IGNORECASE)]
+    if isinstance(error, OSError | SafetensorError):
+        hints.append(RESUME_HINT)
+    return str(UserError(f"{message}. {hints[0]}.")) if hints else None
 
 
 @contextmanager
 def as_user_error(name: str, option_name: str):
-    """Whatever goes wrong while `name` is loaded becomes one line that says which option named it, and the cause."""
+    """Turn an error while `name` is loaded into a UserError with the option, the name and the cause."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of a dozen types, some of libraries behind those that are called here
+    except Exception as error:  # libraries raise a dozen types
         innermost = traceback.extract_tb(error.__traceback__)[-1]
-        defects = AttributeError | NameError | TypeError | KeyError | AssertionError
-        if isinstance(error, defects) and innermost.filename == __file__:
-            raise  # a defect of this script
+        bugs = AttributeError | NameError | TypeError | KeyError | AssertionError
+        if isinstance(error, bugs) and innermost.filename == __file__:
+            raise  # a bug of this script
+        reason = str(error) if type(error) is ValueError else one_line(error)
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(error) if type(error) is ValueError else one_line(error)
-        reason += "" if cause is error else f" (because of {one_line(cause)})"
+        if cause is not error:
+            reason += f" (because of {one_line(cause)})"
         if isinstance(error, pickle.UnpicklingError):
-            reason = "its weights are a pickle of more than tensors, which could run code. Ask for a safetensors file"
-        elif (
-            isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower()
-        ):  # one that no weights were for
-            reason = "its weights have another shape than its config.json says"
-        elif option_name in FROM_HUB and not os.path.lexists(name):  # unlike Path's, it takes names of any length
-            asked = (
-                f"No such file or directory ({PATHS}), so the hub at {huggingface_hub.constants.ENDPOINT} was asked"
-            )
-            ways = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use what was downloaded before"
-            reason = f"{reason.rstrip('.')}. {asked}: {ways}, or run the bundled small world: {TOY_EXAMPLE}"
+            reason = "its weights are a pickle of more than tensors, which could run code; use a safetensors file"
+        elif isinstance(error, NotImplementedError) and "meta tensor" in str(error).lower():  # no weights fit
+            reason = "the shapes of its weights differ from those in its config.json"
+        elif option_name in FROM_HUB and not os.path.lexists(name):  # Path.exists rejects long names
+            hub = f"the hub at {huggingface_hub.constants.ENDPOINT} was queried"
+            hints = "set HF_ENDPOINT for another hub, HF_HUB_OFFLINE=1 to use earlier downloads"
+            hints = f"{hints}, or run the bundled toy example: {TOY_EXAMPLE}"
+            reason = f"{reason.rstrip('.')}. No such file or directory ({PATHS}), so {hub}: {hints}"
         elif isinstance(error, huggingface_hub.errors.HFValidationError):
-            reason = "a file that it needs is not there"  # so it was looked for on the hub, where a path is no name
+            reason = "a file that it needs is missing"  # so the library looked for the path on the hub
         raise UserError(f"--{option_name} {name}: can't be loaded: {reason}") from error
 
 
 @contextmanager
 def atomic_write(path: Path):
-    """Write a file under another name; it takes its own when all of it is on the disk. Till then the old one stays."""
+    """Yield a temporary path, and rename it to `path` once it is on the disk. Until then the old file stays."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # Python's and torch's for a full disk
-        partial.unlink(missing_ok=True)  # half a file would keep the disk full
+    except (OSError, RuntimeError) as error:  # Python's and torch's errors for a full disk
+        partial.unlink(missing_ok=True)  # it would keep the disk full
         raise UserError(f"{path}: can't be written: {one_line(error)}. {RESUME_HINT}.") from error
 
 
 def print_wrapped(text: str) -> None:
-    """Print a line above the progress bar, broken at 100 columns."""
+    """Print a text above the progress bar, wrapped at 100 columns."""
     tqdm.write(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False), file=sys.stdout)
 
 
 class SafeStream:
-    """A stream that falls silent once its reader is gone or its disk full: telling must never end the work."""
+    """A stream that discards output once its reader is gone or its disk is full: printing must not end a run."""
 
     def __init__(self, stream):
         self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # what can't be shown is replaced; a line is out when it ends
+        if isinstance(stream, io.TextIOWrapper):  # replace unencodable characters, flush every line
             stream.reconfigure(line_buffering=True, errors="replace")
 
     def __getattr__(self, name):
@@ -3302,13 +3323,13 @@ class SafeStream:
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-# The headings of --help, by the first option under each.
+# First option of a group in --help -> heading of the group.
 HEADINGS = {"model_name": "models", "dataset_name": "data", "sft_steps": "SFT", "learning_rate": "PPO"}
 HEADINGS |= {"output_min_length": "responses", "eval_samples": "evaluation", "seed": "run"}
 
 
 def converted(kind, text: str):
-    """A flag's value; one that is empty or of another type stays text, which the option's own type reports."""
+    """The value of a flag. An empty or ill-typed one stays text, which DetoxConfig reports as an error."""
     try:
         return kind(text) if text else text
     except ValueError:
@@ -3316,18 +3337,18 @@ def converted(kind, text: str):
 
 
 class OptionParser(trl.TrlParser):
-    """TrlParser with headings in its help, whose complaints are one line instead of the usage of every option."""
+    """TrlParser with headings in its help, and with one-line errors instead of the usage of every option."""
 
     heading = None
 
     def add_argument(self, *flags, **kwargs):
         name = flags[0].removeprefix("--")
-        if title := HEADINGS.get(name):
-            self.heading = self.add_argument_group(title)
+        if name in HEADINGS:
+            self.heading = self.add_argument_group(HEADINGS[name])
         if name in OPTIONS:  # HfArgumentParser gives a list no default
             kwargs.setdefault("default", getattr(DetoxConfig, name))
-        if kind := kwargs.get("type"):
-            kwargs["type"] = functools.wraps(kind)(functools.partial(converted, kind))
+        if "type" in kwargs:
+            kwargs["type"] = functools.partial(converted, kwargs["type"])
         return (self.heading.add_argument if self.heading else super().add_argument)(*flags, **kwargs)
 
     def error(self, message):
@@ -3335,31 +3356,33 @@ class OptionParser(trl.TrlParser):
 
 
 def read_options(path: str) -> dict:
-    """The options of a YAML file. TrlParser's own reader would let it set environment variables, by an `env` key."""
+    """The options of a YAML file. TrlParser's own reader would let it set environment variables with an `env` key."""
     with as_user_error(path, "config"):
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         options = yaml.safe_load(text)
         if not isinstance(options, dict):
             raise ValueError("expected a YAML mapping, a line `option: value` for each option")
-        nodes = yaml.compose(text).value
-        keys = Counter(str(key.value) for key, _ in nodes)
-        if twice := [name for name, count in keys.items() if count > 1]:  # YAML takes the second in silence
-            raise ValueError(f"{twice[0]} stands twice")
-        for key, node in nodes:
+        names = set()
+        for key, node in yaml.compose(text).value:
+            if key.value in names:  # YAML would silently use the last one
+                raise ValueError(f"{key.value} is given twice")
+            names.add(key.value)
             if node.tag.endswith(":int") and re.match(r"[-+]?0\d|.*:", node.value):  # YAML 1.1: 016 is 14
                 raise ValueError(f"{key.value}: {node.value} is octal or base 60 in YAML; write a decimal number")
-    if unknown := [str(name) for name in options if name not in OPTIONS]:
+    unknown = [str(name) for name in options if name not in OPTIONS]
+    if unknown:
         raise UserError(f"--config {path}: {unknown_option(unknown[0])}")
     folders = ("", Path(path).expanduser().parent, Path(__file__).parent)
     for name in FROM_HUB:
-        if (value := options.get(name)) and isinstance(value, str):
+        value = options.get(name)
+        if value and isinstance(value, str):
             paths = (os.path.join(folder, value) for folder in folders)
             options[name] = next(filter(os.path.exists, paths), value)
     return options
 
 
 def unknown_option(given: str) -> str:
-    """The complaint about what is no option, with the option that is meant or most like it."""
+    """The error message for an unknown option, with the option that it resembles most."""
     name = given.split("=")[0].strip("-").replace("-", "_")
     close = difflib.get_close_matches(name, OPTIONS, n=1)
     if name.startswith("no_") and isinstance(getattr(DetoxConfig, name[3:], None), bool):
@@ -3373,13 +3396,13 @@ def unknown_option(given: str) -> str:
 SAGEMAKER = Path("/opt/ml")  # directory of a SageMaker training job's files
 
 
-def options_of_the_job() -> dict:
-    """What a SageMaker training job says of its places. It is started again with the same command, so it resumes."""
-    places = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
-    options = {name: os.environ[variable] for name, variable in places.items() if variable in os.environ}
+def sagemaker_options() -> dict:
+    """Options from the environment of a SageMaker job. It restarts with the same command, so it always resumes."""
+    variables = {"output_dir": "SM_OUTPUT_DATA_DIR", "model_dir": "SM_MODEL_DIR"}
+    options = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
     channels = [name for name in sorted(os.environ) if name.startswith("SM_CHANNEL_")]
     if channels and channels not in (["SM_CHANNEL_TRAIN"], ["SM_CHANNEL_TRAINING"]):
-        raise UserError(f"{', '.join(channels)}: a job has one channel here, train or training, with the dialogues")
+        raise UserError(f"{', '.join(channels)}: use one channel, train or training, with the dialogues")
     if channels:
         options["dataset_name"] = os.environ[channels[0]]
     if "model_dir" in options:
@@ -3389,21 +3412,19 @@ def options_of_the_job() -> dict:
 
 
 def check_options(config: DetoxConfig) -> None:
-    """Check combinations of options."""
+    """Raise UserError for options that do not fit together."""
     if config.eval_samples == 0:
         raise UserError("--eval_samples is 0: it should be at least 1, or -1 for all")
     if config.toxic_label == config.reward_label:
-        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from reward_label")
+        raise UserError(f"--toxic_label is {config.toxic_label!r}: it should differ from --reward_label")
     if config.prompt.count("{dialogue}") != 1:
         raise UserError(f"--prompt {config.prompt!r}: it should contain {{dialogue}} once")
     if config.judge_model_name == config.reward_model_name:
-        raise UserError(
-            f"--judge_model_name {config.judge_model_name}: it is also the reward model; give another classifier"
-        )
+        judge = f"--judge_model_name {config.judge_model_name}"
+        raise UserError(f"{judge}: it is also the reward model; use another classifier")
     if config.hub_model_id and "/" not in config.hub_model_id:
         raise UserError(f"--hub_model_id {config.hub_model_id}: it should be OWNER/NAME")
-    for kind in ("input_{}_text_length", "output_{}_length"):
-        low, high = kind.format("min"), kind.format("max")
+    for low, high in (("input_min_text_length", "input_max_text_length"), ("output_min_length", "output_max_length")):
         if getattr(config, low) >= getattr(config, high):
             raise UserError(f"--{low} {getattr(config, low)} must be below --{high} {getattr(config, high)}")
     if config.batch_size % config.mini_batch_size:
@@ -3414,38 +3435,40 @@ def check_options(config: DetoxConfig) -> None:
 def parse_config(args: list[str]) -> DetoxConfig:
     """Parse flags and `--config FILE.yaml` into a checked configuration.
 
-    What a SageMaker job says of its places wins over the file; a flag wins over both. A UserError names the first
-    option that is unknown, ill-typed or out of range, and what was expected.
+    The directories of a SageMaker job override the file; flags override both. Raises UserError, which names the first
+    option that is unknown, ill-typed or out of range and what was expected.
     """
     parser = OptionParser(DetoxConfig, prog="detox_ppo.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE.yaml", action="append", help="YAML file of these options.")
     files = parser.parse_known_args(args)[0].config or []
     if len(files) > 1:
-        raise UserError("--config takes one file, once: --config FILE.yaml")
-    parser.set_defaults_with_config(**(read_options(files[0]) if files else {}) | options_of_the_job())
-    given, unknown = parser.parse_known_args(args)
+        raise UserError("--config is given more than once; use a single --config FILE.yaml")
+    defaults = read_options(files[0]) if files else {}
+    parser.set_defaults_with_config(**defaults | sagemaker_options())
+    values, unknown = parser.parse_known_args(args)
     if unknown:
         raise UserError(unknown_option(unknown[0]))
     try:
-        return DetoxConfig(**{name: getattr(given, name) for name in OPTIONS})
+        return DetoxConfig(**{name: getattr(values, name) for name in OPTIONS})
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         expected = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
         name = problem["loc"][0]
-        help = DetoxConfig.__dataclass_fields__[name].metadata["help"]
-        raise UserError(f"--{name} is {one_line(repr(problem['input']))}: {expected}. {help}") from error
+        meaning = DetoxConfig.__dataclass_fields__[name].metadata["help"]
+        raise UserError(f"--{name} is {one_line(repr(problem['input']))}: {expected}. {meaning}") from error
 
 
 def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
-    """The device of this process and the dtype of the frozen weights, `auto` resolved by what the chip can do."""
+    """The device of this process and the dtype of the frozen weights. `auto` depends on what the hardware supports."""
     processes, name = PartialState(), config.device
+    count = processes.num_processes
     for size in ("batch_size", "sft_batch_size"):
-        if getattr(config, size) % processes.num_processes:
-            raise UserError(f"--{size} {getattr(config, size)} is no multiple of {processes.num_processes} processes")
-    if processes.num_processes > 1 and name not in ("auto", processes.device.type):
-        raise UserError(f"--device {name}: each of several processes takes its own {processes.device.type}")
-    if name == "auto" or processes.num_processes > 1:
-        # accelerate numbers even the CPU, which safetensors refuses.
+        if getattr(config, size) % count:
+            raise UserError(f"--{size} {getattr(config, size)} is not a multiple of the number of processes, {count}")
+    if count > 1 and name not in ("auto", processes.device.type):
+        raise UserError(f"--device {name}: each of several processes uses its own {processes.device.type}; use auto")
+    if name == "auto" or count > 1:
+        # accelerate numbers even the CPU, which safetensors rejects.
         name = "cpu" if processes.device.type == "cpu" else str(processes.device)
     with as_user_error(name, "device"):
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -3460,45 +3483,53 @@ def resolve_device(config: DetoxConfig) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if fast_bfloat16 else torch.float32
 
 
+def check_accelerate() -> None:
+    """Raise UserError for settings of `accelerate launch` that this script does not support."""
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
+            raise UserError(f"ACCELERATE_USE_{plugin} is not supported: every process holds the whole model; unset it")
+    for setting, fix in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
+        value = os.environ.get(f"ACCELERATE_{setting}", "no")
+        if value.lower() not in ("", "no"):
+            raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {fix}")
+
+
 def first_to_exit() -> bool:
-    """Whether this process is the first of the run to end early: the others need not tell why as well."""
+    """Whether this process is the first of the run to end early; only that one prints the reason."""
     if not torch.distributed.is_initialized():
         return True
     try:
         store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return store.add("ended", 1) == 1
-    except torch.distributed.DistError:  # the process that kept the store is gone
+    except torch.distributed.DistError:  # the process with the store has ended
         return True
 
 
 def main(args: list[str] | None = None) -> None:
     """Parse the options and run.
 
-    Exit codes: 2 for a failure that the user can mend, told in one line on stderr; 0 after SIGTERM or SIGHUP and 130
-    after Ctrl-C, when all up to the step in hand is saved.
+    Exit codes: 2 after a user error, which is one line on stderr; 0 after SIGTERM or SIGHUP and 130 after Ctrl-C, when
+    a checkpoint has been written.
     """
-    # Notices of the libraries to their own developers, such as T5's about tied weights, would only worry a user.
+    # Hide notices that the libraries address to developers, such as T5's about tied weights.
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     stop, handlers, streams = StopSignals(), {}, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = map(SafeStream, streams)
-    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere none can be handled
     try:
-        for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-            if parse_flag_from_env(f"ACCELERATE_USE_{way}"):
-                raise UserError(f"accelerate's {way} is not supported: every process holds the whole model")
-        for setting, way in (("MIXED_PRECISION", "use --dtype"), ("DYNAMO_BACKEND", "set it to no")):
-            if (value := os.environ.get(f"ACCELERATE_{setting}", "no")).lower() not in ("", "no"):
-                raise UserError(f"ACCELERATE_{setting} is {value}, which is not supported: {way}")
-        # What is ignored stays so, as nohup has it with a hangup, and a shell with Ctrl-C for what runs behind it.
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if in_main_thread else ()
-        handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
-        if signal.SIGINT in handlers:  # Python would not hear Ctrl-C while PyTorch waits for the other processes
+        check_accelerate()
+        if threading.current_thread() is threading.main_thread():  # other threads cannot handle signals
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's background job Ctrl-C
+                    handlers[number] = handler
+        if signal.SIGINT in handlers:  # Python's handler would not run while PyTorch waits for the other processes
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if (count := os.environ.get("WORLD_SIZE", "1")) != "1" and os.environ.get("RANK") == "0":
-            print(f"waiting for all of the {count} processes that WORLD_SIZE promises", file=sys.stderr)
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1" and os.environ.get("RANK") == "0":
+            print(f"waiting for all {count} processes (WORLD_SIZE)", file=sys.stderr)
         processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-        if not processes.is_main_process:  # one process speaks, but for the last words below
+        if not processes.is_main_process:  # only the main process prints, except for the last message below
             sys.stdout = sys.stderr = open(os.devnull, "w")
         for number in handlers:
             signal.signal(number, stop)
@@ -3507,17 +3538,17 @@ def main(args: list[str] | None = None) -> None:
     except Stopped:
         if first_to_exit():
             stopped = f"stopped by {signal.Signals(stop.received).name}"
-            print(f"{stopped}; the same command with --resume goes on from the newest checkpoint", file=streams[1])
+            print(f"{stopped}; the same command with --resume continues from the newest checkpoint", file=streams[1])
         sys.exit(130 if stop.received == signal.SIGINT else 0)
     except Exception as error:
         if first_to_exit():
-            reason = explain(error)
-            with suppress(OSError):  # no directory, or a full disk
-                (SAGEMAKER / "output" / "failure").write_text(reason or SECRETS.sub("***", traceback.format_exc()))
+            reason, trace = explain(error), SECRETS.sub("***", traceback.format_exc())
+            with suppress(OSError):  # no such directory, or a full disk
+                (SAGEMAKER / "output" / "failure").write_text(reason or trace)
             if not reason:
                 raise
             if os.environ.get("DETOX_DEBUG") == "1":
-                print(SECRETS.sub("***", traceback.format_exc()), file=streams[1])
+                print(trace, file=streams[1])
             print(f"detox_ppo.py: error: {reason}", file=streams[1])
         sys.exit(2)
     finally:

@@ -396,7 +396,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_points_") as scratch, forks.Server() as server:
         outcome = main(options.points, server, Path(scratch), options.jobs)
-    print(f"{'phase':<20}{'events':>8}{'points':>8}{'lost':>6}  what is going on")
+    print(f"{'phase':<20}{'events':>8}{'points':>8}{'lost':>6}  during")
     for phase, row in outcome["phases"].items():
         print(f"{phase:<20}{row['events']:>8}{row['points']:>8}{row['lost']:>6}  {PHASES[phase]}")
     for phase, number, wrong in outcome["lost"]:

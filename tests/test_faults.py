@@ -66,16 +66,16 @@ def test_a_full_disk_while_saving(undisturbed, forked, disk, tmp_path):
     args = [*undisturbed.args, "--output_dir", str(home / "run")]
     run = forked.run(args, tmp_path, [FAST])
     assert run.code == 2 and "Traceback" not in run.output
-    assert re.search(r"run/checkpoint-2.pt: can't be written: .*When that is mended, --resume goes on", run.error)
+    assert re.search(r"run/checkpoint-2.pt: can't be written: .*Fix that and use --resume to continue", run.error)
     assert checkpoints_of(home / "run") == ["checkpoint-1.pt"]
     assert not list((home / "run").glob(".*.partial"))  # a partial file would keep the disk full
     disk(home, "size=4950k")
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "going on from" in run.output and "Traceback" not in run.output
+    assert run.code == 2 and "resuming from" in run.output and "Traceback" not in run.output
     assert re.search(r"run/checkpoint-\d.pt: can't be written: ", run.error)
     disk(home, "size=40m")
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 0 and "going on from" in run.output and "is not used" not in run.output
+    assert run.code == 0 and "resuming from" in run.output and "is not used" not in run.output
     assert same_results(undisturbed, home / "run")
 
 
@@ -145,10 +145,10 @@ def test_a_directory_with_files_of_another_program_is_an_error(option, name, sma
         torch.save({"step": 500}, foreign / name)
     options = {"model_name": "nobody/nothing", "output_dir": tmp_path / "run"} | {option: foreign}
     message = error_line(small_arguments(**options), capsys)
-    assert f"--{option} {foreign}: it holds {name}, but no run" in message
+    assert f"--{option} {foreign}: a run would overwrite files of another program: {name};" in message
     assert os.listdir(foreign) == [name] and os.listdir(tmp_path) == ["foreign"]
     (foreign / ".lock").touch()  # as after a killed run
-    assert "it holds" not in error_line(small_arguments(**options), capsys)
+    assert "another program" not in error_line(small_arguments(**options), capsys)
 
 
 @pytest.mark.parametrize("model_dir", ["run/at/model", "run", "elsewhere/model"])
@@ -169,7 +169,7 @@ def test_checkpoints_of_another_program_are_kept(zipped, tmp_path, capsys):
     foreign = tmp_path / "checkpoint-500.pt"
     torch.save({"step": 500}, foreign, _use_new_zipfile_serialization=zipped)
     checkpoints = detox_ppo.Checkpoints(tmp_path, 1)
-    assert checkpoints.load() is None and "damaged" not in capsys.readouterr().out
+    assert checkpoints.load() is None and "is not used" not in capsys.readouterr().out
     checkpoints.prune(0)
     assert foreign.exists() and not checkpoints.paths()
 
@@ -190,7 +190,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_out_of_memory_names_the_options_to_lower(undisturbed, forked, tmp_path):
     run = forked.run([*undisturbed.args, "--sft_steps", "0"], tmp_path, [FAST, ["forks:short_of_memory", {}]])
     assert run.code == 2 and "Traceback" not in run.output
-    assert "Memory ran out: lower mini_batch_size" in run.error and "output_max_length" in run.error
+    assert "Out of memory: lower --mini_batch_size" in run.error and "output_max_length" in run.error
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray])
@@ -198,7 +198,7 @@ def test_every_kind_of_out_of_memory(allocate):
     with pytest.raises((RuntimeError, MemoryError)) as error:
         allocate(2**58)
     for failure in (error.value, torch.OutOfMemoryError("CUDA out of memory.")):
-        assert "Memory ran out: lower mini_batch_size" in detox_ppo.explain(failure)
+        assert "Out of memory: lower --mini_batch_size" in detox_ppo.explain(failure)
 
 
 def test_bugs_are_not_explained_as_user_errors():
@@ -361,7 +361,7 @@ def test_a_second_run_in_the_same_directory_is_an_error_while_the_first_runs(und
         second = forked.run(args, tmp_path, [FAST])
         assert second.code == 2
         assert second.output == (
-            "detox_ppo.py: error: --output_dir run: another run is writing there; choose another\n"
+            "detox_ppo.py: error: --output_dir run: another run is using it; choose another directory\n"
         )
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
@@ -386,10 +386,10 @@ def test_a_signal_leaves_a_checkpoint_of_the_current_step(point, code, newest, u
     args = [*undisturbed.args, "--save_steps", "100"]
     stopped = forked.run(args, tmp_path, [strike(*point)])
     assert stopped.code == code and "Traceback" not in stopped.output
-    assert stopped.error.startswith(f"stopped by {point[2]}; the same command with --resume goes on")
+    assert stopped.error.startswith(f"stopped by {point[2]}; the same command with --resume continues")
     assert checkpoints_of(tmp_path / "run")[0] == newest
     resumed = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and f"going on from run/{newest}" in resumed.output
+    assert resumed.code == 0 and f"resuming from run/{newest}" in resumed.output
     changed = differences(undisturbed.left, left(tmp_path / "run"))
     # save_steps changes which checkpoints exist, and the configuration in results.json.
     assert [name for name in changed if not name.startswith("checkpoint-")] == ["results.json"]
@@ -397,7 +397,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_current_step(point, code, newest, u
 
 def test_a_second_signal_stops_the_run_at_once(undisturbed, forked, tmp_path):
     run = forked.run(undisturbed.args, tmp_path, [strike("sampling", 10, "SIGINT", "SIGINT")])
-    assert run.code == 130 and "stopping after the step in hand" in run.output
+    assert run.code == 130 and "stopping after the current step" in run.output
     assert checkpoints_of(tmp_path / "run")[0] == "checkpoint-4.pt"  # step 2 was running
 
 

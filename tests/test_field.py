@@ -218,7 +218,7 @@ def test_sft_of_a_family_without_decoder_inputs_from_labels(small_config, tiny, 
 # Environment of a job and the machine
 
 
-def test_both_channels_that_jobs_name_are_read_and_others_refused(small_arguments, few, tiny, monkeypatch):
+def test_both_channels_that_jobs_name_are_read_and_others_are_errors(small_arguments, few, tiny, monkeypatch):
     arguments = small_arguments()
     place = arguments.index("--dataset_name")
     without = arguments[:place] + arguments[place + 2 :]
@@ -228,7 +228,7 @@ def test_both_channels_that_jobs_name_are_read_and_others_refused(small_argument
         for flag in ("--dataset_name", "--dataset-name"):
             assert parse_config([*without, flag, "other"]).dataset_name == "other"
         monkeypatch.setenv("SM_CHANNEL_EXTRA", "/somewhere")
-        with pytest.raises(UserError, match=f"SM_CHANNEL_EXTRA, {name}: a job has one channel"):
+        with pytest.raises(UserError, match=f"SM_CHANNEL_EXTRA, {name}: use one channel"):
             parse_config(without)
         monkeypatch.delenv("SM_CHANNEL_EXTRA")
         monkeypatch.delenv(name)
@@ -264,7 +264,7 @@ def test_waiting_for_missing_processes_is_reported_and_can_be_interrupted(small_
     command = [sys.executable, str(Path(detox_ppo.__file__)), *small_arguments(output_dir=tmp_path / "run")]
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, env=env | {"MASTER_PORT": "0"}, **options)
-    assert process.stderr.readline() == "waiting for all of the 2 processes that WORLD_SIZE promises\n"
+    assert process.stderr.readline() == "waiting for all 2 processes (WORLD_SIZE)\n"
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(number)
@@ -412,7 +412,7 @@ def test_a_project_that_was_moved_is_resumed(undisturbed, forked, tiny, tmp_path
     moved = {"--model_name": "./moved", "--dataset_name": str(tmp_path / "data")}
     args = [part for pair in (given | moved).items() for part in pair]
     resumed = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-" in resumed.output
+    assert resumed.code == 0 and "resuming from run/checkpoint-" in resumed.output
     changed = differences(undisturbed.left, left(tmp_path / "run"))
     assert set(changed) <= {"results.json", "README.md", *(name for name in changed if name.endswith((".pt", "json")))}
     assert "comparison.csv" not in changed and "metrics.jsonl" not in changed
@@ -426,7 +426,7 @@ def test_another_model_at_the_same_path_is_not(undisturbed, forked, tiny, tmp_pa
     settings = tmp_path / "model" / "generation_config.json"
     settings.write_text(settings.read_text() + "\n")
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "--resume: model_name: the contents are others than when the run began" in run.error
+    assert run.code == 2 and "--resume: model_name changed since the run started" in run.error
 
 
 # The comparison that was edited by hand

@@ -232,7 +232,7 @@ def test_every_row_belongs_to_one_process(several, count):
 def test_sizes_and_devices_that_do_not_fit_the_processes(several, small_config, tmp_path, monkeypatch):
     several(0, 3)
     for name, options in (("batch_size 4", {}), ("sft_batch_size 16", {"batch_size": 6})):
-        with pytest.raises(detox_ppo.UserError, match=f"--{name} is no multiple of 3 processes"):
+        with pytest.raises(detox_ppo.UserError, match=f"--{name} is not a multiple of the number of processes, 3"):
             detox_ppo.run(small_config(output_dir=tmp_path / "run", **options))
     several(1, 3, "cuda:1")
     # An empty allocation tests whether a device exists.

@@ -55,7 +55,7 @@ def test_the_checkpoint_before_ppo_replaces_the_last_one_of_sft(number, undistur
     phase = content(newest)["state"]["phase"]
     assert (newest.name, phase) == ("checkpoint-3.pt", "sft" if number == 2 else "ppo")
     resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-3.pt" in resumed.output
+    assert resumed.code == 0 and "resuming from run/checkpoint-3.pt" in resumed.output
     assert differences(undisturbed.left, left(tmp_path / "run")) == []
 
 
@@ -68,7 +68,7 @@ def test_a_truncated_checkpoint_is_reported_and_the_one_before_is_used(undisturb
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
     assert "warning: run/checkpoint-6.pt is not used: " in run.output
-    assert "going on from run/checkpoint-5.pt" in run.output
+    assert "resuming from run/checkpoint-5.pt" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
@@ -90,14 +90,14 @@ def test_every_corruption_is_detected(tmp_path, capsys):
     (path,) = checkpoints.paths()
     whole, found = path.read_bytes(), checkpoints.load()
     assert found["weights"]["lora"].equal(torch.arange(40.0)) and found["state"].config == {"seed": 0}
-    damaged = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
-    damaged += [whole[:length] for length in (0, 1, 32, len(whole) // 2, len(whole) - 1)] + [whole + b"0"]
+    corrupted = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    corrupted += [whole[:length] for length in (0, 1, 32, len(whole) // 2, len(whole) - 1)] + [whole + b"0"]
     capsys.readouterr()
-    for number, damage in enumerate(damaged):
+    for number, damage in enumerate(corrupted):
         path.write_bytes(damage)
         assert checkpoints.load() is None, number
-    told = capsys.readouterr().out
-    assert told.count("checkpoint-0.pt is not used: it is damaged\n") == len(damaged)
+    printed = capsys.readouterr().out
+    assert printed.count("checkpoint-0.pt is not used: it is corrupt\n") == len(corrupted)
 
 
 def test_a_checkpoint_of_another_version_is_reported_and_skipped(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_without_a_valid_checkpoint_resume_starts_from_scratch(undisturbed, copy
     run = forked.run([*undisturbed.args, "--resume"], copy, [FAST])
     assert run.code == 0
     assert "run/checkpoint-6.pt is not used: " in run.output
-    assert "no whole checkpoint in run, starting from the beginning" in run.output
+    assert "no valid checkpoint in run, starting from scratch" in run.output
     assert differences(undisturbed.left, left(copy / "run")) == []
 
 
@@ -152,7 +152,7 @@ def test_another_configuration_is_an_error_that_names_the_options(undisturbed, c
     line = complaint([*undisturbed.args, "--resume", "--seed", "7", "--learning_rate", "0.5"], capsys)
     assert "seed was 0 and is 7" in line and "learning_rate was 0.001 and is 0.5" in line and "batch_size" not in line
     line = complaint([*undisturbed.args, "--resume", "--max_ppo_steps", "2"], capsys)
-    assert "step 3 is beyond --max_ppo_steps 2" in line
+    assert "the checkpoint is at step 3, --max_ppo_steps 2 is below it; raise it to at least 3" in line
 
 
 def test_every_option_may_change_or_is_an_error(undisturbed, small_config):
@@ -195,7 +195,7 @@ def test_changed_data_is_an_error(undisturbed, forked, tmp_path):
     table.loc[3, "summary"] += " Or not."
     table.to_csv(tmp_path / "data" / "train.csv", index=False)
     run = forked.run([*args, "--resume"], tmp_path, [FAST])
-    assert run.code == 2 and "--resume: dataset_fingerprint: the contents are others" in run.error
+    assert run.code == 2 and "--resume: dataset_fingerprint changed since the run started; restore" in run.error
 
 
 def test_another_commit_of_a_model_is_an_error(undisturbed, copy, capsys, monkeypatch):
@@ -204,13 +204,13 @@ def test_another_commit_of_a_model_is_an_error(undisturbed, copy, capsys, monkey
     with pytest.raises(SystemExit):
         detox_ppo.main([*undisturbed.args, "--resume"])
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "model_name: the contents are others than when the run began" in line
+    assert "model_name, reward_model_name changed since the run started" in line
 
 
 def test_an_unfinished_run_is_not_overwritten(undisturbed, copy, capsys, monkeypatch):
     monkeypatch.chdir(copy)
     line = complaint(undisturbed.args, capsys)
-    assert "run holds an unfinished run (checkpoint-6.pt): --resume goes on with it" in line
+    assert "run holds an unfinished run (checkpoint-6.pt); use --resume to continue it" in line
     line = complaint([*undisturbed.args, "--output_dir", "elsewhere", "--checkpoint_dir", "run"], capsys)
     assert "run holds an unfinished run (checkpoint-6.pt)" in line
 
@@ -223,7 +223,7 @@ def test_a_finished_run_can_be_repeated_and_resumed(undisturbed, forked, tmp_pat
     killed = forked.run(args, tmp_path / "again", [strike("tuning", 8)])
     assert killed.code == -9 and fresh.wait() == 0
     resumed = forked.run([*args, "--resume"], tmp_path / "again", [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-2.pt" in resumed.output
+    assert resumed.code == 0 and "resuming from run/checkpoint-2.pt" in resumed.output
     expected = left(tmp_path / "fresh" / "run")
     assert differences(expected, left(tmp_path / "again" / "run")) == []
     assert "adapter/adapter_model.safetensors" in differences(expected, undisturbed.left)
@@ -236,7 +236,7 @@ def test_resuming_with_more_steps_gives_the_longer_run(undisturbed, forked, tmp_
     killed = forked.run([*undisturbed.args, "--resume"], tmp_path, [strike("update", 2)])
     assert killed.code == -9 and not (tmp_path / "run" / "results.json").exists()
     resumed = forked.run([*undisturbed.args, "--resume"], tmp_path, [FAST])
-    assert resumed.code == 0 and "going on from run/checkpoint-5.pt" in resumed.output
+    assert resumed.code == 0 and "resuming from run/checkpoint-5.pt" in resumed.output
     # The older checkpoint contains the options of the shorter run.
     assert differences(undisturbed.left, left(tmp_path / "run")) == ["checkpoint-5.pt"]
 
@@ -245,8 +245,8 @@ def test_a_repeated_sft_run_counts_as_unfinished(undisturbed, forked, tmp_path):
     args = [*undisturbed.args, "--max_ppo_steps", "0", "--eval_samples", "1"]
     assert forked.run(args, tmp_path, [FAST]).code == 0
     assert forked.run([*args, "--seed", "1"], tmp_path, [strike("tuning", 6)]).code == -9
-    refused = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
-    assert refused.code == 2 and "run holds an unfinished run (checkpoint-" in refused.error
+    second = forked.run([*args, "--seed", "1"], tmp_path, [FAST])
+    assert second.code == 2 and "run holds an unfinished run (checkpoint-" in second.error
 
 
 # Retention

@@ -57,7 +57,7 @@ def test_a_restarted_job_matches_an_uninterrupted_run(container, job, undisturbe
     (container.ml / "output" / "data").mkdir(parents=True)
     again = forked.run(job, code, [container.prepare, FAST], container.env)
     assert again.code == 0, again.output
-    assert f"going on from {container.ml}/checkpoints/checkpoint-5.pt" in again.output
+    assert f"resuming from {container.ml}/checkpoints/checkpoint-5.pt" in again.output
     model, data = left(container.ml / "model"), left(container.ml / "output" / "data")
     pictures = {"training.png", "toxicity.png"}
     adapters = {name for name in undisturbed.left if name.startswith(("adapter", "sft_adapter"))}

@@ -81,7 +81,7 @@ def test_checkpoint_that_runs_code_is_skipped(trap, tmp_path, options, capsys, m
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"weights": {}, "optimizer": {}, "state": {"trap": Trap(trap)}}, tmp_path / "checkpoint-1.pt")
     assert Checkpoints(tmp_path, 2).load() is None and not trap.exists()
-    assert f"no whole checkpoint in {tmp_path}" in " ".join(capsys.readouterr().out.split())
+    assert f"no valid checkpoint in {tmp_path}" in " ".join(capsys.readouterr().out.split())
 
 
 # Code that comes with a model
