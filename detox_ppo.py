@@ -746,7 +746,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     return Responses(prompts, tokens, lengths, finished, states), rollout
 
 
-# --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
+# --- PPO: rewards, advantages, losses. Conventions and metrics follow TRL's classic PPOTrainer (0.8) -----------------
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -763,20 +763,22 @@ def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token rewards: minus kl_coef times the KL term everywhere, plus the score on the last token.
+    """Per-token rewards: -kl_coef * KL at every token, plus the score at the last one.
 
-    scores (B,) are the classifier's; logprobs and ref_logprobs (B, T) are in nats. Returns the rewards and the KL
+    scores (B,) come from the classifier; logprobs and ref_logprobs (B, T) are in nats. Returns the rewards and the KL
     terms log p - log p_ref, both (B, T), 0 outside the mask (B, T).
     """
     kl = (logprobs - ref_logprobs) * mask
-    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # the response ends here
+    remaining = mask.flip(1).cumsum(dim=1).flip(1)  # tokens from here to the end of the response, (B, T)
+    last = (remaining == 1) & (mask > 0)
     return scores[:, None] * last - kl_coef * kl, kl
 
 
 def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalized advantage estimation (Schulman et al., 2016, eq. 16), whitened over the batch; all are (B, T).
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16). All tensors are (B, T).
 
-    Returns whitened advantages and returns (unwhitened advantages + values), 0 outside the mask.
+    Returns the advantages, whitened over the batch, and the returns (unwhitened advantages + values), 0 outside the
+    mask.
     """
     values, rewards = values * mask, rewards * mask
     advantages = torch.zeros_like(values)
@@ -793,7 +795,7 @@ def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> tuple[torch.Tensor, dict]:
     """Clipped surrogate loss (Schulman et al., 2017, eq. 7), a scalar, and its stats. All tensors are (B, T).
 
-    Stats: mean ratio, share of clipped tokens, approxkl = E[(log ratio)^2] / 2, policykl = E[-log ratio], in nats.
+    Stats: the mean ratio, the share of clipped tokens, approxkl = E[(log ratio)^2] / 2 and policykl = E[-log ratio].
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -809,7 +811,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> t
 
 
 def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tuple[torch.Tensor, dict]:
-    """Half the mean squared error of values (B, T), clipped to old_values +- cliprange_value; clipped share."""
+    """Half the mean squared error of values, clipped to old_values +- cliprange_value, a scalar, and its stats.
+
+    All tensors are (B, T). Stats: the share of clipped tokens.
+    """
     clipped = torch.max(torch.min(values, old_values + cliprange_value), old_values - cliprange_value)
     losses, clipped_losses = (values - returns) ** 2, (clipped - returns) ** 2
     stats = {"ppo/val/clipfrac": masked_mean((clipped_losses > losses).float(), mask)}
@@ -817,19 +822,23 @@ def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tup
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, config: DetoxConfig) -> float:
-    """One step of the adaptive KL controller (Ziegler et al., 2019, section 2.2); kl in nats a response."""
+    """One step of the adaptive KL controller (Ziegler et al., 2019, section 2.2); kl is in nats per response."""
+    if not config.adaptive_kl:
+        return kl_coef
     error = min(max(kl / config.target_kl - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * config.batch_size / config.kl_horizon) if config.adaptive_kl else kl_coef
+    return kl_coef * (1 + error * config.batch_size / config.kl_horizon)
 
 
 def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 a constant one."""
-    error, spread = (returns - values)[mask], returns[mask]
-    return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
+    """1 - var(returns - values) / var(returns) over the mask: 1 for a perfect value head, 0 for a constant one."""
+    errors, returns = (returns - values)[mask], returns[mask]
+    if len(returns) < 2:
+        return 0.0
+    return float(1 - errors.var() / returns.var().clamp(min=1e-8))
 
 
 def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
-    """Set the learning rate of a step in 1..last: linear decay to 0, as in transformers' Trainer."""
+    """Set the learning rate for a step in 1..last: linear decay to 0, as in transformers' Trainer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (1 - (step - 1) / last)
 
@@ -839,22 +848,23 @@ def update(
 ) -> dict:
     """Optimize the policy on a batch, one minibatch at a time.
 
-    A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped. It passes
-    through the model in micro-batches, divided among the processes; weighted by their tokens, their gradients add up
-    to the minibatch's.
+    Each process computes the gradients of its share of a minibatch in micro-batches, weighted by their tokens, so that
+    they add up to the minibatch's. A minibatch is skipped if its mean ratio is above ratio_threshold or its gradients
+    are not finite.
 
     Args:
         rollout: logprobs, values, advantages and returns, all (B, T).
-        summaries: human summaries for the loss of ptx_coef, of length 0 where a row has none; None without that loss.
+        summaries: human summaries for the loss of ptx_coef, with length 0 in rows without one; None without that loss.
 
     Returns:
-        the means of the stats of the applied minibatches (of all of them, if the ratio skipped all), without values
-        that are not finite. Empty if gradients that are not finite left no minibatch to apply.
+        Means of the stats over the applied minibatches, or over all if the ratio of each was too high; without values
+        that are not finite. Empty if none was applied and some gradients were not finite.
     """
     parameters, mask = policy.trainable_parameters(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
     sampled_here = set(local_rows(range(config.batch_size), lengths))
-    minibatches, applied, not_finite = [], [], False
+    minibatch_stats, applied_stats = [], []
+    not_finite = False
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
         for mb in order.reshape(-1, config.mini_batch_size):
@@ -874,7 +884,8 @@ def update(
                 loss = pg_loss + config.vf_coef * vf_loss
                 weight = part.mask.sum() / mask[mb].sum()
                 losses = {"ppo/loss/total": loss, "ppo/loss/policy": pg_loss, "ppo/loss/value": vf_loss}
-                stats.update({name: (weight * value).item() for name, value in (losses | pg_stats | vf_stats).items()})
+                part_stats = losses | pg_stats | vf_stats
+                stats.update({name: (weight * value).item() for name, value in part_stats.items()})
                 loss = weight * loss
                 if summaries is not None:
                     ptx_loss = summary_loss(policy, summaries, rows, summaries.lengths[mb].sum(), part.encoder_states)
@@ -883,7 +894,7 @@ def update(
                     stats["ppo/loss/total"] += config.ptx_coef * ptx_loss.item()
                 loss.backward()
             stats = sum_over_processes(parameters, stats)
-            minibatches.append(stats)
+            minibatch_stats.append(stats)
             if stats["ppo/policy/ratio"] > config.ratio_threshold:
                 continue
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -891,37 +902,41 @@ def update(
                 not_finite = True
                 continue
             optimizer.step()
-            applied.append(stats)
-    if not_finite and not applied:
+            applied_stats.append(stats)
+    if not_finite and not applied_stats:
         return {}
-    means = {name: float(np.mean([stats[name] for stats in applied or minibatches])) for name in minibatches[0]}
-    means["ppo/policy/first_ratio"] = minibatches[0]["ppo/policy/ratio"]
-    means["ppo/skipped_minibatches"] = len(minibatches) - len(applied)
+    averaged = applied_stats or minibatch_stats
+    means = {name: float(np.mean([stats[name] for stats in averaged])) for name in averaged[0]}
+    means["ppo/policy/first_ratio"] = minibatch_stats[0]["ppo/policy/ratio"]
+    means["ppo/skipped_minibatches"] = len(minibatch_stats) - len(applied_stats)
     return {name: value for name, value in means.items() if math.isfinite(value)}  # JSON has no infinity
 
 
 def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int, kl_coef: float, config) -> dict:
-    """One PPO step: sample responses to a batch of prompts, score them, optimize; returns the step's metrics.
+    """One PPO step on a batch of prompts: sample responses, score them, optimize; returns the step's metrics.
 
-    Values that are not finite never reach a weight. ppo/skipped_steps is 1 if the rollout has any, or if gradients
-    that are not finite left no minibatch to apply; ppo/skipped_minibatches counts skipped minibatches.
+    The step is skipped (ppo/skipped_steps is 1) if the rollout has values that are not finite, or if no minibatch was
+    applied and some gradients were not finite. No such value reaches a weight.
     """
     if config.lr_scheduler_type == "linear":
         decay(optimizer, config.learning_rate, step, config.max_ppo_steps)
-    metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
+    metrics = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}
     metrics["ppo/learning_rate"] = optimizer.param_groups[0]["lr"]
+    seconds = {}
     with timed(seconds, "time/step"):
         responses, rollout = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
-        mask, broken = responses.mask, [name for name, column in rollout.items() if not column.isfinite().all()]
+        mask = responses.mask
+        not_finite = [name for name, column in rollout.items() if not column.isfinite().all()]
         scores, logprobs, values, ref_logprobs = rollout.values()
-        scores = scores.clamp(-config.score_clip, config.score_clip) if config.score_clip else scores
+        if config.score_clip:
+            scores = scores.clamp(-config.score_clip, config.score_clip)
         rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
         rollout |= {"advantages": advantages, "returns": returns}
         with timed(seconds, "time/reward"):
             summaries = clean_summaries(policy, tokenizer, classifier, batch, config) if config.ptx_coef else None
         with timed(seconds, "time/optimize"), policy.learning(dropout=False):
-            stats = {} if broken else update(policy, optimizer, responses, summaries, rollout, step, config)
+            stats = {} if not_finite else update(policy, optimizer, responses, summaries, rollout, step, config)
         if stats:
             metrics |= {
                 "ppo/skipped_steps": 0,
@@ -939,7 +954,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }
         else:
-            print_wrapped(f"step {step}: skipped, not finite: {', '.join(broken) or 'gradients'}")
+            print_wrapped(f"step {step}: skipped, not finite: {', '.join(not_finite) or 'gradients'}")
     return metrics | seconds
 
 
