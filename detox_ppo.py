@@ -769,7 +769,7 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tup
     terms log p - log p_ref, both (B, T), 0 outside the mask (B, T).
     """
     kl = (logprobs - ref_logprobs) * mask
-    last = mask.flip(1).cumsum(dim=1).flip(1) == 1  # (B, T): one token remains
+    last = mask.flip(1).cumsum(dim=1).flip(1) == 1  # (B, T): true at the last token of a response
     return scores[:, None] * last - kl_coef * kl, kl
 
 
