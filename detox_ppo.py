@@ -746,7 +746,7 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     return Responses(prompts, tokens, lengths, finished, states), rollout
 
 
-# --- PPO: rewards, advantages, losses. Conventions and metrics are those of TRL's classic PPOTrainer (0.8) -----------
+# --- PPO: rewards, advantages, losses. Conventions and metrics follow TRL's classic PPOTrainer (0.8) -----------------
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -763,25 +763,24 @@ def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token rewards: minus kl_coef times the KL term everywhere, plus the score on the last token.
+    """Per-token rewards: -kl_coef * KL at every token, plus the score at the last one.
 
-    scores (B,) are the classifier's; logprobs and ref_logprobs (B, T) are in nats. Returns the rewards and the KL
+    scores (B,) come from the classifier; logprobs and ref_logprobs (B, T) are in nats. Returns the rewards and the KL
     terms log p - log p_ref, both (B, T), 0 outside the mask (B, T).
     """
     kl = (logprobs - ref_logprobs) * mask
-    last = (mask.flip(1).cumsum(dim=1).flip(1) == 1) & (mask > 0)  # the response ends here
+    last = mask.flip(1).cumsum(dim=1).flip(1) == 1  # (B, T): true at the last token of a response
     return scores[:, None] * last - kl_coef * kl, kl
 
 
 def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalized advantage estimation (Schulman et al., 2016, eq. 16), whitened over the batch; all are (B, T).
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16). All tensors are (B, T).
 
-    Returns whitened advantages and returns (unwhitened advantages + values), 0 outside the mask.
+    Returns advantages whitened over the batch and returns (unwhitened advantages + values), 0 outside the mask.
     """
     values, rewards = values * mask, rewards * mask
     advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
+    running = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = (delta + gamma * lam * running) * mask[:, t]
@@ -793,7 +792,7 @@ def compute_advantages(values, rewards, mask, gamma: float, lam: float) -> tuple
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> tuple[torch.Tensor, dict]:
     """Clipped surrogate loss (Schulman et al., 2017, eq. 7), a scalar, and its stats. All tensors are (B, T).
 
-    Stats: mean ratio, share of clipped tokens, approxkl = E[(log ratio)^2] / 2, policykl = E[-log ratio], in nats.
+    Stats: the mean ratio, the share of clipped tokens, approxkl = E[(log ratio)^2] / 2 and policykl = E[-log ratio].
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -809,7 +808,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange: float) -> t
 
 
 def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tuple[torch.Tensor, dict]:
-    """Half the mean squared error of values (B, T), clipped to old_values +- cliprange_value; clipped share."""
+    """Half the mean squared error of values (B, T), clipped to old_values +- cliprange_value; stats: clipped share."""
     clipped = torch.max(torch.min(values, old_values + cliprange_value), old_values - cliprange_value)
     losses, clipped_losses = (values - returns) ** 2, (clipped - returns) ** 2
     stats = {"ppo/val/clipfrac": masked_mean((clipped_losses > losses).float(), mask)}
@@ -817,19 +816,23 @@ def value_loss(values, old_values, returns, mask, cliprange_value: float) -> tup
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, config: DetoxConfig) -> float:
-    """One step of the adaptive KL controller (Ziegler et al., 2019, section 2.2); kl in nats a response."""
+    """One step of the adaptive KL controller (Ziegler et al., 2019, section 2.2); kl is in nats per response."""
+    if not config.adaptive_kl:
+        return kl_coef
     error = min(max(kl / config.target_kl - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * config.batch_size / config.kl_horizon) if config.adaptive_kl else kl_coef
+    return kl_coef * (1 + error * config.batch_size / config.kl_horizon)
 
 
 def variance_explained(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect value head, 0 a constant one."""
-    error, spread = (returns - values)[mask], returns[mask]
-    return float(1 - error.var() / spread.var().clamp(min=1e-8)) if len(spread) > 1 else 0.0
+    """1 - var(returns - values) / var(returns) over the mask: 1 for a perfect value head, 0 for a constant one."""
+    errors, returns = (returns - values)[mask], returns[mask]
+    if len(returns) < 2:
+        return 0.0
+    return float(1 - errors.var() / returns.var().clamp(min=1e-8))
 
 
 def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
-    """Set the learning rate of a step in 1..last: linear decay to 0, as in transformers' Trainer."""
+    """Set the learning rate for a step in 1..last: linear decay to 0, as in transformers' Trainer."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (1 - (step - 1) / last)
 
@@ -837,24 +840,20 @@ def decay(optimizer, learning_rate: float, step: int, last: int) -> None:
 def update(
     policy: Policy, optimizer, responses: Responses, summaries: Responses | None, rollout: dict, step: int, config
 ) -> dict:
-    """Optimize the policy on a batch, one minibatch at a time.
+    """Optimize the policy on a batch, one minibatch at a time; returns the means of the stats over the minibatches.
 
-    A minibatch whose mean ratio is above ratio_threshold, or whose gradients are not finite, is skipped. It passes
-    through the model in micro-batches, divided among the processes; weighted by their tokens, their gradients add up
-    to the minibatch's.
+    rollout holds logprobs, values, advantages and returns, all (B, T). summaries are the human ones for the loss of
+    ptx_coef, with length 0 in rows without one. Each process computes the gradients of its share of a minibatch in
+    micro-batches, weighted by their tokens, so that they add up to the minibatch's.
 
-    Args:
-        rollout: logprobs, values, advantages and returns, all (B, T).
-        summaries: human summaries for the loss of ptx_coef, of length 0 where a row has none; None without that loss.
-
-    Returns:
-        the means of the stats of the applied minibatches (of all of them, if the ratio skipped all), without values
-        that are not finite. Empty if gradients that are not finite left no minibatch to apply.
+    A minibatch is skipped if its mean ratio is above ratio_threshold or its gradients are not finite. The means are
+    over the applied minibatches, or over all if every ratio was too high, without values that are not finite. They are
+    empty if no minibatch was applied and some gradients were not finite.
     """
     parameters, mask = policy.trainable_parameters(), responses.mask
     lengths = [len(prompt) for prompt in responses.prompts]
     sampled_here = set(local_rows(range(config.batch_size), lengths))
-    minibatches, applied, not_finite = [], [], False
+    minibatch_stats, applied_stats, not_finite = [], [], False
     for epoch in range(config.ppo_epochs):
         order = random_stream(config.seed, MINIBATCH, step, epoch).permutation(config.batch_size)
         for mb in order.reshape(-1, config.mini_batch_size):
@@ -874,7 +873,8 @@ def update(
                 loss = pg_loss + config.vf_coef * vf_loss
                 weight = part.mask.sum() / mask[mb].sum()
                 losses = {"ppo/loss/total": loss, "ppo/loss/policy": pg_loss, "ppo/loss/value": vf_loss}
-                stats.update({name: (weight * value).item() for name, value in (losses | pg_stats | vf_stats).items()})
+                part_stats = losses | pg_stats | vf_stats
+                stats.update({name: (weight * value).item() for name, value in part_stats.items()})
                 loss = weight * loss
                 if summaries is not None:
                     ptx_loss = summary_loss(policy, summaries, rows, summaries.lengths[mb].sum(), part.encoder_states)
@@ -883,7 +883,7 @@ def update(
                     stats["ppo/loss/total"] += config.ptx_coef * ptx_loss.item()
                 loss.backward()
             stats = sum_over_processes(parameters, stats)
-            minibatches.append(stats)
+            minibatch_stats.append(stats)
             if stats["ppo/policy/ratio"] > config.ratio_threshold:
                 continue
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -891,37 +891,41 @@ def update(
                 not_finite = True
                 continue
             optimizer.step()
-            applied.append(stats)
-    if not_finite and not applied:
+            applied_stats.append(stats)
+    if not_finite and not applied_stats:
         return {}
-    means = {name: float(np.mean([stats[name] for stats in applied or minibatches])) for name in minibatches[0]}
-    means["ppo/policy/first_ratio"] = minibatches[0]["ppo/policy/ratio"]
-    means["ppo/skipped_minibatches"] = len(minibatches) - len(applied)
+    averaged = applied_stats or minibatch_stats
+    means = {name: float(np.mean([stats[name] for stats in averaged])) for name in averaged[0]}
+    means["ppo/policy/first_ratio"] = minibatch_stats[0]["ppo/policy/ratio"]
+    means["ppo/skipped_minibatches"] = len(minibatch_stats) - len(applied_stats)
     return {name: value for name, value in means.items() if math.isfinite(value)}  # JSON has no infinity
 
 
 def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int, kl_coef: float, config) -> dict:
-    """One PPO step: sample responses to a batch of prompts, score them, optimize; returns the step's metrics.
+    """One PPO step on a batch of prompts: sample responses, score them, optimize; returns the step's metrics.
 
-    Values that are not finite never reach a weight. ppo/skipped_steps is 1 if the rollout has any, or if gradients
-    that are not finite left no minibatch to apply; ppo/skipped_minibatches counts skipped minibatches.
+    The step is skipped (ppo/skipped_steps is 1) if the rollout has values that are not finite, or if no minibatch was
+    applied and some gradients were not finite. No such value reaches a weight.
     """
     if config.lr_scheduler_type == "linear":
         decay(optimizer, config.learning_rate, step, config.max_ppo_steps)
-    metrics, seconds = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}, {}
+    metrics = {"step": step, "ppo/skipped_steps": 1, "objective/kl_coef": kl_coef}
     metrics["ppo/learning_rate"] = optimizer.param_groups[0]["lr"]
+    seconds = {}
     with timed(seconds, "time/step"):
         responses, rollout = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
-        mask, broken = responses.mask, [name for name, column in rollout.items() if not column.isfinite().all()]
+        mask = responses.mask
+        not_finite = [name for name, column in rollout.items() if not column.isfinite().all()]
         scores, logprobs, values, ref_logprobs = rollout.values()
-        scores = scores.clamp(-config.score_clip, config.score_clip) if config.score_clip else scores
+        if config.score_clip:
+            scores = scores.clamp(-config.score_clip, config.score_clip)
         rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
         rollout |= {"advantages": advantages, "returns": returns}
         with timed(seconds, "time/reward"):
             summaries = clean_summaries(policy, tokenizer, classifier, batch, config) if config.ptx_coef else None
         with timed(seconds, "time/optimize"), policy.learning(dropout=False):
-            stats = {} if broken else update(policy, optimizer, responses, summaries, rollout, step, config)
+            stats = {} if not_finite else update(policy, optimizer, responses, summaries, rollout, step, config)
         if stats:
             metrics |= {
                 "ppo/skipped_steps": 0,
@@ -939,7 +943,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }
         else:
-            print_wrapped(f"step {step}: skipped, not finite: {', '.join(broken) or 'gradients'}")
+            print_wrapped(f"step {step}: skipped, not finite: {', '.join(not_finite) or 'gradients'}")
     return metrics | seconds
 
 
@@ -947,39 +951,38 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
 
 
 def tokenize_summaries(policy: Policy, tokenizer, batch, config: DetoxConfig) -> Responses:
-    """A batch's human summaries, as responses to its prompts.
+    """The human summaries of a batch, as responses to its prompts.
 
-    Each ends with EOS, whether or not the tokenizer adds one. A truncated summary (sft_max_target_length) has no EOS,
-    so that the policy does not learn to stop in mid-sentence. The tokenizer's first special token is dropped where the
-    decoder starts with a forced one.
+    Each ends with EOS, whether or not the tokenizer adds one. A summary truncated at sft_max_target_length has no EOS,
+    so that the policy does not learn to stop in mid-sentence. If the decoder starts with a forced token, the
+    tokenizer's first special token is dropped.
     """
-    eos, summaries = policy.base.config.eos_token_id, []
+    eos = policy.base.config.eos_token_id
+    summaries = []
     for ids in token_ids(tokenizer, list(batch["summary"])):
-        end = ids[-2:]  # mBART's tokenizer adds the language after EOS
-        text = ids[: len(ids) - len(end) + end.index(eos)] if eos in end else ids
-        if len(policy.decoder_start) > 1 and text and text[0] in tokenizer.all_special_ids:
-            text = text[1:]
-        summaries.append([*text, eos][: config.sft_max_target_length])
+        if eos in ids[-2:]:  # mBART's tokenizer adds the language after EOS
+            ids = ids[: ids.index(eos, -2)]
+        if len(policy.decoder_start) > 1 and ids and ids[0] in tokenizer.all_special_ids:
+            ids = ids[1:]
+        summaries.append([*ids, eos][: config.sft_max_target_length])
     tokens, mask = policy.pad(summaries)
     return Responses(list(batch["input_ids"]), tokens, mask.sum(dim=1))
 
 
 def clean_summaries(policy: Policy, tokenizer, classifier, batch, config: DetoxConfig) -> Responses:
-    """tokenize_summaries with length 0 for rows without a summary and for toxic summaries (P > TOXIC)."""
-    summaries = tokenize_summaries(policy, tokenizer, batch, config)
-    rows = local_rows(range(len(batch)), [len(prompt) for prompt in summaries.prompts])
-    texts = [batch["summary"][i] for i in rows]
-    toxicity = torch.tensor(classifier.toxicity(classifier.logits(texts, policy.base.dtype)))
-    clean = (toxicity <= TOXIC) & torch.tensor([bool(text) for text in texts])
-    summaries.lengths *= gather_rows(rows, clean.to(policy.device))
+    """tokenize_summaries, with length 0 for rows without a summary or with a toxic one (P > TOXIC)."""
+    summaries, texts = tokenize_summaries(policy, tokenizer, batch, config), list(batch["summary"])
+    toxicity = shared_toxicity(texts, lambda part: classifier.toxicity(classifier.logits(part, policy.base.dtype)))
+    clean = [text != "" and value <= TOXIC for text, value in zip(texts, toxicity, strict=True)]
+    summaries.lengths *= torch.tensor(clean, device=policy.device)
     return summaries
 
 
-def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_states=None) -> torch.Tensor:
-    """Negative log-likelihood of the human summaries of some rows, in nats: their sum divided by a number of tokens.
+def summary_loss(policy: Policy, summaries: Responses, rows, token_count, encoder_states=None) -> torch.Tensor:
+    """Negative log-likelihood of the rows' human summaries: the sum in nats, divided by token_count; a scalar.
 
-    encoder_states (rows, S, d) are computed if not given; summaries of length 0 are skipped. In PPO this is the
-    pretraining loss of PPO-ptx (Ouyang et al., 2022, section 3.5), with the task's own summaries as data.
+    encoder_states (rows, S, d) are computed if not given. Summaries of length 0 are skipped. In PPO this is the
+    pretraining loss of PPO-ptx (Ouyang et al., 2022, section 3.5), with human summaries as the data.
     """
     with_summary = [i for i, row in enumerate(rows) if summaries.lengths[row] > 0]
     if not with_summary:
@@ -988,7 +991,7 @@ def summary_loss(policy: Policy, summaries: Responses, rows, tokens, encoder_sta
     if encoder_states is not None:
         part.encoder_states = encoder_states[with_summary, : padded_width(map(len, part.prompts))]
     logprobs, _ = policy(part)
-    return -logprobs.sum() / tokens
+    return -logprobs.sum() / token_count
 
 
 def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: DetoxConfig) -> float:
@@ -997,8 +1000,9 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
     The learning rate decays linearly and gradients are clipped to norm 1, as in transformers' Trainer. Each process
     draws its own dropout masks, so the result depends on the number of processes.
     """
+    stats = Counter()
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
-    prompt_lengths, stats = [len(prompt) for prompt in summaries.prompts], Counter()
+    prompt_lengths = [len(prompt) for prompt in summaries.prompts]
     dropout = random_stream(config.seed, TUNING, step, PartialState().process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
@@ -1016,42 +1020,36 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
     return loss
 
 
-# --- Evaluation: the same prompts and random numbers, before and after -----------------------------------------------
+# --- Evaluation: the same prompts and random numbers before and after ------------------------------------------------
+
+TOXIC, NOISE = 0.5, 0.01  # a text is toxic above this probability; smaller changes of it count as none
+LEAST_RETRIEVED = 20  # with fewer dialogues R@1 means little and is left out
 
 
 def evaluate_policy(
-    policy: Policy,
-    tokenizer,
-    classifier: ToxicityClassifier,
-    rows,
-    config: DetoxConfig,
-    desc="evaluating",
-    greedy=False,
-    trained=True,
+    policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, desc="evaluating", greedy=False, trained=True
 ) -> pd.DataFrame:
     """Summarize each row's dialogue with the active adapter, sampled or greedily, and score the summaries.
 
-    An adapter that is not trained yet equals the reference: its KL is 0 and takes no pass of the reference.
-
-    Returns:
-        one line per row, in their order and in every process: response, length (tokens), finished (it ended before
-        its limit), reward (its score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and,
-        if sampled, kl (nats, to the reference).
+    Returns one line per row, in the order of the rows, on every process: response, length (tokens), finished (ended
+    with EOS), reward (the score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and, if
+    sampled, kl (to the reference, in nats). KL is 0 for an untrained adapter, which equals the reference.
     """
-    prompts, dialogues, keys = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
-    mine, parts = local_rows(range(len(rows)), [len(prompt) for prompt in prompts]), []
+    prompts, dialogues, row_numbers = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
+    local = local_rows(range(len(rows)), [len(prompt) for prompt in prompts])
     limits = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     size = decoding_rows(policy, max(map(len, prompts)), config)
-    with tqdm(total=len(mine), desc=desc, unit="summary", disable=NO_BAR) as bar:
-        for start in range(0, len(mine), size):
-            batch, columns = mine[start : start + size], {}
-            generators = None if greedy else [random_stream(config.seed, EVALUATION, keys[i]) for i in batch]
+    parts = []
+    with tqdm(total=len(local), desc=desc, unit="summary", disable=NO_BAR) as bar:
+        for start in range(0, len(local), size):
+            batch, columns = local[start : start + size], {}
+            generators = None if greedy else [random_stream(config.seed, EVALUATION, row_numbers[i]) for i in batch]
             responses = generate(policy, [prompts[i] for i in batch], generators, limits)
             if not greedy:
                 logprobs = ref_logprobs = policy.logprobs_and_values(responses)[0]
                 if trained:
                     if not config.freeze_encoder:
-                        responses.encoder_states = None  # the reference has its own
+                        responses.encoder_states = None  # the reference's differ
                     with policy.as_adapter("reference"):
                         ref_logprobs = policy.logprobs_and_values(responses)[0]
                 columns["kl"] = (logprobs - ref_logprobs).sum(dim=1).tolist()
@@ -1075,7 +1073,7 @@ def evaluate_policy(
 
 
 def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torch.device) -> None:
-    """Add the column judge_toxicity, what the judge says of each response alone. It is in memory only meanwhile."""
+    """Add the column judge_toxicity: the judge's P(toxic) of each response alone. The judge is not kept in memory."""
     if config.judge_model_name:
         judge = ToxicityClassifier(config, device, judge=True)
         for table in tables.values():
@@ -1084,10 +1082,10 @@ def add_judge(tables: dict[str, pd.DataFrame], config: DetoxConfig, device: torc
 
 
 def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: DetoxConfig) -> pd.DataFrame:
-    """Toxicity of each row's dialogue and, where it has a human summary (response), what evaluate_policy measures.
+    """Toxicity of the dialogues and of their human summaries, one line per row.
 
-    Columns: dialogue_toxicity, and of the human summaries response, length (tokens of the policy's tokenizer),
-    toxicity, summary_toxicity and judge_toxicity, which are missing (NaN) in rows without one.
+    Columns: dialogue_toxicity, and of the human summary response, length (tokens of the policy's tokenizer), toxicity,
+    summary_toxicity and judge_toxicity as in evaluate_policy, missing (NaN) in rows without one.
     """
     measure, dialogues = Toxicity(classifier), list(rows["dialogue"])
 
@@ -1107,131 +1105,131 @@ def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: Detox
 
 
 def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
-    """evaluate_policy's tables by decoding, sampled and greedy, with the judge's column; prints their means."""
-    tables = {}
-    for name in ("sampled", "greedy"):
-        how = (f"{when}, {name}", name == "greedy", when == "after")
-        tables[name] = evaluate_policy(policy, tokenizer, classifier, rows, config, *how)
+    """Evaluate sampled and greedy summaries, with the judge if any; prints the means, returns tables by decoding."""
+    trained, tables = when == "after", {}
+    for decoding in ("sampled", "greedy"):
+        desc, greedy = f"{when}, {decoding}", decoding == "greedy"
+        tables[decoding] = evaluate_policy(policy, tokenizer, classifier, rows, config, desc, greedy, trained)
     add_judge(tables, config, policy.device)
-    for name, table in tables.items():
-        print_means(("before SFT" if when == "base" else f"{when} detox") + ", greedy" * (name == "greedy"), table)
+    label = "before SFT" if when == "base" else f"{when} detox"
+    print_means(label, tables["sampled"])
+    print_means(f"{label}, greedy", tables["greedy"])
     return tables
-
-
-TOXIC, NOISE = 0.5, 0.01  # a text is toxic from this probability on; a smaller change of it counts as none
 
 
 def mean_and_std(values) -> dict:
     """Mean, standard deviation (uncorrected, as the notebooks print it), n, and the share above TOXIC."""
-    toxic = float(np.mean(np.asarray(values) > TOXIC))
-    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values), "share": toxic}
+    share = float(np.mean(np.asarray(values) > TOXIC))
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": len(values), "share": share}
 
 
 def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
-    """Compare the same prompts before and after.
+    """Compare the toxicities of the same prompts before and after. Returns a dict of:
 
-    Returns before and after {mean, std, n, share (above TOXIC)}; reduction_percent {mean, std} (positive: fell; None
-    where before is 0); paired_difference {mean, ci_low, ci_high, p_value} of after - before: a 95% percentile
-    bootstrap interval (Efron, 1979) and the two-sided p-value of a sign-flip permutation test (Fisher, 1935); verdict
-    {change, better, worse, detectable}: in words, the shares of prompts that fell and rose by NOISE at least, and the
-    smallest mean change that this many prompts would show with 80% power at the 5% level (Cohen, 1988).
+    before, after: mean_and_std of each.
+    reduction_percent: of mean and std; positive where it fell, None where it was 0.
+    paired_difference: the mean of after - before, its 95% percentile bootstrap interval (Efron, 1979) and the
+        two-sided p-value of a sign-flip permutation test (Fisher, 1935).
+    verdict: change, a text; better and worse, the shares of prompts that fell and rose by at least NOISE; detectable,
+        the smallest mean change with 80% power at the 5% level (Cohen, 1988), None for one prompt.
     """
     before, after = np.asarray(before), np.asarray(after)
     difference, count = after - before, len(before)
     generator = random_stream(seed, STATISTICS)
     means, flipped = [], []
-    for _ in range(0, resamples, 10):  # ten at a time: a call for each takes longer, and all at once much memory
+    for _ in range(0, resamples, 10):  # one at a time would be slow, all at once would need much memory
         means.extend(difference[generator.integers(count, size=(10, count))].mean(axis=1))
         flipped.extend((difference * (2 * generator.integers(2, size=(10, count)) - 1)).mean(axis=1))
-    # The tolerance counts a flip that reproduces the data, whatever the order of summation did.
+    # The tolerance is for rounding: flips that reproduce the data have to count.
     extreme = np.sum(np.abs(flipped) >= abs(difference.mean()) - 1e-12)
     low, high = map(float, np.percentile(means, [2.5, 97.5]))
     p_value = float((extreme + 1) / (len(flipped) + 1))
     change = "no detectable change"
-    if p_value < 0.05 and (low > 0 or high < 0):
-        change = "less toxic" if high < 0 else "more toxic"
+    if p_value < 0.05 and high < 0:
+        change = "less toxic"
+    elif p_value < 0.05 and low > 0:
+        change = "more toxic"
+    detectable = float((1.960 + 0.842) * difference.std(ddof=1) / count**0.5) if count > 1 else None
 
     def reduction(statistic):
         return float(100 * (1 - statistic(after) / statistic(before))) if statistic(before) > 0 else None
 
-    paired = {"mean": float(difference.mean()), "ci_low": low, "ci_high": high, "p_value": p_value}
     return {
         "before": mean_and_std(before),
         "after": mean_and_std(after),
         "reduction_percent": {"mean": reduction(np.mean), "std": reduction(np.std)},
-        "paired_difference": paired,
+        "paired_difference": {"mean": float(difference.mean()), "ci_low": low, "ci_high": high, "p_value": p_value},
         "verdict": {
             "change": change,
             "better": float((difference <= -NOISE).mean()),
             "worse": float((difference >= NOISE).mean()),
-            "detectable": float((1.960 + 0.842) * difference.std(ddof=1) / count**0.5) if count > 1 else None,
+            "detectable": detectable,
         },
     }
 
 
-LEAST_RETRIEVED = 20  # among fewer dialogues R@1 means little, and is left out
-
-
 def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
-    """R@1: the share of summaries that are more similar to their own dialogue than to any other of the dialogues.
+    """R@1: the share of summaries that are more similar to their own dialogue than to any other dialogue.
 
-    The similarity is the cosine of tf-idf vectors of character 4-grams, tf = 1 + log(count) and
-    idf = 1 + log((1 + n) / (1 + df)) over the n dialogues (Manning et al., 2008, chapter 6), so it needs no words of
-    any language. 1 is perfect; random or interchangeable summaries reach 1 / n, empty ones 0.
+    The similarity is the cosine of tf-idf vectors of character 4-grams, with tf = 1 + log(count) and
+    idf = 1 + log((1 + n) / (1 + df)) over the n dialogues (Manning et al., 2008, chapter 6), so it works in any
+    language. 1 is perfect; random or interchangeable summaries reach 1 / n, empty ones 0.
     """
-    own, others = np.zeros(len(summaries)), np.full(len(summaries), -1.0)
-    found = [character_counts(dialogues[i : i + 512]) for i in range(0, len(dialogues), 512)]
-    idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((part > 0).sum(axis=0) for part in found)))
-    found = [part * idf / np.linalg.norm(part * idf, axis=1, keepdims=True) for part in found]
+    blocks = [character_counts(dialogues[i : i + 512]) for i in range(0, len(dialogues), 512)]
+    idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((block > 0).sum(axis=0) for block in blocks)))
+    blocks = [block * idf / np.linalg.norm(block * idf, axis=1, keepdims=True) for block in blocks]
+    retrieved = 0
     for first in range(0, len(summaries), 512):
-        told = character_counts(summaries[first : first + 512]) * idf
-        similarity = np.concatenate([told @ part.T for part in found], axis=1)  # (512 at most, dialogues)
-        rows = np.arange(first, first + len(told))
-        own[rows] = similarity[rows - first, rows]
-        similarity[rows - first, rows] = -1
-        others[rows] = similarity.max(axis=1)
-    return float(np.mean(own > others))
+        weighted = character_counts(summaries[first : first + 512]) * idf
+        similarity = np.concatenate([weighted @ block.T for block in blocks], axis=1)  # (512 at most, dialogues)
+        rows = np.arange(len(weighted))
+        own = similarity[rows, first + rows]
+        similarity[rows, first + rows] = -1
+        retrieved += np.sum(own > similarity.max(axis=1))
+    return float(retrieved / len(summaries))
 
 
 def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues: list[str]) -> dict[str, float]:
-    """What toxicity can't see of an evaluation's summaries: are they still summaries?
+    """Measures that show whether an evaluation's responses are still summaries. Returns a dict of:
 
-    Returns retrieval_at_1, from 20 dialogues on; ROUGE-1, -2 and -L F-measures against the human summaries, the best
-    of a row's, if there are any (means, 0 to 1, stemmed);
-    distinct_2, the share of different ones among all pairs of neighbouring words (Li et al., 2016); repeated_3, the
-    mean share of triples of words that a summary has said before; the shares of empty and of unfinished (no end token)
-    summaries; length, their mean in tokens; of what was sampled kl, to the reference in nats a summary.
+    rouge1, rouge2, rougeL: mean F-measures (0 to 1, stemmed) against the best human summary, if there are any.
+    retrieval_at_1: from LEAST_RETRIEVED dialogues on.
+    distinct_2: the share of distinct pairs among all pairs of neighbouring words (Li et al., 2016).
+    repeated_3: the mean share of a summary's word triples that repeat an earlier one.
+    empty, unfinished: the shares of summaries without a word and without EOS.
+    length, kl: the means in tokens and, if sampled, in nats to the reference.
     """
+    responses, quality = list(table["response"]), {}
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeTokenizer())
-    referenced = [pair for pair in zip(references, table["response"], strict=True) if pair[0]]
-    scores = [scorer.score_multi(*pair) for pair in referenced]
-    words = [split_words(text) for text in table["response"]]
+    scores = [scorer.score_multi(*pair) for pair in zip(references, responses, strict=True) if pair[0]]
+    if scores:
+        quality |= {name: float(np.mean([score[name].fmeasure for score in scores])) for name in scorer.rouge_types}
+    if len(dialogues) >= LEAST_RETRIEVED:
+        quality["retrieval_at_1"] = retrieval_at_1(dialogues, responses)
+    words = [split_words(text) for text in responses]
     pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
     triples = [list(zip(text, text[1:], text[2:], strict=False)) for text in words]
-    retrieved = {}
-    if len(dialogues) >= LEAST_RETRIEVED:
-        retrieved["retrieval_at_1"] = retrieval_at_1(dialogues, list(table["response"]))
-    return {
-        **{name: float(np.mean([score[name].fmeasure for score in scores])) for name in scores and scorer.rouge_types},
-        **retrieved,
+    repeated = [1 - len(set(text)) / len(text) if text else 0 for text in triples]
+    quality |= {
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
-        "repeated_3": float(np.mean([1 - len(set(said)) / len(said) if said else 0 for said in triples])),
+        "repeated_3": float(np.mean(repeated)),
         "empty": float(np.mean([not text for text in words])),
         "unfinished": float(1 - np.mean(table["finished"])),
         "length": float(np.mean(table["length"])),
-        **({"kl": float(np.mean(table["kl"]))} if "kl" in table else {}),
     }
+    if "kl" in table:
+        quality["kl"] = float(np.mean(table["kl"]))
+    return quality
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
-    """Load, measure, tune if asked to, train by PPO, load the adapter back, measure again, and write everything.
+    """Load, evaluate, fine-tune (sft_steps), train by PPO, load the adapter back, evaluate again, and report.
 
-    Returns the contents of results.json; "base" in it is the start before SFT. After SFT without PPO steps
-    "after" is "before". Without SFT and PPO steps it is an evaluation alone: see evaluate_adapter. Raises UserError,
-    and Stopped at a signal: what was done so far is then in a checkpoint.
+    Returns the contents of results.json: "base" is the model before SFT; without PPO steps "after" equals "before".
+    Raises UserError, and Stopped at a signal, when the work so far is in a checkpoint.
     """
     with own_settings(), lock_directories(config):
         if not (config.sft_steps or config.max_ppo_steps):
@@ -1240,10 +1238,10 @@ def run(config: DetoxConfig, stop: StopSignals | None = None) -> dict:
 
 
 def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
-    """The stages of a run, in settings and directories that are its own."""
+    """The stages of a run, once run has made its settings and locked its directories."""
     # Load
     started, processes = time.perf_counter(), PartialState()
-    writes = processes.is_main_process  # one process writes, for all
+    writes = processes.is_main_process  # the only one that writes files
     output_dir, model_dir = Path(config.output_dir), Path(config.model_dir or config.output_dir)
     checkpoints = Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit)
     checkpoint = checkpoints.load() if config.resume else None
@@ -1252,7 +1250,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     tracker = start_tracker(config)
     policy, tokenizer, classifier, train, evaluated, origin = load_everything(config, device, dtype)
     state = init_or_restore(checkpoint, config, origin, policy)
-    if checkpoint and writes:  # all have read theirs
+    if checkpoint and writes:  # by now every process has read it
         checkpoints.prune(config.save_total_limit)
     state.overlap = overlap(train["dialogue"], evaluated["dialogue"])
     warn(state, overlap_warnings(state.overlap))
@@ -1260,15 +1258,16 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     print_means("of the human summaries", human)
     human_length = human["length"].mean() if "length" in human else math.inf
     state.timings["load"] = state.timings.get("load", 0.0) + time.perf_counter() - started
-    begun, started = state.step, started - state.timings.get("total", 0.0)  # seconds before a resume count
+    started -= state.timings.get("total", 0.0)  # the total includes the time before a resume
+    first_step = state.step + 1
 
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
             tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
         state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
 
-    def keep(due):
-        """Write a checkpoint where one is due or the run is to stop; then stop."""
+    def save_checkpoint(due):
+        """Write a checkpoint if one is due or the run has to stop; stop after it."""
         stopping = stop.agreed()
         if (due or stopping) and writes:
             state.timings["total"] = time.perf_counter() - started
@@ -1276,16 +1275,16 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         if stopping:
             raise Stopped
 
-    # Measure the start
+    # Evaluate before training
     if state.phase == "start":
         evaluate_now("base" if config.sft_steps else "before")
-        if writes:  # only now is anything of an earlier run replaced
+        if writes:  # files of an earlier run stay until the evaluation has succeeded
             checkpoints.prune(0)
         state.phase = "sft" if config.sft_steps else "ppo"
     if writes and (state.step, state.sft_step) < (config.max_ppo_steps, config.sft_steps):
-        (output_dir / "results.json").unlink(missing_ok=True)  # that of another or a shorter run
+        (output_dir / "results.json").unlink(missing_ok=True)  # of an earlier or shorter run
 
-    # Tune
+    # SFT
     policy.freeze_encoder(False)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), weight_decay=0)
     if checkpoint and state.phase == "sft":
@@ -1297,7 +1296,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         if step % math.ceil(config.sft_steps / 10) == 0:
             print_wrapped(f"SFT step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
         state.sft_step = step
-        keep(step % config.save_steps == 0 or step == config.sft_steps)
+        save_checkpoint(step % config.save_steps == 0 or step == config.sft_steps)
     if state.phase == "sft":
         copy_to_reference(policy.model)
         evaluate_now("before")
@@ -1305,38 +1304,39 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
     if writes and (start := start_directory(config)):
         save_adapter(policy, model_dir / start, "reference")
 
-    # Train
+    # PPO
     policy.freeze_encoder(config.freeze_encoder)
     optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=config.learning_rate)
     if checkpoint and checkpoint["state"].phase == "ppo":
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if not state.step:
-        keep(True)
+    if state.step == 0:
+        save_checkpoint(True)
     log = open(output_dir / "metrics.jsonl" if writes else os.devnull, "w", encoding="utf-8", buffering=1)
     log.writelines(json.dumps(line) + "\n" for line in state.history)
     for step, bar in steps_of("PPO", state.step, config.max_ppo_steps, stop):
         batch = train.select(rows_of_step(len(train), config.batch_size, config.seed, SHUFFLE, step))
         metrics = ppo_step(policy, tokenizer, classifier, optimizer, batch, step, state.kl_coef, config)
-        state.step, skipped = step, metrics["ppo/skipped_steps"]
+        state.step = step
         state.history.append(metrics)
-        state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
         state.timings["ppo"] = state.timings.get("ppo", 0.0) + metrics["time/step"]
-        if not skipped:
-            state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            print_step(metrics, config, bar)
-            warn(state, new_warnings(state, config, human_length))
-            if step == begun + 1:
-                print_wrapped(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
         log.write(json.dumps(metrics) + "\n")
         if tracker:
             tracker.log(metrics, step=step)
-        if state.skipped_in_row == 3:
-            raise UserError(f"step {step}: three steps in a row gave numbers that are not finite. {NOT_FINITE}.")
-        if not skipped:
-            keep(step % config.save_steps == 0 or step == config.max_ppo_steps)
+        if metrics["ppo/skipped_steps"]:
+            state.skipped_in_row += 1
+            if state.skipped_in_row == 3:
+                raise UserError(f"step {step}: three steps in a row gave numbers that are not finite. {NOT_FINITE}.")
+            continue  # the newest checkpoint stays that of a good step
+        state.skipped_in_row = 0
+        state.kl_coef = adapted_kl_coef(state.kl_coef, metrics["objective/kl"], config)
+        print_step(metrics, config, bar)
+        warn(state, new_warnings(state, config, human_length))
+        if step == first_step:
+            print_wrapped(f"  about {minutes_left(state, config):.1f} minutes left, including the evaluation")
+        save_checkpoint(step % config.save_steps == 0 or step == config.max_ppo_steps)
     log.close()
 
-    # Measure what a user will load: the files on disk, not the weights in memory
+    # Evaluate what a user will load: the files on disk, not the weights in memory
     if writes:
         save_adapter(policy, model_dir / "adapter")
     processes.wait_for_everyone()
@@ -1352,20 +1352,21 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
 # === Back rooms: what files, machines, users and libraries demand; open them when you need them ======================
 
 
-# --- Evaluation alone: the base model and an adapter, nothing is trained ---------------------------------------------
+# --- Evaluation without training: the base model and an adapter ------------------------------------------------------
 
 
 def evaluate_adapter(config: DetoxConfig) -> dict:
-    """A run without training: measure the base model ("before") and its adapter ("after"), and write the report.
+    """A run without training: evaluate the base model ("before") and its adapter ("after"), and write the report.
 
-    Without an adapter "after" is "before". Returns the contents of results.json.
+    Without an adapter, "after" equals "before". Returns the contents of results.json.
     """
     started = time.perf_counter()
     if config.hub_model_id:
         raise UserError(f"--hub_model_id {config.hub_model_id}: nothing is trained")
     Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit).check(None, config)
     if trained_in(Path(config.output_dir)):
-        raise UserError(f"--output_dir {config.output_dir}: a run that trained lies there; name another directory")
+        holds = "it holds the results of a training run"
+        raise UserError(f"--output_dir {config.output_dir}: {holds}; choose another directory")
     device, dtype = resolve_device(config)
     tracker = start_tracker(config)
     policy, tokenizer, classifier, _, evaluated, origin = load_everything(config, device, dtype, trains=False)
@@ -1379,7 +1380,7 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
     def evaluate_now(when):
         with timed(state.timings, f"evaluate_{when}"):
             tables = evaluate_both(policy, tokenizer, classifier, evaluated, config, when)
-        del tables["sampled"]["kl"]  # to the frozen copy of the adapter, which is no reference here
+        del tables["sampled"]["kl"]  # the "reference" is a copy of the adapter here, so its KL means nothing
         state.evaluations[when] = {name: table.to_dict("list") for name, table in tables.items()}
 
     with policy.model.disable_adapter():

@@ -390,7 +390,7 @@ def test_a_run_s_results_are_not_overwritten_by_its_evaluation(ran, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         ran(max_ppo_steps=0, adapter_name=tmp_path / model_dir, resume=resume)
     assert stop.value.code == 2 and (tmp_path / "out" / "results.json").read_bytes() == before
-    told = f"--output_dir {tmp_path / 'out'}: a run that trained lies there; name another directory"
+    told = f"--output_dir {tmp_path / 'out'}: it holds the results of a training run; choose another directory"
     assert told in capsys.readouterr().err
 
 
