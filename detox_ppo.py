@@ -131,13 +131,12 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()
 
-FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 NO_BAR = False if "ipykernel" in sys.modules else None  # tqdm's disable; None: no bar unless stderr is a terminal
 PROMPT = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"  # as in the published notebooks
 
 # Streams of random numbers. Every draw depends only on the seed, its stream and a key such as the step. So evaluating
 # more often leaves the training unchanged, and a resumed run has no random state to restore.
-ROLLOUT, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, TUNING = range(6)
+ROLLOUT, EVALUATION, SHUFFLE, MINIBATCH, STATISTICS, SFT = range(6)
 
 
 def random_stream(seed: int, stream: int, *key: int) -> np.random.Generator:
@@ -1003,7 +1002,7 @@ def sft_step(policy: Policy, tokenizer, optimizer, batch, step: int, config: Det
     stats = Counter()
     summaries = tokenize_summaries(policy, tokenizer, batch, config)
     prompt_lengths = [len(prompt) for prompt in summaries.prompts]
-    dropout = random_stream(config.seed, TUNING, step, PartialState().process_index)
+    dropout = random_stream(config.seed, SFT, step, PartialState().process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
     optimizer.zero_grad()
     with policy.learning(dropout=True):
@@ -1291,7 +1290,7 @@ def run_locked(config: DetoxConfig, stop: StopSignals) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
     for step, _ in steps_of("SFT", state.sft_step, config.sft_steps, stop):
         with timed(state.timings, "tuning"):
-            batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, TUNING, step))
+            batch = train.select(rows_of_step(len(train), config.sft_batch_size, config.seed, SFT, step))
             loss = sft_step(policy, tokenizer, optimizer, batch, step, config)
         if step % math.ceil(config.sft_steps / 10) == 0:
             print_wrapped(f"SFT step {step:>4}/{config.sft_steps} | loss {loss:.4f}")
@@ -1362,7 +1361,7 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
     """
     started = time.perf_counter()
     if config.hub_model_id:
-        raise UserError(f"--hub_model_id {config.hub_model_id}: nothing is trained")
+        raise UserError(f"--hub_model_id {config.hub_model_id}: nothing is trained. Set --max_ppo_steps or omit it.")
     Checkpoints(Path(config.checkpoint_dir or config.output_dir), config.save_total_limit).check(None, config)
     if trained_in(Path(config.output_dir)):
         holds = "it holds the results of a training run"
@@ -1393,6 +1392,8 @@ def evaluate_adapter(config: DetoxConfig) -> dict:
 
 
 # --- Reading files and datasets --------------------------------------------------------------------------------------
+
+FROM_HUB = ("model_name", "adapter_name", "reward_model_name", "judge_model_name", "dataset_name", "eval_dataset_name")
 
 
 def contents_of(name: str, option_name: str) -> str | None:

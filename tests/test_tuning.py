@@ -59,7 +59,7 @@ def run_sft(small, rows):
     config, optimizer = small.config, torch.optim.AdamW(small.policy.trainable_parameters(), weight_decay=0)
     losses = []
     for step in range(1, config.sft_steps + 1):
-        batch = rows.select(rows_of_step(len(rows), config.sft_batch_size, config.seed, detox_ppo.TUNING, step))
+        batch = rows.select(rows_of_step(len(rows), config.sft_batch_size, config.seed, detox_ppo.SFT, step))
         losses.append(sft_step(small.policy, small.tokenizer, optimizer, batch, step, config))
     return losses
 
