@@ -36,31 +36,30 @@ COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save
 # With --short these come last and override the others.
 SHORT = "--max_ppo_steps 2 --batch_size 4 --mini_batch_size 2 --output_min_length 4 "
 SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
-# Options of detox_ppo.py by recipe. "notebooks" are the defaults. Of the others, "ptx-0" is the recipe without human
-# summaries, and a name says what differs: half of the "rude" prompts are rude dialogues, "frozen" is freeze_encoder.
-# "classic" selects TRL 0.8.0's trainer, as published (reward by position in a sorted list) or fixed (by label).
+# A recipe's name says what differs from these options of detox_ppo.py: see recipe_options.
 BASIC = "--score_text response --max_ppo_steps 60 --learning_rate 1e-3 --lr_scheduler_type linear --init_kl_coef 0.05 "
 BASIC += "--adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
-RECIPES = {"notebooks": {"options": ""}}
-for coefficient in ("0", "0.05", "0.1", "0.2", "0.5"):
-    for prompts in ("", "rude-"):
-        for frozen in ("", "frozen-"):
-            freeze = "true" if frozen else "false"
-            recipe = {"options": f"{BASIC} --ptx_coef {coefficient} --freeze_encoder {freeze}"}
-            if prompts:
-                recipe["prompts"] = "mixed"
-            RECIPES[f"{prompts}{frozen}ptx-{coefficient}"] = recipe
-RECIPES["rude-frozen-ptx-0.1-kl-0.02"] = {
-    "options": f"{BASIC} --ptx_coef 0.1 --freeze_encoder true --init_kl_coef 0.02",
-    "prompts": "mixed",
-}
-RECIPES["rude-frozen-ptx-0.1-steps-180"] = {
-    "options": f"{BASIC} --ptx_coef 0.1 --freeze_encoder true --max_ppo_steps 180",
-    "prompts": "mixed",
-}
-RECIPES["steps-300"] = {"options": f"{BASIC} --max_ppo_steps 300"}  # checkpoints/flan-t5-base.yaml
-RECIPES["classic"] = {"options": BASIC, "classic": "classic"}
-RECIPES["fixed"] = {"options": BASIC, "classic": "fixed"}
+NUMBERS = {"ptx": "ptx_coef", "clip": "score_clip", "kl": "init_kl_coef", "steps": "max_ppo_steps"}
+CLASSIC = ("classic", "fixed")  # TRL 0.8.0's trainer, as published (reward by position in a sorted list) or by label
+
+
+def recipe_options(name):
+    """Options of detox_ppo.py for a recipe's name.
+
+    "notebooks" has the defaults. Other names are parts joined by "-": ptx, clip, kl or steps, each with a number
+    ("ptx-0.1-steps-120"), "frozen" (freeze_encoder), and "rude" (half of the prompts are rude dialogues).
+    """
+    if name == "notebooks":
+        return []
+    options, parts = BASIC.split(), iter(name.split("-"))
+    for part in parts:
+        if part in NUMBERS:
+            options += [f"--{NUMBERS[part]}", next(parts, "")]
+        elif part == "frozen":
+            options += ["--freeze_encoder", "true"]
+        elif part not in ("rude", *CLASSIC):
+            step_time.stop(f"--recipes {name}: {part!r} is not a part of a recipe; see recipe_options in this file")
+    return options
 
 
 def read_lines(path):
@@ -132,11 +131,11 @@ def make_adapter(options, base):
 
 
 def recipe_arguments(options, name, base, adapter, seed):
-    recipe = RECIPES[name]
+    prompts = "mixed" if name.startswith("rude") else "dialogsum"
     arguments = ["--model_name", str(base), "--adapter_name", str(adapter)]
     arguments += ["--reward_model_name", str(options.reward_model)]
-    arguments += ["--dataset_name", str(options.output_dir / "data" / recipe.get("prompts", "dialogsum"))]
-    arguments += COMMON.split() + recipe["options"].split()
+    arguments += ["--dataset_name", str(options.output_dir / "data" / prompts)]
+    arguments += COMMON.split() + recipe_options(name)
     if options.short:
         arguments += SHORT.split()
     return [*arguments, "--seed", str(seed)]
@@ -151,7 +150,7 @@ def train(options, name, base, adapter, seed):
         if done["asked"] != arguments:
             step_time.stop(f"{directory} has other options, {done['asked']}: delete it")
         return directory
-    if pick := RECIPES[name].get("classic"):
+    if name in CLASSIC:
         import detox_ppo
 
         config = detox_ppo.parse_config(arguments)
@@ -160,7 +159,7 @@ def train(options, name, base, adapter, seed):
         held_out = detox_ppo.load_dialogues(config.dataset_name, config, split="test")
         prompts = detox_ppo.build_dataset(rows, tokenizer, config, held_out)["train"]
         directory.mkdir(parents=True, exist_ok=True)
-        learning_curve.train_classic(options.classic_python, pick, config, prompts, [], directory, name)
+        learning_curve.train_classic(options.classic_python, name, config, prompts, [], directory, name)
     else:
         detox(options, arguments, directory, f"{name}, seed {seed}")
     (directory / "done.json").write_text(json.dumps({"asked": arguments}))
@@ -282,14 +281,14 @@ def parse_options(arguments):
         "--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: pip installs it)"
     )
     parser.add_argument("--rude_held_out", type=int, default=RUDE_HELD_OUT)
-    parser.add_argument(
-        "--recipes", nargs="+", default=["notebooks", "ptx-0", "ptx-0.1"], choices=list(RECIPES), metavar="NAME"
-    )
+    parser.add_argument("--recipes", nargs="+", default=["notebooks", "ptx-0", "ptx-0.1"], metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=200, help="rows to evaluate of each held-out set; -1: all")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs")
     parser.add_argument("--short", action="store_true", help="smoke test for CI: two steps, in this process")
     options = parser.parse_args(arguments)
+    for name in options.recipes:
+        recipe_options(name)  # ends here if it is not a recipe
     if options.short:
         options.rows = 4
     for name in ("output_dir", "dialogsum", "rude", "model_name", "reward_model", "judge_model"):
@@ -305,7 +304,7 @@ def main():
     options = parse_options(sys.argv[1:])
     os.chdir(ROOT)
     make_data(options)
-    if any("classic" in RECIPES[name] for name in options.recipes) and not options.classic_python:
+    if set(CLASSIC) & set(options.recipes) and not options.classic_python:
         options.classic_python = step_time.make_classic_environment(options.output_dir / "classic-environment")
     base, start = options.model_name, make_adapter(options, options.model_name)
     before = evaluate(options, options.output_dir / "start", start, base, start)

@@ -61,7 +61,7 @@ ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_h
 CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
 CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
 SUMMARY_WORDS = 19  # mean length of DialogSum's human summaries
-RECIPE = {"freeze_encoder": "true", "ptx_coef": 0.1, "score_text": "response"}
+RECIPE = {"freeze_encoder": "true", "ptx_coef": 0.2, "score_text": "response"}
 # Minimum, deciles and maximum of DialogSum's prompt lengths in tokens (dialogues of 200 to 1000 characters); mean 168.
 PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
 

@@ -284,7 +284,7 @@ def test_full_size_configuration_is_the_benchmarked_recipe(monkeypatch):
     import real_text
 
     config = parse_config(["--config", str(ROOT / "checkpoints" / "flan-t5-base.yaml")])
-    benchmarked = parse_config(f"{real_text.COMMON} {real_text.RECIPES['steps-300']['options']}".split())
+    benchmarked = parse_config([*real_text.COMMON.split(), *real_text.recipe_options("frozen-ptx-0.2")])
     differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(benchmarked, name)}
     assert differ == {"sft_steps", "judge_model_name", "eval_samples", "save_steps", "device"}
 
