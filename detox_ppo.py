@@ -550,11 +550,6 @@ class Policy(nn.Module):
         return logprobs, values
 
 
-def copy_to_reference(model: peft.PeftModel) -> None:
-    """Copy the trained adapter's weights to the reference."""
-    peft.set_peft_model_state_dict(model, lora_weights(model), adapter_name="reference")
-
-
 def load_policy(config: DetoxConfig, device: torch.device, dtype: torch.dtype):
     """Load the base with the starting adapter twice, once to train and once frozen; returns policy, tokenizer."""
     base, tokenizer = load_base(config.model_name, device, dtype)
@@ -875,12 +870,16 @@ def update(
                 part_stats = losses | pg_stats | vf_stats
                 stats.update({name: (weight * value).item() for name, value in part_stats.items()})
                 loss = weight * loss
+                if config.freeze_encoder:  # the loss of the summaries shares no graph with it: free this one first
+                    loss.backward()
+                    loss = torch.zeros((), device=policy.device)
                 if summaries is not None:
                     ptx_loss = summary_loss(policy, summaries, rows, summaries.lengths[mb].sum(), part.encoder_states)
                     loss = loss + config.ptx_coef * ptx_loss
                     stats["ppo/loss/ptx"] += ptx_loss.item()
                     stats["ppo/loss/total"] += config.ptx_coef * ptx_loss.item()
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
             stats = sum_over_processes(parameters, stats)
             minibatch_stats.append(stats)
             if stats["ppo/policy/ratio"] > config.ratio_threshold:
@@ -1865,6 +1864,11 @@ def print_examples(classifier: ToxicityClassifier) -> None:
 def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's tensors by their names in PEFT's files, without the embeddings: PEFT would ask the hub for them."""
     return peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def copy_to_reference(model: peft.PeftModel) -> None:
+    """Copy the trained adapter's weights to the reference."""
+    peft.set_peft_model_state_dict(model, lora_weights(model), adapter_name="reference")
 
 
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:
