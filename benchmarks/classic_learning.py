@@ -46,7 +46,8 @@ def load_trainer(plan, tokenizer):
     options = plan["config"]
     transformers.set_seed(options["seed"])  # for the value head; PPOTrainer sets it again
     base = AutoModelForSeq2SeqLM.from_pretrained(options["model_name"], torch_dtype=torch.float32)
-    if base.lm_head.weight.data_ptr() == base.get_input_embeddings().weight.data_ptr():
+    is_tied = base.lm_head.weight.data_ptr() == base.get_input_embeddings().weight.data_ptr()
+    if is_tied and base.config.model_type == "t5":  # a BART's head is tied
         raise RuntimeError(f"{options['model_name']}: its lm_head is tied to its embeddings")
     model = peft.PeftModel.from_pretrained(base, options["adapter_name"], is_trainable=True)
     model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model, is_trainable=True)
