@@ -2186,7 +2186,7 @@ def decoding_rows(policy: Policy, longest: int, config: DetoxConfig) -> int:
     settings = policy.base.config.get_text_config(decoder=True)
     token_bytes = settings.num_hidden_layers * 2 * settings.hidden_size * policy.base.dtype.itemsize
     row_bytes = token_bytes * (padded_width([longest]) + config.eval_max_new_tokens)
-    cache_bytes = 2**29 if policy.device.type == "cpu" else 2**32
+    cache_bytes = 2**30 if policy.device.type == "cpu" else 2**32
     return max(config.batch_size, cache_bytes // row_bytes)
 
 
