@@ -870,7 +870,7 @@ def update(
                 part_stats = losses | pg_stats | vf_stats
                 stats.update({name: (weight * value).item() for name, value in part_stats.items()})
                 loss = weight * loss
-                if config.freeze_encoder:  # the loss of the summaries shares no graph with it: free this one first
+                if config.freeze_encoder:  # shares no graph with the loss of the summaries: free its memory first
                     loss.backward()
                     loss = torch.zeros((), device=policy.device)
                 if summaries is not None:
@@ -1025,19 +1025,19 @@ LEAST_RETRIEVED = 20  # with fewer dialogues R@1 means little and is left out
 
 
 def evaluate_policy(
-    policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, desc="evaluating", greedy=False, trained=True
+    policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, desc="evaluating", greedy=False
 ) -> pd.DataFrame:
     """Summarize each row's dialogue with the active adapter, sampled or greedily, and score the summaries.
 
     Returns one line per row, in the order of the rows, on every process: response, length (tokens), finished (ended
     with EOS), reward (the score), toxicity (of dialogue + summary), summary_toxicity (of the summary alone) and, if
-    sampled, kl (to the reference, in nats). KL is 0 for an untrained adapter, which equals the reference.
+    sampled, kl (to the reference, in nats).
     """
     prompts, dialogues, row_numbers = (list(rows[name]) for name in ("input_ids", "dialogue", "row"))
     local = local_rows(range(len(rows)), [len(prompt) for prompt in prompts])
     limits = (config.eval_max_new_tokens, config.eval_max_new_tokens)
     size = decoding_rows(policy, max(map(len, prompts)), config)
-    parts = []
+    parts, differs = [], not equals_reference(policy)  # of equal adapters KL is 0
     with tqdm(total=len(local), desc=desc, unit="summary", disable=NO_BAR) as bar:
         for start in range(0, len(local), size):
             batch, columns = local[start : start + size], {}
@@ -1045,7 +1045,7 @@ def evaluate_policy(
             responses = generate(policy, [prompts[i] for i in batch], generators, limits)
             if not greedy:
                 logprobs = ref_logprobs = policy.logprobs_and_values(responses)[0]
-                if trained:
+                if differs:
                     if not config.freeze_encoder:
                         responses.encoder_states = None  # the reference's differ
                     with policy.as_adapter("reference"):
@@ -1104,10 +1104,10 @@ def measure_human(classifier: ToxicityClassifier, tokenizer, rows, config: Detox
 
 def evaluate_both(policy: Policy, tokenizer, classifier, rows, config: DetoxConfig, when: str) -> dict:
     """Evaluate sampled and greedy summaries, with the judge if any; prints the means, returns tables by decoding."""
-    trained, tables = when == "after", {}
+    tables = {}
     for decoding in ("sampled", "greedy"):
         desc, greedy = f"{when}, {decoding}", decoding == "greedy"
-        tables[decoding] = evaluate_policy(policy, tokenizer, classifier, rows, config, desc, greedy, trained)
+        tables[decoding] = evaluate_policy(policy, tokenizer, classifier, rows, config, desc, greedy)
     add_judge(tables, config, policy.device)
     label = "before SFT" if when == "base" else f"{when} detox"
     print_means(label, tables["sampled"])
@@ -1175,7 +1175,8 @@ def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
     """
     blocks = [character_counts(dialogues[i : i + 512]) for i in range(0, len(dialogues), 512)]
     idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((block > 0).sum(axis=0) for block in blocks)))
-    blocks = [block * idf / np.linalg.norm(block * idf, axis=1, keepdims=True) for block in blocks]
+    blocks = [block * idf for block in blocks]
+    blocks = [block / np.linalg.norm(block, axis=1, keepdims=True) for block in blocks]
     retrieved = 0
     for first in range(0, len(summaries), 512):
         weighted = character_counts(summaries[first : first + 512]) * idf
@@ -1869,6 +1870,12 @@ def lora_weights(model: peft.PeftModel, adapter: str = "default") -> dict[str, t
 def copy_to_reference(model: peft.PeftModel) -> None:
     """Copy the trained adapter's weights to the reference."""
     peft.set_peft_model_state_dict(model, lora_weights(model), adapter_name="reference")
+
+
+def equals_reference(policy: Policy) -> bool:
+    """Whether the active adapter has the same weights as the reference, as it does until it is trained."""
+    active, reference = (lora_weights(policy.model, name) for name in (policy.model.active_adapter, "reference"))
+    return all(torch.equal(weights, reference[name]) for name, weights in active.items())
 
 
 def load_adapter(base, name: str, base_name: str) -> peft.PeftModel:

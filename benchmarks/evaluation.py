@@ -26,7 +26,7 @@ import step_time
 
 DECODINGS = ("sampled", "greedy")
 HELD_OUT = 2005  # rows of DialogSum, with the notebooks' filter and split
-BATCH = 24  # evaluate_policy exceeds the PPO batch only with narrow models
+BATCH = 24  # rows per batch of both sides; evaluate_policy chooses its own number: detox_ppo.decoding_rows
 
 
 def load_generate(models, config):

@@ -47,17 +47,20 @@ def recipe_options(name):
     """Options of detox_ppo.py for a recipe's name.
 
     "notebooks" has the defaults. Other names are parts joined by "-": ptx, clip, kl or steps, each with a number
-    ("ptx-0.1-steps-120"), "frozen" (freeze_encoder), and "rude" (half of the prompts are rude dialogues).
+    ("ptx-0.1-steps-120"), "frozen" (freeze_encoder), and "rude" (half of the prompts are rude dialogues). A name of
+    CLASSIC stands alone.
     """
     if name == "notebooks":
         return []
+    if name in CLASSIC:
+        return BASIC.split()
     options, parts = BASIC.split(), iter(name.split("-"))
     for part in parts:
         if part in NUMBERS:
             options += [f"--{NUMBERS[part]}", next(parts, "")]
         elif part == "frozen":
             options += ["--freeze_encoder", "true"]
-        elif part not in ("rude", *CLASSIC):
+        elif part != "rude":
             step_time.stop(f"--recipes {name}: {part!r} is not a part of a recipe; see recipe_options in this file")
     return options
 
@@ -131,7 +134,7 @@ def make_adapter(options, base):
 
 
 def recipe_arguments(options, name, base, adapter, seed):
-    prompts = "mixed" if name.startswith("rude") else "dialogsum"
+    prompts = "mixed" if "rude" in name.split("-") else "dialogsum"
     arguments = ["--model_name", str(base), "--adapter_name", str(adapter)]
     arguments += ["--reward_model_name", str(options.reward_model)]
     arguments += ["--dataset_name", str(options.output_dir / "data" / prompts)]

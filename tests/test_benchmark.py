@@ -183,6 +183,9 @@ def test_real_text_trains_and_evaluates(started, quick, tmp_path, tiny, monkeypa
     result, with_ptx = json.loads((tmp_path / "out" / "results.json").read_text())
     steps = (tmp_path / "out" / "rude-frozen-ptx-0.1" / "seed-0" / "metrics.jsonl").read_text()
     assert with_ptx["recipe"] == "rude-frozen-ptx-0.1" and "ppo/loss/ptx" in steps
+    assert with_ptx["measured"]["held_out sampled"]["kl"] != 0  # the trained adapter differs from the reference
+    with pytest.raises(SystemExit):
+        real_text.recipe_options("classic-ptx-0.1")
     assert set(result["measured"]) == {
         f"{name} {how}" for name in ("held_out", "rude") for how in ("sampled", "greedy")
     }
