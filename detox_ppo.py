@@ -378,6 +378,7 @@ class Responses:
     """Responses to B prompts: padded tokens (B, T) and lengths (B,) in tokens, EOS included, on the device.
 
     finished (B,): whether a response ended with EOS; encoder_states (B, S, d): computed when sampling.
+    scored: logprobs (nats) and values, both (B, T), of the sampling pass if generate was asked for them.
     """
 
     prompts: list[list[int]]
@@ -385,6 +386,7 @@ class Responses:
     lengths: torch.Tensor
     finished: torch.Tensor | None = None
     encoder_states: torch.Tensor | None = None
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def mask(self) -> torch.Tensor:
@@ -515,8 +517,8 @@ class Policy(nn.Module):
 
     def decode(self, input_ids: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
         """The model's outputs for decoder inputs (B, T), encoder states (B, S, d) and their attention mask (B, S)."""
-        encoder = BaseModelOutput(last_hidden_state=states)
-        return self.base(decoder_input_ids=input_ids, encoder_outputs=encoder, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": attention_mask}
+        return self.base(decoder_input_ids=input_ids, output_hidden_states=True, **kwargs)
 
     def forward(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (nats) and values of every response token, both (B, T), 0 in padding.
@@ -532,7 +534,7 @@ class Policy(nn.Module):
         predicting = nn.functional.pad(mask, (start.shape[1] - 1, 0))  # true for N of the inputs' positions
         # Apply the language-model head to these N positions only: logits (N, V).
         with self.base.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][predicting]):
-            outputs = self.decode(inputs, states, attention_mask, output_hidden_states=True, use_cache=False)
+            outputs = self.decode(inputs, states, attention_mask, use_cache=False)
         values = self.value_head(outputs.decoder_hidden_states[-1][predicting])
         # With a leading dimension, because TRL loops over rows: (1, N, V) and (1, N).
         logprobs = selective_log_softmax(outputs.logits.float()[None], tokens[mask][None])
@@ -663,11 +665,14 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: list[list[int]], generators: list | None, limits: tuple[int, int]) -> Responses:
+def generate(
+    policy: Policy, prompts: list[list[int]], generators: list | None, limits: tuple[int, int], scored: bool = False
+) -> Responses:
     """Generate a response to each prompt in one batch: sampled, or greedy without generators.
 
     Each row draws its max_new_tokens (uniform in limits, inclusive) and its tokens from its own generator, so a
     response does not depend on the other rows of the batch. Greedy decoding uses the upper limit.
+    The result has the field scored if asked for.
     """
     model_config, device, count = policy.base.config, policy.device, len(prompts)
     max_new_tokens = [limits[1]] * count
@@ -681,15 +686,20 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
     attention_mask, encoder_states = policy.pad(prompts)[1], policy.encode(prompts)  # (B, S), (B, S, d)
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     tokens = torch.full((count, padded_width(max_new_tokens)), model_config.pad_token_id, device=device)  # (B, T)
+    logprobs, values = torch.zeros(2, *tokens.shape, device=device)
     lengths = torch.zeros_like(max_new_tokens)
     finished = torch.zeros_like(max_new_tokens, dtype=torch.bool)
     running = ~finished
     rows, states = torch.arange(count, device=device), encoder_states  # of the D rows still decoding: (D,), (D, S, d)
     last = torch.tensor([policy.decoder_start], device=device).expand(count, -1)  # later (D, 1)
     for position in range(width):
-        logits = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True).logits[:, -1]
+        outputs = policy.decode(last, states, attention_mask, past_key_values=cache, use_cache=True)
+        logits = outputs.logits[:, -1]
         drawn = sample_tokens(logits.float(), uniforms[rows, position]) if generators else logits.argmax(-1)  # (D,)
         tokens[rows, position] = torch.where(running[rows], drawn, model_config.pad_token_id)
+        if scored:
+            logprobs[rows, position] = running[rows] * selective_log_softmax(logits[:, None], drawn[:, None])[:, 0]
+            values[rows, position] = running[rows] * policy.value_head(outputs.decoder_hidden_states[-1][:, -1])
         lengths += running
         finished |= running & (tokens[:, position] == model_config.eos_token_id)
         running = ~finished & (lengths < max_new_tokens)
@@ -701,7 +711,9 @@ def generate(policy: Policy, prompts: list[list[int]], generators: list | None, 
             cache.batch_select_indices(still_running)
             rows, states, attention_mask = rows[still_running], states[still_running], attention_mask[still_running]
         last = tokens[rows, position, None]
-    return Responses(prompts, tokens[:, : padded_width(lengths)], lengths, finished, encoder_states)
+    width = padded_width(lengths)
+    scored = (logprobs[:, :width], values[:, :width]) if scored else None
+    return Responses(prompts, tokens[:, :width], lengths, finished, encoder_states, scored)
 
 
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
@@ -715,10 +727,12 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, row_ids[i]) for i in rows]
         limits = (config.output_min_length, config.output_max_length)
-        responses = generate(policy, [prompts[i] for i in rows], generators, limits)
+        # In bfloat16 a pass with a cache rounds differently, so the ratio would not start at 1.
+        scored = config.freeze_encoder and policy.base.dtype == torch.float32
+        responses = generate(policy, [prompts[i] for i in rows], generators, limits, scored)
         texts = plain_texts(tokenizer, responses)
     with timed(seconds, "time/logprobs"):
-        logprobs, values = policy.logprobs_and_values(responses)
+        logprobs, values = responses.scored or policy.logprobs_and_values(responses)
     with timed(seconds, "time/reference"), policy.as_adapter("reference"):
         if not config.freeze_encoder:
             responses.encoder_states = None  # the reference has its own, and the update needs gradients
@@ -1169,23 +1183,12 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
 def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
     """R@1: the share of summaries that are more similar to their own dialogue than to any other dialogue.
 
-    The similarity is the cosine of tf-idf vectors of character 4-grams, with tf = 1 + log(count) and
-    idf = 1 + log((1 + n) / (1 + df)) over the n dialogues (Manning et al., 2008, chapter 6), so it works in any
-    language. 1 is perfect; random or interchangeable summaries reach 1 / n, empty ones 0.
+    See cosine_similarity. Random or interchangeable summaries of n dialogues reach 1 / n, empty ones 0.
     """
-    blocks = [character_counts(dialogues[i : i + 512]) for i in range(0, len(dialogues), 512)]
-    idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((block > 0).sum(axis=0) for block in blocks)))
-    blocks = [block * idf for block in blocks]
-    blocks = [block / np.linalg.norm(block, axis=1, keepdims=True) for block in blocks]
-    retrieved = 0
-    for first in range(0, len(summaries), 512):
-        weighted = character_counts(summaries[first : first + 512]) * idf
-        similarity = np.concatenate([weighted @ block.T for block in blocks], axis=1)  # (512 at most, dialogues)
-        rows = np.arange(len(weighted))
-        own = similarity[rows, first + rows]
-        similarity[rows, first + rows] = -1
-        retrieved += np.sum(own > similarity.max(axis=1))
-    return float(retrieved / len(summaries))
+    similarity = cosine_similarity(summaries, dialogues)
+    own = similarity.diagonal().copy()
+    np.fill_diagonal(similarity, -1)
+    return float(np.mean(own > similarity.max(axis=1)))
 
 
 def summary_quality(table: pd.DataFrame, references: list[list[str]], dialogues: list[str]) -> dict[str, float]:
@@ -2270,6 +2273,24 @@ def character_counts(texts: list[str], buckets: int = 2**15) -> np.ndarray:
         columns, repeats = np.unique(hashed, return_counts=True)
         counts[row, columns] = 1 + np.log(repeats)
     return counts
+
+
+def cosine_similarity(texts: list[str], dialogues: list[str]) -> np.ndarray:
+    """Cosines (texts, dialogues) of tf-idf vectors of character 4-grams, so it works in any language.
+
+    tf = 1 + log(count) and idf = 1 + log((1 + n) / (1 + df)) over the n dialogues (Manning et al., 2008, chapter 6).
+    """
+
+    def blocks(texts):  # of 64 MiB
+        return (character_counts(texts[i : i + 512]) for i in range(0, len(texts), 512))
+
+    def normalized(block):
+        weighted = block * idf
+        return weighted / np.linalg.norm(weighted, axis=1, keepdims=True).clip(min=1e-9)
+
+    idf = 1 + np.log((1 + len(dialogues)) / (1 + sum((block > 0).sum(axis=0) for block in blocks(dialogues))))
+    columns = [normalized(block) for block in blocks(dialogues)]
+    return np.concatenate([np.hstack([normalized(block) @ c.T for c in columns]) for block in blocks(texts)])
 
 
 # --- Report: warnings, results, pictures, model card, uploads --------------------------------------------------------

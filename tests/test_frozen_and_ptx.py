@@ -56,7 +56,8 @@ def test_only_the_decoder_and_the_value_head_are_trained(load_small, classifier,
     metrics = ppo(small, classifier, splits)
     hook.remove()
     assert sum(rows) == 4
-    assert metrics["objective/kl"] == 0
+    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert metrics["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-5)
     assert ("ppo/loss/ptx" in metrics) == (ptx_coef > 0)
     parts = metrics["ppo/loss/policy"] + small.config.vf_coef * metrics["ppo/loss/value"]
     parts += ptx_coef * metrics.get("ppo/loss/ptx", 0)
@@ -130,6 +131,29 @@ def test_a_rollout_shares_the_encoder_states_with_the_reference(load_small, clas
         rollouts.append(rollout | {"tokens": responses.tokens})
     torch.testing.assert_close(*rollouts, rtol=1e-4, atol=1e-4)
     assert (rollouts[0]["ref_logprobs"] - rollouts[0]["logprobs"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "dtype, frozen, passes",
+    [
+        (torch.float32, True, ["reference"]),
+        (torch.float32, False, ["default", "reference"]),
+        (torch.bfloat16, True, ["default", "reference"]),
+    ],
+)
+def test_sampling_gives_the_old_logprobs_where_they_are_those_of_the_update(
+    load_small, classifier, splits, monkeypatch, dtype, frozen, passes
+):
+    small, found = load_small(dtype, freeze_encoder=frozen), []
+    original = small.policy.logprobs_and_values
+    monkeypatch.setattr(
+        small.policy, "logprobs_and_values", lambda r: found.append(small.policy.model.active_adapter) or original(r)
+    )
+    _, rollout = roll_out(
+        small.policy, small.tokenizer, classifier, splits["train"].select(range(4)), 1, small.config, {}
+    )
+    assert found == passes
+    assert (rollout["logprobs"] - rollout["ref_logprobs"]).abs().max() < (0.2 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_sft_trains_the_encoder_that_ppo_then_leaves(small_config, quick, tmp_path):
