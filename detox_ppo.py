@@ -269,6 +269,7 @@ class DetoxConfig:
     ratio_threshold: Annotated[float, Field(gt=1)] = option(10.0, "Skip minibatches whose mean ratio is above this.")
     max_grad_norm: PositiveOrNone = option(None, "Clip gradients to this norm. Set it if the loss spikes.")
     freeze_encoder: bool = option(False, "In PPO, train only the decoder's LoRA. The encoder runs once per step.")
+    content_coef: NonNegative = option(0.0, "Weight in the score of a summary's similarity to its own dialogue.")
     ptx_coef: NonNegative = option(0.0, "Weight in PPO of the SFT loss on clean summaries. Raise it to keep content.")
     # responses
     output_min_length: PositiveInt = option(100, "Smallest max_new_tokens drawn for a response in PPO; not a minimum.")
@@ -716,11 +717,22 @@ def generate(
     return Responses(prompts, tokens[:, :width], lengths, finished, encoder_states, scored)
 
 
+def content_scores(summaries: list[str], dialogues: list[str], rows: list[int]) -> torch.Tensor:
+    """Each summary's similarity to its own dialogue, dialogues[row], less its mean similarity to the others: (rows,).
+
+    The similarity is that of R@1 (see cosine_similarity). A summary that fits any dialogue has a score of about 0.
+    """
+    similarity = cosine_similarity(summaries, dialogues)
+    own = similarity[range(len(rows)), rows]
+    others = (similarity.sum(axis=1) - own) / max(1, len(dialogues) - 1)
+    return torch.tensor(own - others, dtype=torch.float32)
+
+
 def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: DetoxConfig, seconds: dict):
     """Sample a response to each prompt of a batch and score it; each process handles its share of the rows.
 
     Adds the time of each stage to seconds. Returns, in every process, the responses of the entire batch and a dict
-    with scores (B,), logprobs, ref_logprobs (nats) and values (all (B, T)).
+    with scores and content (both (B,)), logprobs, ref_logprobs (nats) and values (all (B, T)).
     """
     prompts, dialogues, row_ids = (list(batch[name]) for name in ("input_ids", "dialogue", "row"))
     rows = local_rows(range(len(batch)), [len(prompt) for prompt in prompts])
@@ -738,11 +750,13 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
             responses.encoder_states = None  # the reference has its own, and the update needs gradients
         ref_logprobs, _ = policy.logprobs_and_values(responses)
     with timed(seconds, "time/reward"):
+        content = content_scores(texts, dialogues, rows) if config.content_coef else torch.zeros(len(rows))
         if config.score_text == "query_response":
             texts = [classifier.join(dialogues[i], text) for i, text in zip(rows, texts, strict=True)]
         scores = classifier.scores(texts, policy.base.dtype).to(policy.device)
     with timed(seconds, "time/gather"):
-        columns = {"scores": scores, "logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
+        columns = {"scores": scores, "content": content.to(policy.device)}
+        columns |= {"logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
         rollout = {name: gather_rows(rows, column) for name, column in columns.items()}
         columns = (responses.tokens, responses.lengths, responses.finished)
         tokens, lengths, finished = (gather_rows(rows, column) for column in columns)
@@ -928,10 +942,11 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
         responses, rollout = roll_out(policy, tokenizer, classifier, batch, step, config, seconds)
         mask = responses.mask
         not_finite = [name for name, column in rollout.items() if not column.isfinite().all()]
-        scores, logprobs, values, ref_logprobs = rollout.values()
+        scores, content, logprobs, values, ref_logprobs = rollout.values()
         if config.score_clip:
             scores = scores.clamp(-config.score_clip, config.score_clip)
-        rewards, kl = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+        total = scores + config.content_coef * content
+        rewards, kl = compute_rewards(total, logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = compute_advantages(values, rewards, mask, config.gamma, config.lam)
         rollout |= {"advantages": advantages, "returns": returns}
         with timed(seconds, "time/reward"):
@@ -951,6 +966,7 @@ def ppo_step(policy: Policy, tokenizer, classifier, optimizer, batch, step: int,
                 "ppo/val/var_explained": variance_explained(values, returns, mask),
                 "ppo/policy/advantages_mean": masked_mean(advantages, mask).item(),
                 **stats,
+                **({"ppo/mean_content": content.mean().item()} if config.content_coef else {}),
                 "tokens/responses_len_mean": responses.lengths.float().mean().item(),
                 "tokens/finished_share": responses.finished.float().mean().item(),
             }

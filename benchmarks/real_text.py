@@ -12,10 +12,12 @@ holds out. The reward model needs the labels nothate and hate, the judge a label
     evaluation  each adapter summarizes held-out DialogSum and held-out rude dialogues, sampled and greedily, with the
                 same random numbers as the start; reward model and judge score the summaries
 
-All files stay in output_dir, where an interrupted benchmark resumes.
+The tables show means before and after, real_text.csv each seed with 95% intervals of the changes. All files stay in
+output_dir, where an interrupted benchmark resumes.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -31,6 +33,9 @@ ROOT = step_time.ROOT
 RUDE_HELD_OUT = 400
 DECODINGS = ("sampled", "greedy")
 SETS = {"held_out": "DialogSum", "rude": "rude dialogues"}
+CLASSIFIERS = {"summary_toxicity": "toxicity", "judge_toxicity": "judge"}
+QUALITY = {"retrieval_at_1": "R@1", "embedding_retrieval_at_1": "R@1 by embeddings", "rougeL": "ROUGE-L"}
+QUALITY |= {"length": "tokens"}
 # The models tried here end their summaries after about 35 tokens.
 COMMON = "--output_min_length 60 --output_max_length 100 --eval_samples 1 --save_steps 50 --device cpu"
 # With --short these come last and override the others.
@@ -39,15 +44,16 @@ SHORT += "--output_max_length 8 --eval_max_new_tokens 8"
 # A recipe's name says what differs from these options of detox_ppo.py: see recipe_options.
 BASIC = "--score_text response --max_ppo_steps 60 --learning_rate 1e-3 --lr_scheduler_type linear --init_kl_coef 0.05 "
 BASIC += "--adaptive_kl false --max_grad_norm 1 --lam 1 --vf_coef 0.003 --cliprange_value 10"
-NUMBERS = {"ptx": "ptx_coef", "clip": "score_clip", "kl": "init_kl_coef", "steps": "max_ppo_steps"}
+NUMBERS = {"ptx": "ptx_coef", "content": "content_coef", "clip": "score_clip"}
+NUMBERS |= {"kl": "init_kl_coef", "steps": "max_ppo_steps"}
 CLASSIC = ("classic", "fixed")  # TRL 0.8.0's trainer, as published (reward by position in a sorted list) or by label
 
 
 def recipe_options(name):
     """Options of detox_ppo.py for a recipe's name.
 
-    "notebooks" has the defaults. Other names are parts joined by "-": ptx, clip, kl or steps, each with a number
-    ("ptx-0.1-steps-120"), "frozen" (freeze_encoder), and "rude" (half of the prompts are rude dialogues). A name of
+    "notebooks" has the defaults. Other names are parts joined by "-": a key of NUMBERS and its number
+    ("ptx-0.1-steps-120"), "frozen" (freeze_encoder), or "rude" (half of the prompts are rude dialogues). A name of
     CLASSIC stands alone.
     """
     if name == "notebooks":
@@ -213,51 +219,73 @@ def evaluate(options, directory, adapter, base, start):
     return {key: read_lines(path) for key, path in files.items()}
 
 
-def compare(start, after):
-    """An adapter's changes by set and decoding: paired statistics of both classifiers, and quality."""
+@functools.cache
+def embeddings(texts, name):
+    """Unit-length means of a sentence-embedding model's last hidden states: (texts, d)."""
+    import numpy as np
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModel.from_pretrained(name, attn_implementation="eager").eval()
+    vectors = []
+    for first in range(0, len(texts), 32):
+        options = {"padding": True, "truncation": True, "max_length": 512, "return_tensors": "pt"}
+        batch = tokenizer(list(texts[first : first + 32]), **options)
+        mask = batch["attention_mask"][..., None]
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        means = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        vectors.append(torch.nn.functional.normalize(means, dim=1).numpy())
+    return np.concatenate(vectors)
+
+
+def embedding_retrieval_at_1(table, name):
+    """R@1 by the cosine of embeddings: content_coef does not train for these, as it does for the character 4-grams."""
+    similarity = embeddings(tuple(table["response"]), name) @ embeddings(tuple(table["dialogue"]), name).T
+    return float((similarity.argmax(axis=1) == range(len(table))).mean())
+
+
+def compare(start, after, embedding_model):
+    """What an adapter changes: one row per held-out set and decoding, with both classifiers' paired statistics."""
     import detox_ppo
 
-    results = {}
-    for key, table in after.items():
-        before, dialogues = start[key], list(table["dialogue"])
+    rows = []
+    for (name, decoding), table in after.items():
+        before, dialogues = start[name, decoding], list(table["dialogue"])
+        row = {"held_out": SETS[name], "decoding": decoding, "rows": len(table)}
+        for column in CLASSIFIERS:
+            paired = detox_ppo.paired_statistics(before[column], table[column], seed=0)
+            row |= {f"{column}_{when}": paired[when]["mean"] for when in ("before", "after")}
+            row |= {f"{column}_{end}": paired["paired_difference"][end] for end in ("ci_low", "ci_high")}
         references = [[text] if text else [] for text in table["summary"]]
-        quality = [detox_ppo.summary_quality(either, references, dialogues) for either in (before, table)]
-        block = {
-            name: detox_ppo.paired_statistics(before[name], table[name], seed=0)
-            for name in ("summary_toxicity", "judge_toxicity")
-        }
-        block["rougeL"] = [either.get("rougeL") for either in quality]
-        block["retrieval_at_1"] = [either.get("retrieval_at_1") for either in quality]
-        block["length"] = [float(either["length"].mean()) for either in (before, table)]
-        block["reward"] = [float(either["reward"].mean()) for either in (before, table)]
-        block["kl"] = quality[1].get("kl")
-        block["worse"] = detox_ppo.degradation(*quality)
-        results[" ".join(key)] = block
-    return results
+        for when, either in (("before", before), ("after", table)):
+            quality = detox_ppo.summary_quality(either, references, dialogues)
+            if embedding_model:
+                either = either.assign(dialogue=dialogues)
+                quality["embedding_retrieval_at_1"] = embedding_retrieval_at_1(either, embedding_model)
+            row |= {f"{column}_{when}": quality.get(column) for column in QUALITY}
+        rows.append(row | {"kl": quality.get("kl")})
+    return rows
 
 
-def change(statistics, scale=1, digits=4):
-    """A table cell: the means before and after, and the interval of the change."""
-    paired = statistics["paired_difference"]
-    means = [scale * statistics[when]["mean"] for when in ("before", "after")]
-    interval = [scale * paired[end] for end in ("ci_low", "ci_high")]
-    return f"{means[0]:.{digits}f} → {means[1]:.{digits}f} [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
+def table_of(changes, name):
+    """A Markdown table for a held-out set: a recipe's means before → after, with the range of the seeds."""
+    changes = changes[changes["held_out"] == name]
+    titles = [f"{title}, {decoding}" for title in (CLASSIFIERS | QUALITY).values() for decoding in DECODINGS]
+    lines = [f"| {' | '.join(['recipe (seeds)', *titles, 'KL, sampled'])} |", "|" + "---|" * (len(titles) + 2)]
 
+    def span(values):
+        low, high = (f"{value:.{1 if value > 2 else 3}f}" for value in (values.min(), values.max()))
+        return low if low == high else f"{low} to {high}"
 
-def table_of(results, name):
-    """A Markdown table for a held-out set, one row per recipe and seed."""
-    columns = ["recipe", "seed", "score with dialogue", "sampled", "greedy", "judge, sampled", "judge, greedy"]
-    columns += ["R@1, sampled", "R@1, greedy", "ROUGE-L, sampled", "ROUGE-L, greedy", "tokens, sampled"]
-    columns += ["tokens, greedy", "KL, sampled"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for result in results:
-        blocks = [result["measured"][f"{name} {decoding}"] for decoding in DECODINGS]
-        sampled = blocks[0]
-        cells = [result["recipe"], str(result["seed"]), "{:.2f} → {:.2f}".format(*sampled["reward"])]
-        cells += [change(block[key]) for key in ("summary_toxicity", "judge_toxicity") for block in blocks]
-        for key, block in itertools.product(("retrieval_at_1", "rougeL"), blocks):
-            cells.append("" if None in block[key] else "{:.3f} → {:.3f}".format(*block[key]))
-        cells += ["{:.1f} → {:.1f}".format(*block["length"]) for block in blocks] + [f"{sampled['kl']:.2f}"]
+    for recipe, runs in changes.groupby("recipe", sort=False):
+        cells = [f"`{recipe}` ({', '.join(map(str, runs['seed'].unique()))})"]
+        for column, decoding in itertools.product(CLASSIFIERS | QUALITY, DECODINGS):
+            chosen = runs[runs["decoding"] == decoding]
+            before, after = (chosen[f"{column}_{when}"].dropna() for when in ("before", "after"))
+            cells.append(f"{span(before)} → {span(after)}" if len(after) else "")
+        cells.append(span(runs["kl"].dropna()))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -279,6 +307,7 @@ def parse_options(arguments):
     parser.add_argument("--model_name", required=True, help="the summarizer: hub id or directory")
     parser.add_argument("--reward_model", required=True, help="hub id or directory")
     parser.add_argument("--judge_model", required=True, help="hub id or directory")
+    parser.add_argument("--embedding_model", help="a sentence-embedding model for a second R@1: hub id or directory")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "checkpoints" / "real-text")
     parser.add_argument(
         "--classic_python", metavar="PATH", help="interpreter with TRL 0.8.0 (default: pip installs it)"
@@ -294,8 +323,9 @@ def parse_options(arguments):
         recipe_options(name)  # ends here if it is not a recipe
     if options.short:
         options.rows = 4
-    for name in ("output_dir", "dialogsum", "rude", "model_name", "reward_model", "judge_model"):
-        if name == "output_dir" or Path(getattr(options, name)).exists():  # else a hub id
+    for name in "output_dir dialogsum rude model_name reward_model judge_model embedding_model".split():
+        value = getattr(options, name)
+        if name == "output_dir" or value and Path(value).exists():  # else a hub id
             setattr(options, name, Path(getattr(options, name)).absolute())
     return options
 
@@ -318,17 +348,19 @@ def main():
         after = evaluate(options, directory, directory / "adapter", base, start)
         print(f"{name}, seed {seed}: greedy summaries of rude dialogues")
         print(samples_of(before["rude", "greedy"], after["rude", "greedy"]), flush=True)
-        return {"recipe": name, "seed": seed, "measured": compare(before, after)}
+        rows = compare(before, after, options.embedding_model)
+        return [{"recipe": name, "seed": seed} | row for row in rows]
 
     with ThreadPoolExecutor(options.jobs) as executor:
-        results = list(executor.map(run, itertools.product(options.recipes, options.seeds)))
+        rows = itertools.chain(*executor.map(run, itertools.product(options.recipes, options.seeds)))
+        changes = pd.DataFrame(rows)
     for name, title in SETS.items():
-        print(f"\n{title}, {len(before[name, 'greedy'])} rows\n\n{table_of(results, name)}")
+        print(f"\n{title}, {len(before[name, 'greedy'])} rows\n\n{table_of(changes, title)}")
     human = read_lines(options.output_dir / "start" / f"judged-{options.rows}" / "held_out-human.jsonl")
     means = [f"{human[f'{name}_toxicity'].mean():.4f}" for name in ("summary", "judge")]
     print(f"\nDialogSum's human summaries: toxicity {means[0]}, by the judge {means[1]}")
-    (options.output_dir / "results.json").write_text(json.dumps(results, indent=1))
-    print(json.dumps({"recipes": len(results)}))
+    changes.round(4).to_csv(options.output_dir / "real_text.csv", index=False)
+    print(json.dumps({"rows": len(changes)}))
 
 
 if __name__ == "__main__":

@@ -174,24 +174,26 @@ def test_real_text_trains_and_evaluates(started, quick, tmp_path, tiny, monkeypa
     arguments = ["--dialogsum", tmp_path, "--rude", tmp_path / "rude.jsonl", "--model_name", tiny / "base"]
     arguments += ["--reward_model", tiny / "classifier", "--judge_model", tiny / "judge", "--rude_held_out", 4]
     monkeypatch.chdir(ROOT)  # where it goes
-    arguments += ["--short", "--recipes", "notebooks", "rude-frozen-ptx-0.1", "--output_dir", tmp_path / "out"]
+    recipe = "rude-frozen-ptx-0.1-content-10"
+    arguments += ["--short", "--recipes", "notebooks", recipe, "--output_dir", tmp_path / "out"]
+    arguments += ["--embedding_model", tiny / "classifier"]
     printed = call(real_text, *arguments)
     data = tmp_path / "out" / "data"
     mixed, held_out = (real_text.read_lines(data / name) for name in ("mixed/train.jsonl", "held_out.jsonl"))
     assert (len(mixed), len(held_out)) == (2 * 16, 22) and (mixed["summary"] == "").sum() == 16
     assert not set(mixed["dialogue"]) & set(held_out["dialogue"])
-    result, with_ptx = json.loads((tmp_path / "out" / "results.json").read_text())
-    steps = (tmp_path / "out" / "rude-frozen-ptx-0.1" / "seed-0" / "metrics.jsonl").read_text()
-    assert with_ptx["recipe"] == "rude-frozen-ptx-0.1" and "ppo/loss/ptx" in steps
-    assert with_ptx["measured"]["held_out sampled"]["kl"] != 0  # the trained adapter differs from the reference
+    changes = pd.read_csv(tmp_path / "out" / "real_text.csv").set_index(["recipe", "held_out", "decoding"])
+    steps = (tmp_path / "out" / recipe / "seed-0" / "metrics.jsonl").read_text()
+    assert "ppo/loss/ptx" in steps and "ppo/mean_content" in steps
+    assert changes.loc[recipe, "DialogSum", "sampled"]["kl"] != 0  # the trained adapter differs from the reference
     with pytest.raises(SystemExit):
         real_text.recipe_options("classic-ptx-0.1")
-    assert set(result["measured"]) == {
-        f"{name} {how}" for name in ("held_out", "rude") for how in ("sampled", "greedy")
-    }
-    for block in result["measured"].values():
-        assert block["summary_toxicity"]["before"]["n"] == block["judge_toxicity"]["after"]["n"] == 4
-    table = [line for line in printed.splitlines() if line.startswith("| notebooks | 0 |")]
+    assert len(changes) == 2 * 2 * 2 and (changes["rows"] == 4).all()
+    for name in ("summary_toxicity", "judge_toxicity"):
+        change = changes[f"{name}_after"] - changes[f"{name}_before"]
+        assert change.between(changes[f"{name}_ci_low"] - 1e-3, changes[f"{name}_ci_high"] + 1e-3).all()
+    assert changes.filter(like="embedding").notna().all(axis=None)
+    table = [line for line in printed.splitlines() if line.startswith("| `notebooks` (0) |")]
     assert len(table) == 2 and all(line.count("→") >= 5 for line in table)
     # A second start repeats no run and prints the same table.
     monkeypatch.setattr(real_text, "detox", None)

@@ -16,6 +16,7 @@ from detox_ppo import (
     UserError,
     character_counts,
     clean_summaries,
+    content_scores,
     micro_batches,
     random_stream,
     retrieval_at_1,
@@ -34,6 +35,34 @@ def test_retrieval_at_1_by_hand():
         assert retrieval_at_1(texts, texts[1:] + texts[:1]) == 0.0
         assert retrieval_at_1(texts, [texts[0]] * len(texts)) <= 1 / len(texts) + 1e-9
         assert retrieval_at_1(texts, [""] * len(texts)) == 0.0
+
+
+def test_content_scores_are_high_for_the_own_dialogue_and_low_for_another():
+    dialogues = ["A: the cat sat on the mat", "A: stocks fell again today", "A: he plays the violin"]
+    own, another = ([text[3:] for text in dialogues], [text[3:] for text in dialogues[1:] + dialogues[:1]])
+    assert content_scores(own, dialogues, [0, 1, 2]).min() > 0.6
+    assert content_scores(another, dialogues, [0, 1, 2]).max() < -0.2
+    bland = content_scores(["they are talking"] * 3 + ["", " "], dialogues, [0, 1, 2, 0, 1])
+    assert bland.abs().max() < 0.2 and bland[:3].mean() == pytest.approx(0, abs=1e-6)
+    assert (
+        content_scores(own[1:2], dialogues, [1]) == content_scores(own, dialogues, [0, 1, 2])[1]
+    )  # a process's share
+    assert content_scores(["the cat"], dialogues[:1], [0]) > 0  # a batch of one has no others
+
+
+def test_content_is_part_of_what_ppo_maximizes(load_small, classifier, splits):
+    """With the value head at 0, lam 1 and no KL, each token's return is its response's total score."""
+    returns, scores = {}, {}
+    for content_coef in (0, 4):
+        small = load_small(content_coef=content_coef, gamma=1, lam=1)
+        batch = splits["train"].select(range(4))
+        responses, rollout = roll_out(small.policy, small.tokenizer, classifier, batch, 1, small.config, {})
+        metrics = ppo(small, classifier, splits)
+        returns[content_coef], scores[content_coef] = metrics["ppo/returns/mean"], metrics["ppo/mean_scores"]
+    assert scores[0] == scores[4]
+    assert metrics["ppo/mean_content"] == pytest.approx(rollout["content"].mean().item()) and rollout["content"].any()
+    content = (rollout["content"] * responses.lengths).sum() / responses.lengths.sum()
+    assert returns[4] - returns[0] == pytest.approx(4 * content.item(), abs=1e-5)
 
 
 def test_many_short_prompts_with_long_responses_are_split_by_logit_memory(small):

@@ -265,12 +265,21 @@ def test_two_processes_learn_the_same_as_one(ended):
 
 def test_two_processes_share_the_encoder_states_and_the_human_summaries(small_arguments, forked, tmp_path):
     """Each trains on the rows that it sampled: of a minibatch of three it may have none or all."""
-    options = {"freeze_encoder": True, "ptx_coef": 0.5, "batch_size": 6, "mini_batch_size": 3, "ppo_epochs": 2}
+    options = {
+        "freeze_encoder": True,
+        "ptx_coef": 0.5,
+        "content_coef": 10,
+        "batch_size": 6,
+        "mini_batch_size": 3,
+        "ppo_epochs": 2,
+    }
     args = small_arguments(learning_rate=1e-3, eval_samples=2, **options)
     one, two = run_by_one_and_two(forked, args, tmp_path).values()
     equal, count, worst, difference = compare(one, two)
     assert count == 2 * 6 + 2 * 2 * 2 and equal == 1 and difference < 1e-3, worst
     assert min(line["ppo/loss/ptx"] for line in read_metrics(one)) > 0
+    content = [[line["ppo/mean_content"] for line in read_metrics(directory)] for directory in (one, two)]
+    assert content[1] == pytest.approx(content[0], abs=1e-5) and min(content[0]) > 0
     adapters = [load_file(path / "run" / "adapter" / "adapter_model.safetensors") for path in (one, two)]
     for name, tensor in adapters[0].items():
         assert (tensor - adapters[1][name]).norm() < 1e-2 * tensor.norm(), name
