@@ -2364,7 +2364,7 @@ def step_warnings(history: list[dict], config: DetoxConfig, human_length: float 
     length = np.mean([step["tokens/responses_len_mean"] for step in history[-5:]])
     if length < min(MIN_LENGTH_SHARE * first_length, human_length):
         problem = f"the mean response length fell from {first_length:.1f} to {length:.1f} tokens"
-        warned["short"] = f"{problem}. Raise ptx_coef or init_kl_coef."
+        warned["short"] = f"{problem}. Raise ptx_coef, content_coef or init_kl_coef."
 
     # Compared with the first steps, so that a score that rose at once and stayed high is not flat.
     scores = [step["ppo/mean_scores"] for step in history]
@@ -2508,7 +2508,8 @@ def reward_hacking_warnings(table: pd.DataFrame, losses: dict[str, list[str]]) -
     warned = {}
     if hacked:
         problem = f"reward hacking: toxicity fell, but the summaries got worse: {'; '.join(hacked)}"
-        warned["reward hacking"] = f"{problem}. Raise ptx_coef or init_kl_coef, lower learning_rate or stop earlier."
+        hint = "Raise ptx_coef, content_coef or init_kl_coef, lower learning_rate or stop earlier"
+        warned["reward hacking"] = f"{problem}. {hint}."
     if unconfirmed:
         problem = f"the summaries ({' and '.join(unconfirmed)}) are less toxic by the classifier, but not by the judge"
         cause = "The policy may have learned the classifier's blind spots"
