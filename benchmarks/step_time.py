@@ -12,9 +12,9 @@ With random weights almost every response has max_new_tokens tokens; the number 
 dtype the two sides take turns (A B A B), each in its own process. A process's first step is a warm-up and is not
 counted. The classic trainer is used as in the published notebooks: see classic_trainer.py.
 
-With --recipe ours uses the options of RECIPE: a frozen encoder, scores of the summary without its dialogue, and the
-loss on human summaries, which here are as long as DialogSum's. The classic trainer also scores only the summary; it
-has no equivalent of the other options.
+With --recipe ours uses RECIPE_OPTIONS of checkpoints/flan-t5-base.yaml: a frozen encoder, scores of the summary
+without its dialogue, its similarity to the dialogue, and the loss on human summaries, as long as DialogSum's.
+The classic trainer also scores only the summary; it has no equivalent of the other options.
 
 Both sides use the same number of threads. "Share of peak" is the step's arithmetic divided by its seconds and by the
 speed of a large square torch.mm, which is measured in each round. Only necessary arithmetic counts (see step_flop),
@@ -61,7 +61,7 @@ ROBERTA |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_h
 CLASSIC_PINS = ("trl==0.8.0", "transformers==4.47.0", "peft==0.14.0", "accelerate==1.2.0", "datasets==3.2.0")
 CLASSIC_PINS += ("numpy<2", "pandas<2.3", "pyarrow==17.*", "rich", "tyro")
 SUMMARY_WORDS = 19  # mean length of DialogSum's human summaries
-RECIPE = {"freeze_encoder": "true", "ptx_coef": 0.2, "score_text": "response"}
+RECIPE_OPTIONS = ("freeze_encoder", "ptx_coef", "content_coef", "score_text")  # those that change a step's arithmetic
 # Minimum, deciles and maximum of DialogSum's prompt lengths in tokens (dialogues of 200 to 1000 characters); mean 168.
 PROMPT_TOKENS = (60, 91, 116, 134, 149, 162, 179, 197, 218, 242, 330)
 
@@ -151,8 +151,16 @@ def our_arguments(options, models, dataset, output_dir, dtype):
         "dtype": dtype,
     }
     if getattr(options, "recipe", False):  # other benchmarks do not have this option
-        values |= RECIPE
+        values |= recipe()
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def recipe():
+    """The values of RECIPE_OPTIONS in the recommended recipe."""
+    import yaml
+
+    values = yaml.safe_load((ROOT / "checkpoints" / "flan-t5-base.yaml").read_text())
+    return {name: values[name] for name in RECIPE_OPTIONS}
 
 
 def make_plan(options, models, scratch):
@@ -593,9 +601,7 @@ def parse_options():
         metavar="DIR",
         help="cache for the environment and the models (default: in the system's temporary directory)",
     )
-    parser.add_argument(
-        "--recipe", action="store_true", help="use the recommended options (RECIPE) instead of the notebooks'"
-    )
+    parser.add_argument("--recipe", action="store_true", help="use RECIPE_OPTIONS as in checkpoints/flan-t5-base.yaml")
     parser.add_argument(
         "--short",
         action="store_true",
@@ -648,7 +654,7 @@ def main():
             runs, peaks = {"ours": [], "classic": []}, []
             plan = {"dtype": dtype, "device": options.device, "steps": steps, "lora_r": LORA_R, **models}
             plan |= {"batch_size": options.batch_size, "mini_batch_size": options.mini_batch_size}
-            plan["score_text"] = RECIPE["score_text"] if options.recipe else "query_response"
+            plan["score_text"] = recipe()["score_text"] if options.recipe else "query_response"
             plan["arguments"] = our_arguments(options, models, dataset, scratch / "run", dtype)
             for number in range(1, options.rounds + 1):
                 label = f"{dtype} round {number}/{options.rounds}"

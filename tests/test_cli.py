@@ -286,7 +286,9 @@ def test_full_size_configuration_is_the_benchmarked_recipe(monkeypatch):
     import real_text
 
     config = parse_config(["--config", str(ROOT / "checkpoints" / "flan-t5-base.yaml")])
-    benchmarked = parse_config([*real_text.COMMON.split(), *real_text.recipe_options("frozen-ptx-0.2")])
+    benchmarked = parse_config(
+        [*real_text.COMMON.split(), *real_text.recipe_options("rude-frozen-ptx-0.1-content-15-steps-120")]
+    )
     differ = {name for name in detox_ppo.OPTIONS if getattr(config, name) != getattr(benchmarked, name)}
     assert differ == {"sft_steps", "judge_model_name", "eval_samples", "save_steps", "device"}
 
