@@ -2732,7 +2732,8 @@ def draw_toxicity(table: pd.DataFrame, before: dict[str, pd.DataFrame], after: d
     for axes, panel, digits in ((shares, toxic, 1), (contents, content, 1 if measure == "length" else 3)):
         for shift, (phase, colour) in zip((-0.2, 0.2), phases.items(), strict=True):
             bars = axes.bar(np.arange(len(panel)) + shift, panel[phase], 0.38, color=colour, label=phase)
-            axes.bar_label(bars, fmt=f"%.{digits}f", padding=2)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the human level's line
+            axes.bar_label(bars, fmt=f"%.{digits}f", padding=2, bbox=behind)
         axes.set_xticks(range(len(panel)), [name.replace(" ", "\n") for name in panel.index])
     shares.set(ylim=(0, 100), ylabel="% of the summaries")
     shares.set_title(f"toxic summaries (P > {TOXIC})", pad=14)  # room for a bar's label
