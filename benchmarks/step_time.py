@@ -557,8 +557,9 @@ def print_table(dtype, sides, peaks):
                 low, middle, high = (scale * sides[name][key][part] for part in ("min", "median", "max"))
                 cell = f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
             line += f"{cell:>28}"
-        if len(names) == 2 and all(key in sides[name] for name in names):
-            line += f"{sides['classic'][key]['median'] / sides['ours'][key]['median']:>18.3f}"
+        ours, classic = (sides.get(name, {}).get(key, {}).get("median") for name in ("ours", "classic"))
+        if ours and classic:
+            line += f"{classic / ours:>18.3f}" if ours > 1e-3 else f"{'-':>18}"
         print(line)
     for name in names:
         tokens = sides[name]["tokens"]
