@@ -151,10 +151,10 @@ def short_of_memory():
 
     sample = detox_ppo.generate
 
-    def generate(policy, prompts, generators, limits):
+    def generate(policy, prompts, generators, limits, *args):
         if limits[0] != limits[1]:  # not in the evaluation
             torch.empty(2**58)
-        return sample(policy, prompts, generators, limits)
+        return sample(policy, prompts, generators, limits, *args)
 
     detox_ppo.generate = generate
 
