@@ -739,7 +739,8 @@ def roll_out(policy: Policy, tokenizer, classifier, batch, step: int, config: De
     with timed(seconds, "time/sample"):
         generators = [random_stream(config.seed, ROLLOUT, step, row_ids[i]) for i in rows]
         limits = (config.output_min_length, config.output_max_length)
-        # In bfloat16 a pass with a cache rounds differently, so the ratio would not start at 1.
+        # In bfloat16 a pass with a cache rounds differently from the update's, so the ratio would not start at 1.
+        # Without freeze_encoder results stay those of earlier versions.
         scored = config.freeze_encoder and policy.base.dtype == torch.float32
         responses = generate(policy, [prompts[i] for i in rows], generators, limits, scored)
         texts = plain_texts(tokenizer, responses)
