@@ -379,7 +379,7 @@ class Responses:
     """Responses to B prompts: padded tokens (B, T) and lengths (B,) in tokens, EOS included, on the device.
 
     finished (B,): whether a response ended with EOS; encoder_states (B, S, d): computed when sampling.
-    scored: logprobs (nats) and values, both (B, T), of the sampling pass if generate was asked for them.
+    scored: log-probabilities (nats) and values, both (B, T), if generate was asked for those of the sampling pass.
     """
 
     prompts: list[list[int]]
@@ -672,8 +672,8 @@ def generate(
     """Generate a response to each prompt in one batch: sampled, or greedy without generators.
 
     Each row draws its max_new_tokens (uniform in limits, inclusive) and its tokens from its own generator, so a
-    response does not depend on the other rows of the batch. Greedy decoding uses the upper limit.
-    The result has the field scored if asked for.
+    response does not depend on the other rows of the batch. Greedy decoding uses the upper limit. With scored, the
+    responses carry the log-probabilities and values of this pass.
     """
     model_config, device, count = policy.base.config, policy.device, len(prompts)
     max_new_tokens = [limits[1]] * count
@@ -713,8 +713,8 @@ def generate(
             rows, states, attention_mask = rows[still_running], states[still_running], attention_mask[still_running]
         last = tokens[rows, position, None]
     width = padded_width(lengths)
-    scored = (logprobs[:, :width], values[:, :width]) if scored else None
-    return Responses(prompts, tokens[:, :width], lengths, finished, encoder_states, scored)
+    scores = (logprobs[:, :width], values[:, :width]) if scored else None
+    return Responses(prompts, tokens[:, :width], lengths, finished, encoder_states, scores)
 
 
 def content_scores(summaries: list[str], dialogues: list[str], rows: list[int]) -> torch.Tensor:
@@ -1200,7 +1200,8 @@ def paired_statistics(before, after, seed: int, resamples: int = 10000) -> dict:
 def retrieval_at_1(dialogues: list[str], summaries: list[str]) -> float:
     """R@1: the share of summaries that are more similar to their own dialogue than to any other dialogue.
 
-    See cosine_similarity. Random or interchangeable summaries of n dialogues reach 1 / n, empty ones 0.
+    The similarity is that of cosine_similarity. 1 is perfect; random or interchangeable summaries of n dialogues reach
+    1 / n, empty ones 0.
     """
     similarity = cosine_similarity(summaries, dialogues)
     own = similarity.diagonal().copy()

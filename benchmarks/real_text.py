@@ -262,7 +262,6 @@ def compare(start, after, embedding_model):
         for when, either in (("before", before), ("after", table)):
             quality = detox_ppo.summary_quality(either, references, dialogues)
             if embedding_model:
-                either = either.assign(dialogue=dialogues)
                 quality["embedding_retrieval_at_1"] = embedding_retrieval_at_1(either, embedding_model)
             row |= {f"{column}_{when}": quality.get(column) for column in QUALITY}
         rows.append(row | {"kl": quality.get("kl")})
@@ -272,7 +271,8 @@ def compare(start, after, embedding_model):
 def table_of(changes, name):
     """A Markdown table for a held-out set: a recipe's means before → after, with the range of the seeds."""
     changes = changes[changes["held_out"] == name]
-    titles = [f"{title}, {decoding}" for title in (CLASSIFIERS | QUALITY).values() for decoding in DECODINGS]
+    measured = {key: title for key, title in (CLASSIFIERS | QUALITY).items() if changes[f"{key}_after"].notna().any()}
+    titles = [f"{title}, {decoding}" for title in measured.values() for decoding in DECODINGS]
     lines = [f"| {' | '.join(['recipe (seeds)', *titles, 'KL, sampled'])} |", "|" + "---|" * (len(titles) + 2)]
 
     def span(values):
@@ -281,10 +281,9 @@ def table_of(changes, name):
 
     for recipe, runs in changes.groupby("recipe", sort=False):
         cells = [f"`{recipe}` ({', '.join(map(str, runs['seed'].unique()))})"]
-        for column, decoding in itertools.product(CLASSIFIERS | QUALITY, DECODINGS):
+        for column, decoding in itertools.product(measured, DECODINGS):
             chosen = runs[runs["decoding"] == decoding]
-            before, after = (chosen[f"{column}_{when}"].dropna() for when in ("before", "after"))
-            cells.append(f"{span(before)} → {span(after)}" if len(after) else "")
+            cells.append(" → ".join(span(chosen[f"{column}_{when}"]) for when in ("before", "after")))
         cells.append(span(runs["kl"].dropna()))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -44,9 +44,8 @@ def test_content_scores_are_high_for_the_own_dialogue_and_low_for_another():
     assert content_scores(another, dialogues, [0, 1, 2]).max() < -0.2
     bland = content_scores(["they are talking"] * 3 + ["", " "], dialogues, [0, 1, 2, 0, 1])
     assert bland.abs().max() < 0.2 and bland[:3].mean() == pytest.approx(0, abs=1e-6)
-    assert (
-        content_scores(own[1:2], dialogues, [1]) == content_scores(own, dialogues, [0, 1, 2])[1]
-    )  # a process's share
+    share_of_a_process = content_scores(own[1:2], dialogues, [1])
+    assert share_of_a_process == content_scores(own, dialogues, [0, 1, 2])[1]
     assert content_scores(["the cat"], dialogues[:1], [0]) > 0  # a batch of one has no others
 
 
